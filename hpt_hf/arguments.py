@@ -1,0 +1,164 @@
+"""Recipes: a flat YAML file becomes a command line, the real command line is appended, and one parser checks it all.
+
+Read as typed text every value is validated (YAML alone keeps `2e-5` a string and lets a typo in a choice through); an unknown key is an
+error that names the nearest one. The seam to yaml and argparse.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+METHODS = ("hpt", "hpt_gpd", "ga", "anchor_clean", "tecoa", "fare", "pmg_aft")
+Method = Literal["hpt", "hpt_gpd", "ga", "anchor_clean", "tecoa", "fare", "pmg_aft"]
+
+
+class RecipeError(ValueError):
+    """A recipe or command line that cannot be run; the message says which key, what was given and what was expected."""
+
+
+@dataclass
+class DataArguments:
+    """Which pictures, which classes."""
+
+    dataset: str = field(metadata={"help": "Hub id, parquet file, image folder, lab:<task>, or real:<set> with --data_dir"})
+    dataset_split: str = "train"
+    dataset_revision: str | None = None
+    data_dir: str | None = field(default=None, metadata={"help": "the folder that real:<set> lies in"})
+    image_column: str | None = None
+    label_column: str | None = None
+    classes: list[str] | None = field(default=None, metadata={"help": "class names in label order"})
+    classes_file: str | None = field(default=None, metadata={"help": "class names, one a line, or a JSON list"})
+    templates: list[str] | None = field(default=None, metadata={"help": "prompts with {} for the class name; several make an ensemble"})
+    on_corrupt: Literal["error", "skip"] = "error"
+
+
+@dataclass
+class MethodArguments:
+    """The method: objective, attack, schedule. `learning_rate`, `num_train_epochs` and `warmup_steps` are the Trainer's own."""
+
+    method: Method
+    model_name_or_path: str = field(metadata={"help": "the student: a folder or a Hub id"})
+    proxy_name_or_path: str | None = field(default=None, metadata={"help": "a vanilla CLIP of another architecture (hpt, hpt_gpd, ga)"})
+    model_revision: str | None = None
+    proxy_revision: str | None = None
+    norm: Literal["linf", "l2"] = "linf"
+    eps: str = field(default="1/255", metadata={"help": "radius of the ball as a fraction of the pixel range"})
+    attack_steps: int = 2
+    attack_step_size: str | None = field(default=None, metadata={"help": "a fraction; left out: the whole radius, as in the paper"})
+    attack_on: Literal["student", "proxy"] = "student"
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    temperature: float = 1.0
+    ga_epochs: float = field(default=1.0, metadata={"help": "hpt_gpd: epochs of the generalization-anchored warm-up"})
+    ga_learning_rate: float | None = field(default=None, metadata={"help": "hpt_gpd: its rate; left out: learning_rate / 1000, the paper's ratio"})
+    ema: float = field(default=0.9, metadata={"help": "hpt_gpd: decay of the moving average that becomes the pivot"})
+    pull: float = field(default=0.5, metadata={"help": "hpt_gpd: share of the student kept at each pull to the pivot"})
+    interval: int | None = field(default=None, metadata={"help": "hpt_gpd: steps between averages and pulls; left out: one epoch"})
+    restart: bool = field(default=True, metadata={"help": "hpt_gpd: the second stage begins from the vanilla weights"})
+    held_out: float = field(default=0.0, metadata={"help": "share of the training data kept aside to choose settings on"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+
+
+@dataclass
+class RecipeTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with the authors' optimizer as default: SGD with momentum 0.9, no clipping."""
+
+    optim: str = "sgd"
+    optim_args: str | None = "momentum=0.9"
+    max_grad_norm: float = 0.0  # the authors do not clip, and transformers' default of 1 would change what a rate means
+    learning_rate: float = 6e-5
+    per_device_train_batch_size: int = 64
+    logging_steps: float = 20
+    save_strategy: str = "no"
+    dataloader_drop_last: bool = True
+
+
+@dataclass
+class EvaluateArguments:
+    """What `recipes/evaluate.py` measures."""
+
+    model: str = field(metadata={"help": "folder or Hub id"})
+    output: str = field(metadata={"help": "folder for scores/*.json and report.md"})
+    data: list[str] | None = field(default=None, metadata={"help": "parquet files, image folders, Hub ids, lab:<task> or real:<set>"})
+    suite: Literal["lab", "real"] | None = field(default=None, metadata={"help": "a named list of zero-shot sets"})
+    data_dir: str | None = field(default=None, metadata={"help": "the folder of the real suite"})
+    split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    classes: list[str] | None = None
+    classes_file: str | None = None
+    templates: list[str] | None = None
+    on_corrupt: Literal["error", "skip"] = "error"
+    attack: Literal["pgd", "cw"] = "pgd"
+    steps: int = 20
+    norm: Literal["linf", "l2"] = "linf"
+    eps: str = "1/255"
+    resolution: Literal["input", "native"] = field(default="input", metadata={"help": "eps counts on the model's pixels, or on the picture's own"})
+    limit: int | None = field(default=None, metadata={"help": "a fixed random sample of so many pictures of each set"})
+    batch_size: int = 128
+    seed: int = 0
+
+
+def parse(types: tuple[type, ...], argv: list[str] | None = None):
+    """`--config recipe.yaml` and flags -> one instance of each type; flags win over the recipe.
+
+    Raises:
+        RecipeError: missing file, unknown key, a value that does not fit.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Abbreviations are off: with them, a mistyped key is taken for a longer one that begins the same way.
+    parser = HfArgumentParser(types, allow_abbrev=False, prog=Path(sys.argv[0]).name)
+    known = {name.lstrip("-") for name in parser._option_string_actions}
+    recipe: list[str] = []
+    while "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise RecipeError("--config needs the path of a recipe")
+        recipe += _recipe_to_argv(Path(argv[at + 1]), known)
+        del argv[at : at + 2]
+    for flag in argv:
+        if flag.startswith("--") and (name := flag[2:].split("=")[0]) not in known:
+            raise RecipeError(_unknown(f"--{name}", name, known))
+    if "-h" in argv or "--help" in argv:
+        parser.parse_args(["--help"])
+    parser.error = _fail  # type: ignore[method-assign]
+    parsed = parser.parse_args_into_dataclasses(recipe + argv, return_remaining_strings=True, look_for_args_file=False)
+    if parsed[-1]:
+        raise RecipeError(f"not understood: {' '.join(parsed[-1])}")
+    return parsed[:-1]
+
+
+def _fail(message: str):
+    raise RecipeError(message)
+
+
+def _unknown(shown: str, name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"unknown key {shown}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help for the keys there are")
+
+
+def _recipe_to_argv(path: Path, known: set[str]) -> list[str]:
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise RecipeError(f"{path} must be a flat list of `key: value` lines, it is a {type(recipe).__name__}")
+    argv: list[str] = []
+    for key, value in recipe.items():
+        if key not in known:
+            raise RecipeError(_unknown(f"{key!r} in {path}", str(key), known))
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            raise RecipeError(f"{key!r} in {path} is nested: recipes are flat")
+        argv += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return argv

@@ -1,0 +1,257 @@
+"""Evaluation: clean and robust zero-shot accuracy of a model on a set, as Scores that carry their interval and their settings.
+
+Attacks run in float32 with random starts that hang on the picture, so a Score does not depend on batch size or device count.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from hpt_hf.attacks import ATTACKS, frozen, pgd
+from hpt_hf.data import Collate
+from hpt_hf.shapes import Images, Keys, Labels
+from hpt_hf.threat import Noise, ThreatModel
+from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
+
+
+@dataclass(frozen=True)
+class EvaluationAttack:
+    """PGD (or CW: the margin loss) with N steps of 2.5 eps / N from a random start (Madry et al. 2018), named as the field names it.
+
+    Args:
+        threat: the ball.
+        name: a row of `hpt_hf.attacks.ATTACKS`.
+        steps: gradient steps.
+        resolution: `"input"`: eps counts on the pixels the model reads (FARE's protocol); `"native"`: on the picture's own, which the
+            model then resizes (TeCoA's and the paper's protocol).
+    """
+
+    threat: ThreatModel
+    name: str = "pgd"
+    steps: int = 20
+    resolution: str = "input"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in ATTACKS:
+            raise ValueError(f"no attack is called {self.name!r}; there are {', '.join(ATTACKS)}")
+        if self.resolution not in ("input", "native"):
+            raise ValueError(f"resolution={self.resolution!r}: expected 'input' (the model's size) or 'native' (the picture's own)")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: expected at least 1")
+
+    @property
+    def step_size(self) -> float:
+        return 2.5 * self.threat.radius / self.steps
+
+    def __call__(self, model: ZeroShotCLIP, images: Images, keys: Keys, labels: Labels) -> Images:
+        loss = ATTACKS[self.name]
+        with frozen(model):
+            return pgd(
+                lambda perturbed: loss(model.classify(perturbed).logits, labels),
+                images,
+                self.threat,
+                steps=self.steps,
+                step_size=self.step_size,
+                noise=Noise(keys, self.seed),
+            )
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.steps}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracies of one model on one set under one attack, in percent, with all that is needed to measure them again."""
+
+    model: str
+    fingerprint: str
+    dataset: str
+    classes: int
+    templates: tuple[str, ...]
+    n: int
+    rows: str  # digest of the pictures, in order
+    attack: str
+    step_size: float
+    norm: str
+    eps: str
+    protocol: str
+    seed: int
+    clean: float
+    robust: float
+    clean_interval: tuple[float, float]
+    interval: tuple[float, float]
+    robust_is: str = "right on the clean and on the attacked picture"
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: str = ""
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a proportion, in percent (Wilson 1927): honest near 0 and 100, where n p (1 - p) is not."""
+    if n == 0:
+        return (0.0, 100.0)
+    p = right / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (round(100 * max(0.0, centre - half), 2), round(100 * min(1.0, centre + half), 2))
+
+
+def sample(size: int, limit: int | None) -> list[int]:
+    """Which pictures `limit` keeps: a fixed random sample, in order. Many sets are sorted by class, so the first so many would not do."""
+    if limit is None or limit >= size:
+        return list(range(size))
+    return sorted(np.random.default_rng(0).permutation(size)[:limit].tolist())
+
+
+def batches(pictures, collate: Collate, batch_size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """The set in order, in batches; at native resolution a batch ends where the picture size changes."""
+    rows: list[dict] = []
+    for index in sample(len(pictures), limit):
+        row = pictures[index]
+        if rows and (len(rows) == batch_size or (collate.native and row["image"].size != rows[0]["image"].size)):
+            yield collate(rows)
+            rows = []
+        rows.append(row)
+    if rows:
+        yield collate(rows)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Per picture, in the order of the set: was the model right, and a digest of what it was asked."""
+
+    clean: torch.Tensor
+    robust: torch.Tensor
+    rows: str
+    seconds: float
+
+
+@torch.no_grad()
+def answer(model: ZeroShotCLIP, pictures, attack: EvaluationAttack, *, batch_size: int = 128, limit: int | None = None) -> Answers:
+    """Run clean and attacked predictions. Pictures already wrong are not attacked: they cannot become right."""
+    start = time.time()
+    collate = Collate(model.processor, native=attack.resolution == "native")
+    device = model.logit_scale.device
+    clean, robust, keys = [], [], []
+    for batch in batches(pictures, collate, batch_size, limit):
+        keys.append(batch["keys"])
+        batch = {k: v.to(device) for k, v in batch.items()}
+        right = model.classify(batch["images"]).logits.argmax(1) == batch["labels"]
+        after = right.clone()
+        if right.any():
+            target = {k: v[right] for k, v in batch.items()}
+            perturbed = attack(model, target["images"], target["keys"], target["labels"])
+            assert attack.threat.contains(perturbed, target["images"]).all(), "the attack left its ball: this is a defect of hpt_hf, please report it"
+            after[right] = model.classify(perturbed).logits.argmax(1) == target["labels"]
+        clean.append(right.cpu())
+        robust.append(after.cpu())
+    digest = fingerprint_rows(torch.cat(keys))
+    return Answers(torch.cat(clean), torch.cat(robust), digest, time.time() - start)
+
+
+def fingerprint_rows(keys: Keys) -> str:
+    """A digest of pictures in order, from their keys."""
+    import hashlib
+
+    return hashlib.sha256(keys.numpy().tobytes()).hexdigest()[:16]
+
+
+def evaluate(
+    model: ZeroShotCLIP,
+    pictures,
+    attack: EvaluationAttack,
+    *,
+    name: str,
+    batch_size: int = 128,
+    limit: int | None = None,
+) -> Score:
+    """Clean and robust accuracy of `model`, whose classes are set to the picture set's first.
+
+    Args:
+        pictures: `hpt_hf.data.LabelledPictures`.
+        name: what the Score calls the model.
+        limit: a fixed random sample of so many pictures (`sample`); the recorded digest says which.
+
+    Raises:
+        ValueError: the set has no labels.
+    """
+    if not pictures.labelled:
+        raise ValueError(f"{pictures.name} has no labels: accuracy cannot be measured on it")
+    model.eval()
+    model.set_classes(pictures.classes, pictures.templates)
+    answers = answer(model, pictures, attack, batch_size=batch_size, limit=limit)
+    n, clean, robust = len(answers.clean), int(answers.clean.sum()), int(answers.robust.sum())
+    return Score(
+        model=name,
+        fingerprint=fingerprint(model),
+        dataset=pictures.name,
+        classes=len(pictures.classes),
+        templates=tuple(pictures.templates),
+        n=n,
+        rows=answers.rows,
+        attack=str(attack),
+        step_size=attack.step_size,
+        norm=attack.threat.norm,
+        eps=str(attack.threat.eps),
+        protocol=attack.resolution,
+        seed=attack.seed,
+        clean=round(100 * clean / n, 2),
+        robust=round(100 * robust / n, 2),
+        clean_interval=wilson(clean, n),
+        interval=wilson(robust, n),
+        seconds=round(answers.seconds, 2),
+        versions=versions(),
+        hardware=hardware(),
+    )
+
+
+@torch.no_grad()
+def transfer(
+    source: ZeroShotCLIP, target: ZeroShotCLIP, pictures, attack: EvaluationAttack, *, batch_size: int = 128, limit: int | None = None
+) -> dict[str, float]:
+    """Accuracy of `target` on clean pictures and on those crafted on `source`, in percent: proxy adversarial robustness (arXiv 2601.12865).
+
+    Also `kl`, the mean KL( p_target(x_adv) || p_target(x) ) in nats: near 0, HPT and GA are the same objective.
+    """
+    for model in (source, target):
+        model.eval()
+        model.set_classes(pictures.classes, pictures.templates)
+    collate = Collate(source.processor, native=attack.resolution == "native")
+    device = source.logit_scale.device
+    n, clean, adversarial, kl = 0, 0, 0, 0.0
+    for batch in batches(pictures, collate, batch_size, limit):
+        batch = {k: v.to(device) for k, v in batch.items()}
+        perturbed = attack(source, batch["images"], batch["keys"], batch["labels"])
+        before, after = target.classify(batch["images"]).logits, target.classify(perturbed).logits
+        n += len(before)
+        clean += int((before.argmax(1) == batch["labels"]).sum())
+        adversarial += int((after.argmax(1) == batch["labels"]).sum())
+        log_after = after.log_softmax(1)
+        kl += float((log_after.exp() * (log_after - before.log_softmax(1))).sum())
+    return {"clean": 100 * clean / n, "adversarial": 100 * adversarial / n, "kl": kl / n, "n": n}
+
+
+def mean(scores: Sequence[Score]) -> dict[str, float]:
+    """Unweighted means over data sets, in percent."""
+    return {"clean": sum(s.clean for s in scores) / len(scores), "robust": sum(s.robust for s in scores) / len(scores)}
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "Pillow", "hpt_hf")}
+
+
+def hardware() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return device

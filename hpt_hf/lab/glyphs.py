@@ -1,0 +1,293 @@
+"""The lab's picture world: glyphs of the fonts that matplotlib ships, captioned with their Unicode names, colours and styles.
+
+Picture `i` of a world is a pure function of `(seed, faces, size, i)`: the world is endless, needs no file and no network, and
+two machines with the same fonts see the same pictures. Some faces are held out (`faces="test"`), so every zero-shot task is
+asked about shapes of letters that no model was trained on. Typography is real data in the sense that matters here: people
+drew it, long before us, and its class names are the Unicode Consortium's.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+def _span(first: str, last: str, without: str = "") -> str:
+    return "".join(chr(c) for c in range(ord(first), ord(last) + 1) if chr(c) not in without)
+
+
+# One group of glyphs = one zero-shot task: which of these is it?
+GROUPS: dict[str, str] = {
+    "digits": _span("0", "9"),
+    "latin capitals": _span("A", "Z"),
+    "latin smalls": _span("a", "z"),
+    "greek capitals": _span("Α", "Ω", without="\u03a2"),
+    "greek smalls": _span("α", "ω", without="ς"),
+    "cyrillic capitals": _span("А", "Я"),
+    "cyrillic smalls": _span("а", "я"),
+    "hebrew letters": _span("א", "ת", without="ךםןףץ"),
+    "armenian capitals": _span("Ա", "Ֆ"),
+    "roman numerals": _span("Ⅰ", "Ⅻ"),
+    "currency": "$¢£¥₡₣₤₦₩₪₫€₭₮₱₲₴₵",
+    "chess pieces": _span("♔", "♟"),
+    "card suits": _span("♠", "♧"),
+    "dice": _span("⚀", "⚅"),
+    "zodiac": _span("♈", "♓"),
+    "planets": "☿♀♁♂♃♄♅♆♇",
+    "trigrams": _span("☰", "☷"),
+    "arrows": "←↑→↓↔↕↖↗↘↙⇐⇑⇒⇓⇔⇕",
+    "shapes": "■□▢▣▲△▶▷▼▽◀◁◆◇◈◉○◎●◐◑◒◓★☆",
+    "music": "♩♪♫♬♭♮♯",
+    "mathematics": "∀∂∃∅∆∇∈∏∑∓√∞∟∩∪∫≈≠≡≤≥⊂⊃⊕⊗",
+}
+
+# Names, sRGB values: different in brightness, so that a figure stays visible on every ground it is paired with.
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "black": (12, 12, 12),
+    "blue": (28, 52, 190),
+    "red": (200, 32, 40),
+    "green": (36, 150, 70),
+    "yellow": (246, 214, 40),
+    "white": (245, 245, 245),
+}
+
+# face file -> (family, weight, slant), the words of the captions. The cm* faces map only letters and digits to Unicode.
+FACES: dict[str, tuple[str, str, str]] = {
+    "DejaVuSans": ("sans serif", "regular", "upright"),
+    "DejaVuSans-Bold": ("sans serif", "bold", "upright"),
+    "DejaVuSans-Oblique": ("sans serif", "regular", "italic"),
+    "DejaVuSans-BoldOblique": ("sans serif", "bold", "italic"),
+    "DejaVuSansMono": ("monospace", "regular", "upright"),
+    "DejaVuSansMono-Bold": ("monospace", "bold", "upright"),
+    "DejaVuSansMono-Oblique": ("monospace", "regular", "italic"),
+    "DejaVuSansMono-BoldOblique": ("monospace", "bold", "italic"),
+    "DejaVuSerif": ("serif", "regular", "upright"),
+    "DejaVuSerif-Bold": ("serif", "bold", "upright"),
+    "DejaVuSerif-Italic": ("serif", "regular", "italic"),
+    "DejaVuSerif-BoldItalic": ("serif", "bold", "italic"),
+    "STIXGeneral": ("serif", "regular", "upright"),
+    "STIXGeneralBol": ("serif", "bold", "upright"),
+    "STIXGeneralItalic": ("serif", "regular", "italic"),
+    "STIXGeneralBolIta": ("serif", "bold", "italic"),
+    "cmr10": ("serif", "regular", "upright"),
+    "cmb10": ("serif", "bold", "upright"),
+    "cmti10": ("serif", "regular", "italic"),
+    "cmss10": ("sans serif", "regular", "upright"),
+    "cmtt10": ("monospace", "regular", "upright"),
+}
+TEST_FACES = ("DejaVuSans-BoldOblique", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic", "STIXGeneralBol")
+
+SCRIPTS = ("latin", "greek", "cyrillic", "hebrew", "armenian")
+TEMPLATE = "This is a photo of {}."  # the pipeline's own default, and the paper's
+_TEMPLATES = (("{}", 0.35), (TEMPLATE, 0.45), ("a picture of {}", 0.2))
+
+# Tasks about something other than the glyph's name: task -> what is asked of a picture.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "text colour": tuple(f"{c} text" for c in COLOURS),
+    "background colour": tuple(f"a {c} background" for c in COLOURS),
+    "script": tuple(f"{s} script" for s in SCRIPTS),
+    "typeface": ("sans serif typeface", "monospace typeface", "serif typeface"),
+}
+# An l-inf ball of the usual sizes cannot repaint a background: such a task measures nothing and stays out of every average.
+UNATTACKABLE = ("background colour",)
+TASKS: tuple[str, ...] = (*GROUPS, *ATTRIBUTES)
+
+_EM = 64  # side in pixels of the cached masks; pictures are drawn from them at 32 px or so
+
+
+def glyph_name(character: str) -> str:
+    """The Unicode name in small letters: `"Я"` -> `"cyrillic capital letter ya"`."""
+    return unicodedata.name(character).lower()
+
+
+@functools.cache
+def _face_file(face: str) -> Path:
+    import matplotlib
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+
+
+@functools.cache
+def _characters(face: str) -> frozenset[str]:
+    """The characters a face really draws: in its Unicode map, and (cm*) only where that map is Unicode's."""
+    from matplotlib import ft2font
+
+    known = {chr(c) for c in ft2font.FT2Font(str(_face_file(face))).get_charmap()}
+    if face.startswith("cm"):
+        known &= set(GROUPS["digits"] + GROUPS["latin capitals"] + GROUPS["latin smalls"])
+    return frozenset(known)
+
+
+@functools.cache
+def _mask(character: str, face: str) -> Image.Image | None:
+    """The glyph's ink, cropped, its longer side `_EM` pixels, as an `L` image; None if the face draws nothing there."""
+    # Basic layout: the default one (raqm) fails on some of these glyphs and differs between Pillow builds.
+    font = ImageFont.truetype(str(_face_file(face)), _EM, layout_engine=ImageFont.Layout.BASIC)
+    canvas = Image.new("L", (4 * _EM, 4 * _EM))
+    ImageDraw.Draw(canvas).text((_EM, _EM), character, font=font, fill=255)
+    box = canvas.getbbox()
+    if box is None:
+        return None
+    ink = canvas.crop(box)
+    scale = _EM / max(ink.size)
+    return ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.BILINEAR)
+
+
+@functools.cache
+def faces_of(character: str, faces: str) -> tuple[str, ...]:
+    """The faces of a split (`"train"` or `"test"`) that draw `character`, in the order of `FACES`."""
+    wanted = [f for f in FACES if (f in TEST_FACES) == (faces == "test")]
+    return tuple(f for f in wanted if character in _characters(f) and _mask(character, f) is not None)
+
+
+@functools.cache
+def _pairs() -> tuple[tuple[str, str], ...]:
+    """(text, background) colours that differ enough in luminance to be read."""
+    luminance = {n: (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255 for n, (r, g, b) in COLOURS.items()}
+    return tuple((t, b) for t in COLOURS for b in COLOURS if abs(luminance[t] - luminance[b]) >= 0.3)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture with everything that is true of it."""
+
+    image: Image.Image
+    name: str
+    group: str
+    colour: str
+    background: str
+    family: str
+    weight: str
+    slant: str
+    caption: str
+
+    @property
+    def script(self) -> str | None:
+        first = self.name.split()[0]
+        return first if first in SCRIPTS else None
+
+
+class GlyphWorld:
+    """An endless sequence of captioned pictures.
+
+    Args:
+        seed: of the whole world.
+        faces: `"train"` or `"test"`, the typefaces held out for testing.
+        groups: which of `GROUPS` to draw from; None for all of them.
+        size: side of the square pictures in pixels.
+    """
+
+    def __init__(self, seed: int = 0, *, faces: str = "train", groups: tuple[str, ...] | None = None, size: int = 32):
+        if faces not in ("train", "test"):
+            raise ValueError(f"faces={faces!r}: expected 'train' or 'test'")
+        groups = tuple(GROUPS) if groups is None else groups
+        for group in groups:
+            if group not in GROUPS:
+                raise ValueError(f"no group of glyphs is called {group!r}; there are {', '.join(GROUPS)}")
+        self.seed, self.faces, self.size = seed, faces, size
+        self.glyphs = {g: tuple(c for c in GROUPS[g] if faces_of(c, "train") and faces_of(c, "test")) for g in groups}
+        weights = np.array([len(v) ** 0.5 for v in self.glyphs.values()])
+        self._weights = weights / weights.sum()
+
+    def __getitem__(self, index: int) -> Picture:
+        """Picture number `index`: any group, glyph, face and colours."""
+        rng = np.random.default_rng([self.seed, TEST_FACES.__len__() * (self.faces == "test"), index])
+        group = list(self.glyphs)[rng.choice(len(self.glyphs), p=self._weights)]
+        return self._draw(rng, group, self.glyphs[group][rng.integers(len(self.glyphs[group]))])
+
+    def of_class(self, group: str, label: int, index: int) -> Picture:
+        """Picture number `index` of the `label`-th glyph of a group."""
+        rng = np.random.default_rng([self.seed, 1000 + list(GROUPS).index(group), label, index, self.faces == "test"])
+        return self._draw(rng, group, self.glyphs[group][label])
+
+    def _draw(self, rng: np.random.Generator, group: str, character: str) -> Picture:
+        faces = faces_of(character, self.faces)
+        face = faces[rng.integers(len(faces))]
+        text, ground = _pairs()[rng.integers(len(_pairs()))]
+        mask = _mask(character, face)
+        if (angle := rng.uniform(-6, 6)) and max(mask.size) > 1:
+            mask = mask.rotate(angle, Image.Resampling.BILINEAR, expand=True)
+        # The longer side fills 70 to 88% of the picture; what room is left is shared out at random.
+        scale = self.size * rng.uniform(0.70, 0.88) / max(mask.size)
+        width, height = (max(1, round(side * scale)) for side in mask.size)
+        mask = mask.resize((width, height), Image.Resampling.BOX)
+        left, top = (rng.integers((self.size - side) // 4, (3 * (self.size - side) + 3) // 4 + 1) for side in (width, height))
+        ink = np.zeros((self.size, self.size, 1), np.float32)
+        ink[top : top + height, left : left + width, 0] = np.asarray(mask, np.float32) / 255
+        colour, background = (np.clip(np.array(COLOURS[n]) + rng.integers(-10, 11, 3), 0, 255) for n in (text, ground))
+        pixels = np.rint(ink * colour + (1 - ink) * background).astype(np.uint8)
+        family, weight, slant = FACES[face]
+        name = glyph_name(character)
+        caption = _caption(rng, name, text, ground, family, weight, slant)
+        return Picture(Image.fromarray(pixels), name, group, text, ground, family, weight, slant, caption)
+
+
+def _caption(rng: np.random.Generator, name: str, text: str, ground: str, family: str, weight: str, slant: str) -> str:
+    """Most captions give the name alone: with colours in all of them a model learns colours at once and shapes hardly."""
+    script = name.split()[0] if name.split()[0] in SCRIPTS else "no"
+    kind = rng.random()
+    if kind < 0.60:
+        phrase = name
+    elif kind < 0.70:
+        phrase = f"{text} {name}"
+    elif kind < 0.78:
+        phrase = f"{text} {name} on {ground}"
+    elif kind < 0.86:
+        phrase = f"{name} in {weight} {slant} {family}"
+    elif kind < 0.91:
+        phrase = f"{text} text"
+    elif kind < 0.94:
+        phrase = f"a {ground} background"
+    elif kind < 0.97:
+        phrase = f"{script} script"
+    else:
+        phrase = f"{family} typeface"
+    templates, weights = zip(*_TEMPLATES, strict=True)
+    return templates[rng.choice(len(templates), p=weights)].format(phrase)
+
+
+def task_classes(task: str) -> tuple[str, ...]:
+    """The class names of a task, in label order.
+
+    Raises:
+        ValueError: no task of that name.
+    """
+    if task in ATTRIBUTES:
+        return ATTRIBUTES[task]
+    if task not in GROUPS:
+        raise ValueError(f"the lab has no task {task!r}; it has {', '.join(TASKS)}")
+    return tuple(glyph_name(c) for c in GlyphWorld(groups=(task,)).glyphs[task])
+
+
+def task_rows(task: str, count: int, *, seed: int = 0, faces: str = "test", size: int = 32) -> list[tuple[Image.Image, int]]:
+    """`count` (image, label) rows of a task, classes in turn, so that any `count` is balanced to within one row.
+
+    The first n rows are the same for every `count` >= n.
+    """
+    classes = task_classes(task)
+    rows: list[tuple[Image.Image, int]] = []
+    if task in GROUPS:
+        world = GlyphWorld(seed, faces=faces, groups=(task,), size=size)
+        for i in range(count):
+            label = i % len(classes)
+            rows.append((world.of_class(task, label, i // len(classes)).image, label))
+        return rows
+    letters = ("latin capitals", "latin smalls", "greek smalls", "cyrillic capitals", "cyrillic smalls", "hebrew letters", "armenian capitals")
+    world = GlyphWorld(seed + 1, faces=faces, groups=None if "colour" in task else letters, size=size)
+    asked = {"text colour": lambda p: f"{p.colour} text", "background colour": lambda p: f"a {p.background} background",
+             "script": lambda p: f"{p.script} script", "typeface": lambda p: f"{p.family} typeface"}[task]  # fmt: skip
+    waiting: list[list[Image.Image]] = [[] for _ in classes]
+    drawn = 0
+    while len(rows) < count:
+        label = len(rows) % len(classes)
+        while not waiting[label]:
+            picture = world[drawn]
+            waiting[classes.index(asked(picture))].append(picture.image)
+            drawn += 1
+        rows.append((waiting[label].pop(0), label))
+    return rows

@@ -1,0 +1,250 @@
+"""Contrastive pre-training of small CLIPs of any architecture on any captioned pictures (Radford et al. 2021, arXiv 2103.00020).
+
+It makes the vanilla models that the lab starts from, and nothing else: `python -m hpt_hf.lab.pretrain --help`.
+One difference from CLIP: pictures with the same caption are positives of each other (UniCL, Yang et al. 2022, arXiv
+2204.03610), because a small world repeats its captions within a batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging
+
+from hpt_hf.lab.glyphs import GlyphWorld
+
+logger = logging.get_logger("hpt_hf.pretrain")
+
+# A batch of captioned pictures: step -> (uint8 array (batch, size, size, 3), captions).
+Batches = Callable[[int], tuple[np.ndarray, list[str]]]
+
+# The lab's two architectures. The proxy sees a grid four times as fine, so the two fail on different pixels.
+# GELU instead of CLIP's quick_gelu: one fused kernel instead of three, a quarter faster on a CPU.
+_TEXT = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+ARCHITECTURES: dict[str, dict[str, dict[str, int]]] = {
+    "student": {
+        "text": _TEXT,
+        "vision": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 8},
+    },
+    "proxy": {
+        "text": _TEXT,
+        "vision": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3, "patch_size": 4},
+    },
+}
+
+
+def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 640, max_length: int = 24) -> CLIPTokenizer:
+    """A byte-level BPE tokenizer in CLIP's form, learned from `captions`.
+
+    End of text gets the highest id: CLIPTextModel's legacy pooling looks there, and its newer one is told the id.
+    """
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(alphabet) - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator(captions, trainer)
+    state = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in state["merges"]]
+    vocab: dict[str, int] = {}
+    for token in (*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"):
+        vocab.setdefault(token, len(vocab))
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def new_clip(tokenizer: CLIPTokenizer, *, vision: dict, text: dict, image_size: int = 32, projection_dim: int = 64) -> CLIPModel:
+    """A CLIP with random weights that fits `tokenizer`; `vision` and `text` are fields of transformers' CLIP configs."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    return CLIPModel(
+        CLIPConfig(
+            # The towers' own `projection_dim` is what CLIPVisionModelWithProjection reads when it opens the same folder.
+            text_config={**sizes, **ids, "hidden_act": "gelu", "projection_dim": projection_dim, **text},
+            vision_config={"image_size": image_size, "hidden_act": "gelu", "projection_dim": projection_dim, **vision},
+            projection_dim=projection_dim,
+        )
+    )
+
+
+def new_processor(tokenizer: CLIPTokenizer, image_size: int = 32) -> CLIPProcessor:
+    """The processor to be saved beside a lab model: CLIP's own mean and standard deviation, its own size."""
+    square = {"height": image_size, "width": image_size}
+    return CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square), tokenizer)
+
+
+def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
+    """Symmetric cross-entropy over the batch; pictures that share a caption share the target's mass.
+
+    Args:
+        image_embeds: (batch, dim), not normalised.
+        text_embeds: (distinct captions, dim), not normalised.
+        scale: the positive factor of the cosines.
+        captions: (batch,) for each picture its row of `text_embeds`.
+    """
+    cosines = F.normalize(image_embeds, dim=-1) @ F.normalize(text_embeds, dim=-1).T
+    logits = scale * cosines
+    # Image -> text: one right caption, as often a candidate as the batch holds it (its log count is its prior).
+    counts = torch.bincount(captions, minlength=len(text_embeds)).to(logits.dtype)
+    image_to_text = F.cross_entropy(logits + counts.log(), captions)
+    positives = F.one_hot(captions, len(text_embeds)).T.to(logits.dtype)
+    text_to_image = -(positives * logits.T.log_softmax(dim=-1)).sum() / len(captions)
+    return (image_to_text + text_to_image) / 2
+
+
+def pretrain(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    batches: Batches,
+    *,
+    steps: int,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.05,
+    warmup_steps: int = 200,
+    seed: int = 0,
+    bf16: bool = False,
+    log_every: int = 100,
+) -> list[dict[str, float]]:
+    """Train `model` in place with AdamW, linear warm-up and cosine decay to zero; returns the log.
+
+    Args:
+        batches: the pictures of a step, a pure function of the step.
+        bf16: autocast the towers to bfloat16; the loss stays fp32.
+    """
+    torch.manual_seed(seed)
+    device = next(model.parameters()).device
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (processor.image_processor.image_mean, processor.image_processor.image_std))
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}], lr=learning_rate, betas=(0.9, 0.98)
+    )
+
+    def rate(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return 0.5 * (1 + float(np.cos(np.pi * (step - warmup_steps) / max(1, steps - warmup_steps))))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    model.train()
+    log: list[dict[str, float]] = []
+    loss_sum, start = 0.0, time.time()
+    for step in range(steps):
+        pictures, captions = batches(step)
+        distinct = sorted(set(captions))
+        row = {c: i for i, c in enumerate(distinct)}
+        targets = torch.tensor([row[c] for c in captions], device=device)
+        images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 255
+        tokens = processor.tokenizer(distinct, padding=True, truncation=True, return_tensors="pt").to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            image_embeds = model.get_image_features((images - mean) / std).pooler_output
+            text_embeds = model.get_text_features(**tokens).pooler_output
+        loss = contrastive_loss(image_embeds.float(), text_embeds.float(), model.logit_scale.exp(), targets)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the contrastive loss is {loss.item()} at step {step}: lower the learning rate ({learning_rate})")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=float(np.log(100)))  # CLIP's own bound
+        loss_sum += loss.item()
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            done = (step % log_every) + 1
+            log.append({"step": step + 1, "loss": loss_sum / done, "scale": model.logit_scale.exp().item(), "seconds": time.time() - start})
+            print("  ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), file=sys.stderr, flush=True)
+            loss_sum = 0.0
+    model.eval()
+    return log
+
+
+def world_batches(world: GlyphWorld, batch_size: int) -> Batches:
+    """Batches of the endless world: step k shows pictures k*batch_size onwards, each picture once."""
+
+    def batch(step: int) -> tuple[np.ndarray, list[str]]:
+        pictures = [world[step * batch_size + i] for i in range(batch_size)]
+        return np.stack([np.asarray(p.image) for p in pictures]), [p.caption for p in pictures]
+
+    return batch
+
+
+def row_batches(rows: list[tuple[Image.Image, tuple[str, ...]]], batch_size: int, *, image_size: int = 32, seed: int = 0) -> Batches:
+    """Batches of a finite list of (picture, its captions): drawn with replacement, one caption at random, jittered.
+
+    The jitter is a crop of 80 to 100% of the area with slack on every side and a change of brightness of up to 15%: without it
+    a small model learns a few thousand pictures by heart.
+    """
+    side = image_size + image_size // 4
+    store = np.stack([np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) for image, _ in rows])
+
+    def batch(step: int) -> tuple[np.ndarray, list[str]]:
+        rng = np.random.default_rng([seed, step])
+        pictures, captions = [], []
+        for i in rng.integers(len(rows), size=batch_size):
+            size = rng.integers(image_size, side + 1)
+            left, top = rng.integers(side - size + 1, size=2)
+            crop = Image.fromarray(store[i, top : top + size, left : left + size]).resize((image_size, image_size), Image.Resampling.BILINEAR)
+            pictures.append(np.clip(np.asarray(crop, np.float32) * rng.uniform(0.85, 1.15), 0, 255).astype(np.uint8))
+            captions.append(rows[i][1][rng.integers(len(rows[i][1]))])
+        return np.stack(pictures), captions
+
+    return batch
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m hpt_hf.lab.pretrain", description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model, its processor and pretrain.json")
+    parser.add_argument("--data", type=Path, help="a folder of captioned parquet files (shared/data); without it, the glyph world")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    if args.data is None:
+        world = GlyphWorld(args.seed)
+        batches = world_batches(world, args.batch_size)
+        captions = [world[i].caption for i in range(20_000)]
+    else:
+        from hpt_hf.lab.suite import captioned_rows
+
+        rows = captioned_rows(args.data)
+        batches = row_batches(rows, args.batch_size, seed=args.seed)
+        captions = [c for _, cs in rows for c in cs]
+    tokenizer = train_tokenizer(captions)
+    model, processor = new_clip(tokenizer, **ARCHITECTURES[args.architecture]), new_processor(tokenizer)
+    start = time.time()
+    log = pretrain(model, processor, batches, steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, bf16=args.bf16)
+    model.save_pretrained(args.output)
+    processor.save_pretrained(args.output)
+    record = {
+        "command": "python -m hpt_hf.lab.pretrain " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(time.time() - start),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "log": log[:: max(1, len(log) // 40)] + log[-1:],
+    }
+    (args.output / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The lab's data sets by name: `lab:<task>` of glyphs, and `real:<set>` from a folder of real pictures (Fashion-MNIST, digits, emoji).
+
+Training and test faces, and training and test rows, never mix; one emoji vendor is kept out of pre-training as an unseen style.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from hpt_hf.data import DatasetSpec, LabelledPictures, load_pictures
+from hpt_hf.lab.glyphs import TASKS, TEMPLATE, UNATTACKABLE, task_classes, task_rows
+from hpt_hf.zero_shot import check_classes
+
+# What the lab fine-tunes on: one group of everyday letters; every other task is unseen in fine-tuning.
+LAB_TRAINING = ("latin capitals", "latin smalls")
+LAB_TRAINING_SIZE = 5_200
+LAB_SUITE: tuple[str, ...] = tuple(f"lab:{t}" for t in TASKS if t not in LAB_TRAINING and t not in UNATTACKABLE)
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+EMOJI_CATEGORIES = ("Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion", "Symbols", "Travel & Places")
+
+
+class _Rows:
+    """(image, label) pairs as rows."""
+
+    def __init__(self, pairs):
+        self.images = [image for image, _ in pairs]
+        self.labels = [label for _, label in pairs]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def lab_pictures(name: str, count: int, *, faces: str, seed: int = 0) -> LabelledPictures:
+    """`count` pictures of a task, or of `letters`, the fine-tuning set: latin capitals and smalls in the training faces."""
+    if name == "letters":
+        classes = sum((task_classes(t) for t in LAB_TRAINING), ())
+        half = [task_rows(t, count // 2, seed=seed, faces=faces) for t in LAB_TRAINING]
+        offset = len(task_classes(LAB_TRAINING[0]))
+        pairs = half[0] + [(image, label + offset) for image, label in half[1]]
+    else:
+        classes, pairs = task_classes(name), task_rows(name, count, seed=seed, faces=faces)
+    return LabelledPictures(_Rows(pairs), classes, (TEMPLATE,), f"lab:{name}")
+
+
+def open_pictures(spec: DatasetSpec, *, training: bool, limit: int | None = None, data_dir: str | None = None, on_corrupt: str = "error") -> LabelledPictures:
+    """Any data set a recipe can name: `lab:…`, `real:…`, or whatever `hpt_hf.data.load_pictures` takes."""
+    kind, _, name = spec.path.partition(":")
+    if kind == "lab" and name:
+        if training:
+            return lab_pictures(name, limit or LAB_TRAINING_SIZE, faces="train", seed=1)
+        return lab_pictures(name, limit or 500, faces="test", seed=2)
+    if kind == "real" and name:
+        if data_dir is None:
+            raise ValueError(f"{spec.path} lies in a folder of real pictures: give it with --data_dir")
+        return real_pictures(name, data_dir, training=training)
+    return load_pictures(spec, on_corrupt=on_corrupt)
+
+
+# --- real pictures ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _emoji(folder: str, vendor: str):
+    import datasets
+
+    path = Path(folder) / f"emoji_{vendor}.parquet"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: --data_dir must hold fashion_mnist-*.parquet, digits-*.parquet and emoji_*.parquet")
+    return datasets.load_dataset("parquet", data_files=str(path), split="train")
+
+
+def real_suite() -> tuple[str, ...]:
+    """Zero-shot sets never seen in fine-tuning: two held-out splits, and an emoji vendor unseen even in pre-training."""
+    return (
+        "real:fashion_mnist",
+        "real:digits",
+        "real:twemoji categories",
+        *(f"real:twemoji {c}" for c in EMOJI_CATEGORIES),
+    )
+
+
+def real_pictures(name: str, folder: str, *, training: bool) -> LabelledPictures:
+    """`fashion_mnist`, `digits`, `noto` or `twemoji` (by name), `<vendor> categories`, `<vendor> <category>` (names within it)."""
+    if name in ("fashion_mnist", "digits"):
+        split = "train" if training else "test"
+        path = Path(folder) / f"{name}-{split}.parquet"
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}: --data_dir must hold fashion_mnist-*.parquet, digits-*.parquet and emoji_*.parquet")
+        pictures = load_pictures(DatasetSpec(str(path), templates=(TEMPLATE,)))
+        pictures.name = f"real:{name}"
+        pictures.classes = tuple(_spoken(name, c) for c in pictures.classes)
+        return pictures
+    vendor, _, subset = name.partition(" ")
+    if vendor not in ("noto", "twemoji"):
+        raise ValueError(f"no real set is called {name!r}; there are fashion_mnist, digits, noto, twemoji, '<vendor> categories' and '<vendor> <category>'")
+    table = _emoji(str(folder), vendor)
+    categories = table.features["category"].names
+    if subset == "categories":
+        classes, pairs = tuple(c.lower() for c in categories), [(r["image"], r["category"]) for r in table]
+    else:
+        if subset and subset not in categories:
+            raise ValueError(f"no category {subset!r} among the emoji; there are {', '.join(categories)}")
+        rows = [(r["image"], r["caption"]) for r in table if not subset or categories[r["category"]] == subset]
+        classes = tuple(dict.fromkeys(caption for _, caption in rows))
+        index = {c: i for i, c in enumerate(classes)}
+        pairs = [(image, index[caption]) for image, caption in rows]
+    check_classes(classes)
+    return LabelledPictures(_Rows([(_on_white(i), label) for i, label in pairs]), classes, (TEMPLATE,), f"real:{name}")
+
+
+def captioned_rows(folder: str | Path):
+    """(picture, its captions) to pre-train on: Fashion-MNIST and digits of the training splits, and Noto's emoji. Twemoji stays unseen."""
+    templates = ("{}", TEMPLATE, "a picture of {}")
+    rows = []
+    for name in ("fashion_mnist", "digits"):
+        pictures = real_pictures(name, str(folder), training=True)
+        rows += [(r["image"], tuple(t.format(pictures.classes[r["label"]]) for t in templates)) for r in (pictures[i] for i in range(len(pictures)))]
+    table = _emoji(str(folder), "noto")
+    categories = table.features["category"].names
+    for r in table:
+        names = tuple(t.format(r["caption"]) for t in templates)
+        rows += [(_on_white(r["image"]), (*names, *names, TEMPLATE.format(categories[r["category"]].lower())))] * 6
+    return rows
+
+
+def _spoken(name: str, label: str) -> str:
+    return f"the handwritten digit {label}" if name == "digits" else label.lower()
+
+
+def _on_white(image):
+    from hpt_hf.data import to_rgb
+
+    return to_rgb(image)

@@ -1,0 +1,111 @@
+"""Reports: Scores as JSON files, and the tables and pictures made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+
+def write_json(path: str | Path, value: object) -> Path:
+    """Write whole or not at all: a reader, or a full disk, never leaves half a file under the final name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; numbers are right-aligned and shown with one decimal."""
+    rows = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(str(h)), *(len(r[i]) for r in rows), 3) for i, h in enumerate(header)]
+    lines = ["| " + " | ".join(str(h).ljust(w) for h, w in zip(header, widths, strict=True)) + " |"]
+    lines += ["|" + "|".join(("-" * (w + 1) + ":") if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"]
+    lines += ["| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) + " |" for r in rows]
+    return "\n".join(lines)
+
+
+def score_table(scores: Sequence[Mapping]) -> str:
+    """One row a Score, with intervals; the last row is the unweighted mean of the sets.
+
+    Raises:
+        ValueError: Scores of different protocols, attacks or threats: their numbers may not stand in one table.
+    """
+    kinds = {(s["protocol"], s["attack"], s["norm"], s["eps"]) for s in scores}
+    if len(kinds) > 1:
+        raise ValueError(f"one table holds one protocol, attack and threat, these Scores have {sorted(kinds)}: make a table of each")
+    rows = [
+        (s["dataset"], s["n"], s["classes"], s["clean"], "{:.1f}–{:.1f}".format(*s["clean_interval"]), s["robust"], "{:.1f}–{:.1f}".format(*s["interval"]))
+        for s in scores
+    ]
+    count = len(scores)
+    rows.append(("mean", sum(s["n"] for s in scores), "", sum(s["clean"] for s in scores) / count, "", sum(s["robust"] for s in scores) / count, ""))
+    return markdown(("data set", "n", "classes", "clean %", "95%", "robust %", "95%"), rows)
+
+
+def story(summary: Mapping, examples: Sequence, path: str | Path) -> Path:
+    """The quickstart's picture: the phenomenon, clean against robust accuracy of every model, and attacked pictures with their predictions.
+
+    Args:
+        summary: what summary.json holds.
+        examples: (clean, adversarial, truth, {model: prediction on the adversarial picture}); images are (height, width, 3) arrays in [0, 1].
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = {"vanilla": "vanilla student", "proxy": "vanilla proxy", "hpt": "HPT", "hpt_gpd": "HPT-GPD", "tecoa": "TeCoA"}
+    colours = {"vanilla": "#7f7f7f", "proxy": "#bcbd22", "hpt": "#d62728", "hpt_gpd": "#1f77b4", "tecoa": "#2ca02c"}
+    figure = plt.figure(figsize=(13, 7.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    left, right = top.subplots(1, 2, width_ratios=(1, 1.4))
+    phenomenon = summary["proxy_on_student_adversarial"]
+    vanilla = summary["models"]["vanilla"]
+    bars = [
+        ("student,\nclean", vanilla["clean"]),
+        ("student,\nattacked", vanilla["robust"]),
+        ("proxy,\nclean", phenomenon["clean"]),
+        ("proxy, on the\nstudent's attack", phenomenon["adversarial"]),
+    ]
+    drawn = left.bar([b[0] for b in bars], [b[1] for b in bars], color=["#7f7f7f", "#c7c7c7", "#bcbd22", "#dbdb8d"])
+    left.bar_label(drawn, fmt="%.0f")
+    left.set(ylim=(0, 109), ylabel="accuracy, %", title="Nobody is robust, but the proxy survives the student's attack")
+    offsets = {"vanilla": (8, 2), "proxy": (8, -12)}
+    for key, model in summary["models"].items():
+        right.scatter(model["clean"], model["robust"], s=110, color=colours[key], zorder=3)
+        right.annotate(
+            names[key], (model["clean"], model["robust"]), textcoords="offset points", xytext=offsets.get(key, (8, 5)), color=colours[key], weight="bold"
+        )
+    right.set(
+        xlim=(0, 105), ylim=(-2, max(m["robust"] for m in summary["models"].values()) * 1.25 + 2), xlabel="clean accuracy, %", ylabel="robust accuracy, %"
+    )
+    right.set_title(f"Mean of {len(summary['tasks'])} zero-shot tasks, {summary['threat']}")
+    right.grid(alpha=0.3)
+    axes = bottom.subplots(2, len(examples), squeeze=False)
+    bottom.suptitle("The same picture, clean and attacked for each model: what each then says", fontsize=11)
+    for column, (clean, adversarial, truth, said) in enumerate(examples):
+        for axis, image in zip(axes[:, column], (clean, adversarial), strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_xticks([]), axis.set_yticks([])
+        axes[0, column].set_title(truth, fontsize=8)
+        for line, (key, prediction) in enumerate(said.items()):
+            right_answer = prediction == truth
+            axes[1, column].text(
+                0.5,
+                -0.08 - 0.13 * line,
+                f"{names[key]}: {'✓' if right_answer else prediction}",
+                transform=axes[1, column].transAxes,
+                ha="center",
+                va="top",
+                fontsize=7,
+                color=colours[key] if right_answer else "#444444",
+            )
+    axes[0, 0].set_ylabel("clean"), axes[1, 0].set_ylabel("attacked")
+    path = Path(path)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,0 +1,243 @@
+"""The schedule of phases, as pure functions of the step, and the callback that carries out GPD's steps between the steps.
+
+Generalization-Pivot Decoupling (arXiv 2601.12865): a low-rate warm-up whose exponential moving average is the *pivot*; then HPT at a
+high rate from the vanilla weights, pulled halfway back to the pivot at the start of every epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from hpt_hf.objectives import Objective
+
+logger = logging.get_logger("hpt_hf.schedule")
+
+PIVOT_FILE = "gpd_pivot.safetensors"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one objective and one learning-rate curve.
+
+    Args:
+        objective: what is minimised and how it is attacked.
+        steps: optimizer steps.
+        learning_rate: the peak; linear warm-up over `warmup_steps`, then cosine to 0 at the end of the phase.
+        restart: begin from the vanilla weights, with empty momentum, instead of where the last phase ended.
+        ema: decay g of the moving average `ema <- g ema + (1 - g) theta`, taken at the end of each interval; its last value is the pivot.
+        pull: ratio b of `theta <- b theta + (1 - b) pivot`, done at the start of each interval but the first.
+    """
+
+    objective: Objective
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 0
+    restart: bool = False
+    ema: float | None = None
+    pull: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"phase {self.objective.name}: steps={self.steps}, expected at least 1")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"phase {self.objective.name}: learning_rate={self.learning_rate}, expected a positive number")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"phase {self.objective.name}: warmup_steps={self.warmup_steps}, expected 0 to {self.steps}, the steps of the phase")
+        for name in ("ema", "pull"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"phase {self.objective.name}: {name}={value}, expected a ratio between 0 and 1")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the phase's own step number `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Phases in turn. `interval` is the number of steps between averages and pulls: an epoch, unless said otherwise."""
+
+    phases: tuple[Phase, ...]
+    interval: int
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError("a schedule needs at least one phase")
+        if self.interval < 1:
+            raise ValueError(f"interval={self.interval}: expected at least one step between averages and pulls")
+        averaged = False
+        for phase in self.phases:
+            if phase.pull is not None and not averaged:
+                raise ValueError(f"phase {phase.objective.name} is pulled to a pivot that no phase before it makes: give an earlier phase an ema")
+            averaged |= phase.ema is not None
+
+    @classmethod
+    def single(cls, objective: Objective, *, steps: int, learning_rate: float, warmup_steps: int = 0) -> Schedule:
+        """One objective from start to end: plain HPT, and every baseline."""
+        return cls((Phase(objective, steps, learning_rate, warmup_steps),), interval=steps)
+
+    @classmethod
+    def gpd(
+        cls,
+        warm_up: Objective,
+        main: Objective,
+        *,
+        warm_up_steps: int,
+        steps: int,
+        warm_up_learning_rate: float,
+        learning_rate: float,
+        interval: int,
+        warmup_steps: int = 0,
+        ema: float = 0.9,
+        pull: float = 0.5,
+        restart: bool = True,
+    ) -> Schedule:
+        """The paper's two stages. `warmup_steps` is the linear ramp of the learning rate in the second."""
+        first = Phase(warm_up, warm_up_steps, warm_up_learning_rate, ema=ema)
+        return cls((first, Phase(main, steps, learning_rate, warmup_steps, restart=restart, pull=pull)), interval)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(p.steps for p in self.phases)
+
+    def locate(self, step: int) -> tuple[Phase, int]:
+        """The phase of a global step and the step's number within it. Steps past the end belong to the last phase."""
+        for phase in self.phases[:-1]:
+            if step < phase.steps:
+                return phase, step
+            step -= phase.steps
+        return self.phases[-1], step
+
+    def phase(self, step: int) -> Phase:
+        return self.locate(step)[0]
+
+    def learning_rate(self, step: int) -> float:
+        phase, within = self.locate(step)
+        return phase.rate(within)
+
+    def restarts_at(self, step: int) -> bool:
+        """Does the student return to the vanilla weights right before this step?"""
+        phase, within = self.locate(step)
+        return phase.restart and within == 0
+
+    def pulls_at(self, step: int) -> bool:
+        """Is the student pulled to the pivot right before this step?"""
+        phase, within = self.locate(step)
+        return phase.pull is not None and 0 < within < phase.steps and within % self.interval == 0
+
+    def averages_after(self, step: int) -> bool:
+        """Does the moving average take the weights in right after this step? At the end of every interval and of the phase."""
+        phase, within = self.locate(step)
+        return phase.ema is not None and within < phase.steps and ((within + 1) % self.interval == 0 or within + 1 == phase.steps)
+
+
+class GPDCallback(TrainerCallback):
+    """Carries out what the schedule says happens between steps: average, restart, pull.
+
+    It owns two copies of the trained parameters: the vanilla weights, and the moving average that becomes the pivot. The average is saved with
+    every checkpoint (`gpd_pivot.safetensors`) and read back by `load`; *when* something happens is never counted here but asked of the
+    schedule, so a resumed run cannot drift.
+
+    Args:
+        schedule: the phases.
+        student: the unwrapped model with its vanilla weights.
+    """
+
+    def __init__(self, schedule: Schedule, student: torch.nn.Module):
+        self.schedule = schedule
+        names = [n for n, p in student.named_parameters() if p.requires_grad]
+        weights = dict(student.named_parameters())
+        needed = any(p.restart or p.ema is not None or p.pull is not None for p in schedule.phases)
+        self.vanilla = {n: weights[n].detach().clone() for n in names} if needed else {}
+        self.average = {n: w.clone() for n, w in self.vanilla.items()}
+
+    def move(self, device: torch.device) -> None:
+        """Keep the copies where the student trains."""
+        self.vanilla = {n: t.to(device) for n, t in self.vanilla.items()}
+        self.average = {n: t.to(device) for n, t in self.average.items()}
+
+    @torch.no_grad()
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        step = state.global_step
+        if self.schedule.restarts_at(step):
+            distance = math.sqrt(sum(float((self.average[n] - v).square().sum()) for n, v in self.vanilla.items()))
+            logger.info(f"step {step}: the pivot stands, {distance:.3g} from the vanilla weights; the student restarts from those")
+            for name, parameter in self._trained(model):
+                parameter.copy_(self.vanilla[name])
+            # Momentum gathered elsewhere, at another rate, would throw the restarted student off.
+            optimizer.state.clear()
+        if self.schedule.pulls_at(step):
+            ratio = self.schedule.phase(step).pull
+            for name, parameter in self._trained(model):
+                parameter.mul_(ratio).add_(self.average[name], alpha=1 - ratio)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        done = state.global_step - 1  # the Trainer has counted the step already
+        if self.schedule.averages_after(done):
+            decay = self.schedule.phase(done).ema
+            for name, parameter in self._trained(model):
+                self.average[name] = decay * self.average[name] + (1 - decay) * parameter.detach()
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.vanilla and state.is_world_process_zero:
+            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def save(self, folder: Path) -> None:
+        """Write the average beside a checkpoint, whole or not at all."""
+        metadata = {"vanilla": _digest(self.vanilla), "schedule": json.dumps(self._describe())}
+        temporary = folder / (PIVOT_FILE + ".part")
+        save_file({n: t.contiguous().cpu() for n, t in self.average.items()}, temporary, metadata=metadata)
+        temporary.replace(folder / PIVOT_FILE)
+
+    def load(self, folder: str | Path) -> None:
+        """Take the average from a checkpoint.
+
+        Raises:
+            FileNotFoundError: the checkpoint has none: it was cut off while being saved, or another method made it.
+            ValueError: it belongs to a run with other vanilla weights or another schedule.
+        """
+        if not self.vanilla:
+            return
+        path = Path(folder) / PIVOT_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: this checkpoint was cut off while being saved, or was not made by this recipe; resume from an earlier one"
+            )
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata["vanilla"] != _digest(self.vanilla):
+                raise ValueError(f"{folder} was trained from other vanilla weights than the model given now: resume with the same --model_name_or_path")
+            if json.loads(metadata["schedule"]) != self._describe():
+                raise ValueError(
+                    f"{folder} was trained under another schedule, {metadata['schedule']}, than the one given now, {json.dumps(self._describe())}: resume with the same recipe"
+                )
+            self.average = {n: file.get_tensor(n).to(self.vanilla[n].device) for n in self.vanilla}
+
+    def _describe(self) -> list:
+        return [self.schedule.interval, *([p.objective.name, p.steps, p.learning_rate, p.warmup_steps, p.restart, p.ema, p.pull] for p in self.schedule.phases)]
+
+    def _trained(self, model: torch.nn.Module) -> Sequence[tuple[str, torch.nn.Parameter]]:
+        return [(n, p) for n, p in model.named_parameters() if n in self.vanilla]
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,17 @@
+"""The vocabulary: what the tensors that travel between the rooms of this package look like (jaxtyping, checked in the tests)."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Un-normalised RGB in [0, 1]. Normalisation happens inside the model, so that a pixel means the same to every model.
+Images = Float[Tensor, "batch 3 height width"]
+# logit_scale * cosine similarity to each class's prompt.
+Logits = Float[Tensor, "batch classes"]
+# Projected, not normalised.
+Embeds = Float[Tensor, "batch dim"]
+# Indices into the class list.
+Labels = Int[Tensor, "batch"]
+# One number per image, for example its loss.
+PerExample = Float[Tensor, "batch"]
+# One 63-bit number per image: a digest of its pixels. The attack's randomness hangs on it and not on the place in a batch.
+Keys = Int[Tensor, "batch"]

@@ -1,0 +1,152 @@
+"""The threat model: which perturbations an attacker may use, as a ball around the image intersected with [0, 1].
+
+l-inf and l-2 balls as in Madry et al. 2018 (arXiv 1706.06083). Every returned image lies in the ball and in [0, 1] to the last
+bit, in float32 and in float64 arithmetic alike; `contains` is the check.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from hpt_hf.shapes import Images, Keys, PerExample
+
+NORMS = ("linf", "l2")
+
+
+def parse_eps(eps: str | float) -> float:
+    """`"8/255"` or `0.03` -> float; anything that is not a positive number is an error."""
+    try:
+        value = float(Fraction(eps.replace(" ", ""))) if isinstance(eps, str) else float(eps)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"eps={eps!r} is not a number: write a fraction such as '8/255'") from None
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"eps={eps!r}: expected a finite number of at least 0, such as '8/255'")
+    return value
+
+
+def _float32_below(value: float) -> float:
+    """The largest float32 that is not above `value`: a bound that holds however it is compared."""
+    rounded = torch.tensor(value, dtype=torch.float32)
+    if rounded.item() > value:
+        rounded = torch.nextafter(rounded, torch.tensor(-math.inf))
+    return rounded.item()
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Uniform noise as a pure function of (seed, draw, image, pixel).
+
+    The attack's own random generator: it never touches torch's global one, and gives an image the same noise on any device, in any
+    batch, at any place in it and on any process. That is what makes resumed == uninterrupted and 1 process == 2 exact.
+
+    Args:
+        keys: (batch,) one number per image, see `hpt_hf.data.image_key`.
+        seed: of the run.
+        draw: which draw for this image, for example the training step.
+    """
+
+    keys: Keys
+    seed: int = 0
+    draw: int = 0
+
+    def uniform(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """float32 in [0, 1), of shape (batch, *shape)."""
+        start = _mix(self.keys.long() ^ _mix(torch.tensor(self.seed * 0x9E3779B1 + self.draw, device=self.keys.device)))
+        counter = torch.arange(math.prod(shape), device=self.keys.device)
+        # Only 24 bits fit a float32 below 1.
+        bits = (_mix(start[:, None] + counter[None, :] * _signed(0x9E3779B97F4A7C15)) >> 40) & 0xFFFFFF
+        return (bits.float() / 2**24).view(len(self.keys), *shape)
+
+    def normal(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Standard normal float32 of shape (batch, *shape) (Box-Muller)."""
+        radius, angle = self.uniform((2, *shape)).unbind(1)
+        return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser (Steele et al. 2014) on int64 tensors, whose products wrap around."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A ball of radius `eps` in `norm`, around images in [0, 1].
+
+    Args:
+        norm: `"linf"` or `"l2"`.
+        eps: radius as a fraction of the pixel range, `"8/255"` or a float.
+
+    Raises:
+        ValueError: unknown norm, or an l-inf radius above 1 (8 where 8/255 is meant).
+    """
+
+    norm: str = "linf"
+    eps: str | float = "1/255"
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r}: expected one of {', '.join(NORMS)}")
+        if self.norm == "linf" and self.radius > 1:
+            raise ValueError(f"eps={self.eps}: images live in [0, 1], so an l-inf radius above 1 is no constraint; did you mean '{self.eps}/255'?")
+
+    @property
+    def radius(self) -> float:
+        return _float32_below(parse_eps(self.eps))
+
+    def __str__(self) -> str:
+        return f"{self.norm} {self.eps}"
+
+    def random_start(self, images: Images, noise: Noise) -> Images:
+        """A uniformly random point of the ball, then clipped to [0, 1]."""
+        shape = tuple(images.shape[1:])
+        if self.norm == "linf":
+            delta = (2 * noise.uniform(shape) - 1) * self.radius
+        else:
+            direction = noise.normal(shape)
+            length = noise.uniform((1,)) ** (1 / math.prod(shape))  # volume grows as radius^dimension
+            delta = direction / _norm(direction).clamp_min(1e-12) * (length * self.radius).view(-1, 1, 1, 1)
+        return self.project(images + delta, images)
+
+    def ascent_direction(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The steepest ascent of unit size: sign for l-inf, the normalised gradient for l-2 (0 where the gradient is 0)."""
+        if self.norm == "linf":
+            return gradient.sign()
+        return gradient / _norm(gradient).clamp_min(1e-12)
+
+    def project(self, perturbed: Images, images: Images) -> Images:
+        """The nearest point of the ball around `images` within [0, 1]."""
+        if self.norm == "linf":
+            # Bounds are rounded inwards: x + eps in float32 may lie one bit outside.
+            exact_low, exact_high = images.double() - self.radius, images.double() + self.radius
+            low, high = exact_low.float(), exact_high.float()
+            low = torch.where(low.double() < exact_low, torch.nextafter(low, torch.full_like(low, math.inf)), low)
+            high = torch.where(high.double() > exact_high, torch.nextafter(high, torch.full_like(high, -math.inf)), high)
+            return torch.minimum(torch.maximum(perturbed, low.clamp_min(0)), high.clamp_max(1))
+        delta = perturbed - images
+        # A hair inside, so that float32 rounding of the sum cannot step outside.
+        shrink = (self.radius * (1 - 1e-6) / _norm(delta).clamp_min(1e-12)).clamp_max(1)
+        return (images + delta * shrink).clamp(0, 1)
+
+    def distance(self, perturbed: Images, images: Images) -> PerExample:
+        """The norm of each perturbation, in float64."""
+        delta = (perturbed.double() - images.double()).flatten(1)
+        return delta.abs().amax(1) if self.norm == "linf" else delta.norm(dim=1)
+
+    def contains(self, perturbed: Images, images: Images) -> torch.Tensor:
+        """(batch,) bool: inside the ball and inside [0, 1], with no tolerance."""
+        inside = ((perturbed >= 0) & (perturbed <= 1)).flatten(1).all(1)
+        return inside & (self.distance(perturbed, images) <= self.radius)
+
+
+def _norm(delta: torch.Tensor) -> torch.Tensor:
+    return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

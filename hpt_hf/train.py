@@ -1,0 +1,161 @@
+"""`recipes/train.py`: from a recipe to a robust CLIP in a folder that `pipeline` opens."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+from transformers import set_seed
+from transformers.utils import logging
+
+from hpt_hf.arguments import DataArguments, MethodArguments, RecipeError, RecipeTrainingArguments, parse
+from hpt_hf.data import Collate, DatasetSpec, LabelledPictures, held_out, read_classes
+from hpt_hf.evaluation import hardware, versions
+from hpt_hf.hub import export
+from hpt_hf.lab.suite import WEIGHTS, open_pictures
+from hpt_hf.objectives import OBJECTIVES, Divergence, Objective
+from hpt_hf.report import write_json
+from hpt_hf.schedule import Schedule
+from hpt_hf.threat import ThreatModel, parse_eps
+from hpt_hf.trainer import HPTTrainer, TrainingAttack
+from hpt_hf.zero_shot import TEMPLATE, ZeroShotCLIP
+
+logger = logging.get_logger("hpt_hf.train")
+
+
+def load_clip(source: str, revision: str | None = None) -> ZeroShotCLIP:
+    """`lab:student` and `lab:proxy` are the pair that ships with the package; all else is a folder or a Hub id."""
+    return ZeroShotCLIP.load(WEIGHTS / source[4:] if source.startswith("lab:") else source, revision=revision)
+
+
+def dataset_spec(args, path: str, split: str, *, revision: str | None = None) -> DatasetSpec:
+    """What the data flags say of one path."""
+    if args.classes and args.classes_file:
+        raise RecipeError("both --classes and --classes_file name the classes: give one of them")
+    classes = read_classes(args.classes_file) if args.classes_file else tuple(args.classes) if args.classes else None
+    templates = tuple(args.templates) if args.templates else (TEMPLATE,)
+    return DatasetSpec(path, split=split, revision=revision, image=args.image_column, label=args.label_column, classes=classes, templates=templates)
+
+
+def build_objective(name: str, args: MethodArguments) -> Objective:
+    """A row of OBJECTIVES with the recipe's KL and target of attack."""
+    changes: dict = {"divergence": Divergence(args.kl_direction, args.temperature)}
+    if args.attack_on != "student":
+        changes["attack_on"] = args.attack_on
+    return dataclasses.replace(OBJECTIVES[name], **changes)
+
+
+def build_schedule(args: MethodArguments, training: RecipeTrainingArguments, steps_per_epoch: int) -> Schedule:
+    """Epochs of the recipe -> steps. With `max_steps`, both stages shrink in proportion: a short run still goes through the switch."""
+    main = max(1, round(training.num_train_epochs * steps_per_epoch))
+    first = max(1, round(args.ga_epochs * steps_per_epoch)) if args.method == "hpt_gpd" else 0
+    if training.max_steps > 0:
+        total = training.max_steps
+        first = min(max(1, round(total * first / (first + main))), total - 1) if first else 0
+        if args.method == "hpt_gpd" and total < 2:
+            raise RecipeError("hpt_gpd has two stages: max_steps must be at least 2")
+        main = total - first
+    warmup = min(training.get_warmup_steps(main), main)
+    if args.method != "hpt_gpd":
+        return Schedule.single(build_objective(args.method, args), steps=main, learning_rate=training.learning_rate, warmup_steps=warmup)
+    return Schedule.gpd(
+        build_objective("ga", args),
+        build_objective("hpt", args),
+        warm_up_steps=first,
+        steps=main,
+        warm_up_learning_rate=training.learning_rate / 1000 if args.ga_learning_rate is None else args.ga_learning_rate,
+        learning_rate=training.learning_rate,
+        interval=steps_per_epoch if args.interval is None else args.interval,
+        warmup_steps=warmup,
+        ema=args.ema,
+        pull=args.pull,
+        restart=args.restart,
+    )
+
+
+def build(
+    data: DataArguments, method: MethodArguments, training: RecipeTrainingArguments, *, pictures: LabelledPictures | None = None, callbacks=None
+) -> HPTTrainer:
+    """Everything a recipe says, as a trainer ready to train. Nothing is written before this has succeeded."""
+    set_seed(training.seed)
+    threat = ThreatModel(method.norm, method.eps)
+    step_size = None if method.attack_step_size is None else parse_eps(method.attack_step_size)
+    attack = TrainingAttack(threat, method.attack_steps, step_size)
+    spec = dataset_spec(data, data.dataset, data.dataset_split, revision=data.dataset_revision)
+    if pictures is None:
+        pictures = open_pictures(spec, training=True, data_dir=data.data_dir, on_corrupt=data.on_corrupt)
+    train_part, eval_part = held_out(pictures, method.held_out, seed=0)
+    global_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    if len(train_part) < global_batch:
+        raise RecipeError(
+            f"{len(train_part)} training pictures do not fill one batch of {global_batch} ({training.per_device_train_batch_size} × {training.gradient_accumulation_steps} "
+            f"accumulated × {training.world_size} processes): lower per_device_train_batch_size"
+        )
+    schedule = build_schedule(method, training, len(train_part) // global_batch)
+    student = load_clip(method.model_name_or_path, method.model_revision).set_classes(pictures.classes, pictures.templates)
+    proxy = None
+    if any("proxy" in p.objective.references for p in schedule.phases):
+        if method.proxy_name_or_path is None:
+            raise RecipeError(f"{method.method} learns from a proxy: name a vanilla CLIP of another architecture with --proxy_name_or_path")
+        proxy = load_clip(method.proxy_name_or_path, method.proxy_revision).set_classes(pictures.classes, pictures.templates)
+    return HPTTrainer(
+        student,
+        training,
+        schedule=schedule,
+        attack=attack,
+        proxy=proxy,
+        train_dataset=train_part,
+        eval_dataset=eval_part,
+        data_collator=Collate(student.processor),
+        callbacks=callbacks,
+    )
+
+
+def run(data: DataArguments, method: MethodArguments, training: RecipeTrainingArguments, **kwargs) -> dict:
+    """Train, measure on the held-out slice, export to `output_dir`; returns what `train.json` records."""
+    trainer = build(data, method, training, **kwargs)
+    start = time.time()
+    trainer.train(resume_from_checkpoint=True if method.resume else None)
+    seconds = time.time() - start
+    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    record = {
+        "method": method.method,
+        "recipe": {k: v for part in (data, method) for k, v in dataclasses.asdict(part).items()},
+        "steps": trainer.schedule.total_steps,
+        "learning_rate": training.learning_rate,
+        "batch": training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        "seed": training.seed,
+        "seconds": round(seconds, 1),
+        "held_out": {k: v for k, v in metrics.items() if k.endswith("accuracy")},
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    if trainer.is_world_process_zero():
+        facts = {
+            "method": method.method,
+            "threat model in training": f"{method.norm}, eps {method.eps}, PGD-{method.attack_steps}",
+            "proxy": method.proxy_name_or_path or "none",
+            "training data": data.dataset,
+            "steps × batch": f"{record['steps']} × {record['batch']}",
+            "time": f"{seconds / 60:.1f} minutes on {record['hardware']}",
+        }
+        export(trainer.accelerator.unwrap_model(trainer.model), training.output_dir, base_model=method.model_name_or_path, facts=facts)
+        write_json(Path(training.output_dir) / "train.json", record)
+    trainer.accelerator.wait_for_everyone()
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    return record | {"trainer": trainer}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exit 2 with one line for a mistake in recipe, data or model; everything else is a traceback."""
+    try:
+        data, method, training = parse((DataArguments, MethodArguments, RecipeTrainingArguments), argv)
+        record = run(data, method, training)
+    except (RecipeError, ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"recipes/train.py: {error}")
+    if training.process_index == 0:
+        slice_ = "".join(f", {k.removeprefix('eval_').replace('_', ' ')} {v:.1f}%" for k, v in record["held_out"].items())
+        print(f"{method.method}: {record['steps']} steps in {record['seconds']:.0f} s{slice_} -> {training.output_dir}")

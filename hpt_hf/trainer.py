@@ -1,0 +1,211 @@
+"""HPTTrainer: transformers' Trainer, whose loss crafts adversarial images and asks the schedule's objective about them.
+
+Few hooks and no formula: the loss is in `objectives.py`, the attack in `attacks.py`, what happens when in `schedule.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.utils import logging
+
+from hpt_hf.attacks import frozen, pgd
+from hpt_hf.objectives import Views
+from hpt_hf.schedule import GPDCallback, Schedule
+from hpt_hf.shapes import Images, Keys
+from hpt_hf.threat import Noise, ThreatModel
+from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
+
+logger = logging.get_logger("hpt_hf.trainer")
+
+
+@dataclass(frozen=True)
+class TrainingAttack:
+    """PGD as training uses it: steps of `step_size` (None: the whole radius, as in the paper) from a random start."""
+
+    threat: ThreatModel
+    steps: int = 2
+    step_size: float | None = None
+
+    def __call__(self, loss_fn, images: Images, keys: Keys, *, seed: int, draw: int) -> Images:
+        size = self.threat.radius if self.step_size is None else self.step_size
+        return pgd(loss_fn, images, self.threat, steps=self.steps, step_size=size, noise=Noise(keys, seed, draw))
+
+
+class HPTTrainer(Trainer):
+    """Adversarial fine-tuning of a `ZeroShotCLIP` by a schedule of objectives.
+
+    Batches hold `images` (batch, 3, height, width) in [0, 1], `keys` (batch,) and, unless the data has none, `labels` (batch,): what
+    `hpt_hf.data.Collate` makes.
+
+    Args:
+        student: with its vanilla weights and its classes set; only its vision side is trained.
+        args: transformers' TrainingArguments; `max_steps` is taken from the schedule.
+        schedule: the phases.
+        attack: how training images are attacked.
+        proxy: a vanilla CLIP of another architecture with the same classes set, or None if no objective asks for one.
+
+    Raises:
+        ValueError: a reference is missing, class lists differ, or an objective needs labels that the data lacks.
+    """
+
+    # The loss is a mean over its micro-batch, so the Trainer must divide it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, student: ZeroShotCLIP, args, *, schedule: Schedule, attack: TrainingAttack, proxy: ZeroShotCLIP | None = None, **kwargs):
+        if not student.classes:
+            raise ValueError("the student has no classes: call student.set_classes(names, templates) first")
+        needed = {r for phase in schedule.phases for r in phase.objective.references}
+        if "proxy" in needed and proxy is None:
+            raise ValueError(f"{schedule.phases[0].objective.name} learns from a proxy and none was given: pass a vanilla CLIP of another architecture")
+        # Only what an objective asks for is kept: a frozen model nobody asks costs memory on every device.
+        proxy = proxy if "proxy" in needed else None
+        if proxy is not None:
+            self._check_proxy(student, proxy)
+        # Batches carry PIL rows that the model's signature does not name, and labels that the stock evaluation must find.
+        args.remove_unused_columns = False
+        args.label_names = ["labels"]
+        args.max_steps = schedule.total_steps
+        self.schedule, self.attack = schedule, attack
+        self.gpd = GPDCallback(schedule, student.freeze_text())
+        kwargs.setdefault("compute_metrics", accuracies)
+        super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
+        # `.to`, not accelerator.prepare_model: that would make a later evaluate() skip preparing the student, in fp32 silently.
+        self.proxy = None if proxy is None else proxy.to(args.device).eval().requires_grad_(False)
+        self.anchor = None
+        if "anchor" in needed:
+            self.anchor = _copy(student).to(args.device).eval().requires_grad_(False)
+        self.gpd.move(args.device)
+        self.add_callback(self.gpd)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counted = 0
+
+    @staticmethod
+    def _check_proxy(student: ZeroShotCLIP, proxy: ZeroShotCLIP) -> None:
+        if proxy.classes != student.classes:
+            raise ValueError(
+                f"student and proxy have different classes ({len(student.classes)} and {len(proxy.classes)} names): call set_classes with the same list on both"
+            )
+        if fingerprint(proxy) == fingerprint(student):
+            logger.warning(
+                "proxy and student are the same model: an attack on the student is an attack on this proxy, so it has nothing to teach. "
+                "HPT needs a proxy of another architecture."
+            )
+        elif proxy.config.vision_config.to_dict() == student.config.vision_config.to_dict():
+            logger.warning("proxy and student have the same architecture: attacks transfer between such models, and HPT needs them not to")
+        if proxy.image_size != student.image_size:
+            logger.warning(
+                f"the proxy reads {proxy.image_size} px, the student {student.image_size} px: the student's images are resized for the proxy, inside the proxy"
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        step = self.state.global_step
+        phase = self.schedule.phase(step)
+        objective = phase.objective
+        if objective.needs_labels and "labels" not in inputs:
+            raise ValueError(f"{objective.name} needs labels and the data has none; hpt, ga, fare and anchor_clean do without")
+        student = self.accelerator.unwrap_model(model)
+        views = Views(inputs["images"], student=model, proxy=self._reference(self.proxy), anchor=self._reference(self.anchor), labels=inputs.get("labels"))
+        # The attack calls a method of the unwrapped model: no autocast, no gradient sync. The loss goes through the wrapped model.
+        attacked = student if objective.attack_on == "student" else self.proxy
+        with frozen(attacked):
+            views.adversarial_images = self.attack(
+                lambda images: objective.attack(attacked.classify(images), views),
+                inputs["images"],
+                inputs["keys"],
+                seed=self.args.seed,
+                draw=step if model.training else -1,  # evaluations at different steps see the same attack
+            )
+        terms = objective(views)
+        loss = sum(terms.values())
+        if not torch.isfinite(loss):
+            values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {step} of {self.schedule.total_steps}, in phase {objective.name} ({values}) at learning rate "
+                f"{self.schedule.learning_rate(step):.3g}: lower the rate, or resume from the last checkpoint in {self.args.output_dir}"
+            )
+        if model.training:
+            self._count(terms, views)
+        if not return_outputs:
+            return loss
+        return loss, {"adversarial": views.student.adversarial.logits, "clean": views.student.clean.logits}
+
+    def _reference(self, reference: ZeroShotCLIP | None):
+        if reference is None:
+            return None
+
+        def forward(images: Images):
+            with self.accelerator.autocast():
+                return reference(images)
+
+        return forward
+
+    @torch.no_grad()
+    def _count(self, terms: dict[str, torch.Tensor], views: Views) -> None:
+        robust = (views.student.adversarial.logits.argmax(1) == views.labels).float().mean()
+        values = {f"loss_{name}": value.detach() for name, value in terms.items()} | {"robust_batch_accuracy": robust}
+        if set(values) != set(self._sums):  # the first batch, or a new phase
+            self._sums, self._counted = {k: torch.zeros_like(v, dtype=torch.float32) for k, v in values.items()}, 0
+        for name, value in values.items():
+            self._sums[name] += value
+        self._counted += 1
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._counted:
+            names = sorted(self._sums)
+            means = self.accelerator.reduce(torch.stack([self._sums[n] for n in names]) / self._counted, "mean")
+            logs |= {n: round(v, 5) for n, v in zip(names, means.tolist(), strict=True)}
+            logs["phase"] = self.schedule.phase(max(0, self.state.global_step - 1)).objective.name
+            self._sums, self._counted = {}, 0
+        super().log(logs, start_time)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """LambdaLR over the global step, times a base rate of 1 that the optimizer got from TrainingArguments."""
+        optimizer = self.optimizer if optimizer is None else optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = 1.0
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.learning_rate)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As Trainer.train; the pivot is read from the checkpoint too.
+
+        Raises:
+            FileNotFoundError, ValueError: no such checkpoint, or one that does not belong to this run.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise FileNotFoundError(f"nothing to resume: {self.args.output_dir} holds no checkpoint; start without resume_from_checkpoint")
+        if resume_from_checkpoint:
+            if not Path(resume_from_checkpoint).is_dir():
+                raise FileNotFoundError(f"no checkpoint at {resume_from_checkpoint}")
+            self.gpd.load(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+
+def accuracies(prediction: EvalPrediction) -> dict[str, float]:
+    """Clean and robust accuracy in percent, on the held-out slice of the training data."""
+    adversarial, clean = prediction.predictions
+    labels = prediction.label_ids
+    return {name: 100 * float((logits.argmax(1) == labels).mean()) for name, logits in (("clean_accuracy", clean), ("robust_accuracy", adversarial))}
+
+
+def _copy(student: ZeroShotCLIP) -> ZeroShotCLIP:
+    """The student's frozen twin; the two share tokenizer and processor, which never change."""
+    twin = ZeroShotCLIP(student.config)
+    twin.load_state_dict(student.state_dict())
+    twin.attach(student.processor)
+    twin.class_embeds, twin.classes = student.class_embeds.clone(), student.classes
+    return twin
+
+
+def progress(message: str) -> None:
+    """One line for the person watching, apart from what the program prints as its result."""
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,38 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="hpt_hf",
+    version="0.1.0",
+    description="Adversarially robust CLIP by heterogeneous proxy transfer, the Hugging Face way",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["hpt_hf", "hpt_hf.*"]),
+    package_data={"hpt_hf.lab": ["weights/*/*"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6,<3",
+        "transformers>=5.20,<6",
+        "datasets>=5.0,<6",
+        "accelerate>=1.12,<2",
+        "evaluate>=0.4.6,<0.5",
+        "safetensors>=0.6",
+        "huggingface_hub>=1.31,<3",
+        # Nothing above pulls Pillow, and without it no image processor and no pipeline works.
+        "Pillow>=11,<14",
+        "jaxtyping>=0.3",
+        "PyYAML>=6",
+    ],
+    extras_require={
+        # The lab draws its pictures with the fonts that matplotlib ships; reports draw their plots with it.
+        "lab": ["matplotlib>=3.9"],
+        "plots": ["matplotlib>=3.9"],
+        "track": ["tensorboard>=2.19"],
+        "test": ["matplotlib>=3.9", "pytest>=8", "pytest-timeout>=2.3", "beartype>=0.20", "ruff>=0.12"],
+    },
+    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+)
