@@ -35,7 +35,9 @@ class DataArguments:
     label_column: str | None = None
     classes: list[str] | None = field(default=None, metadata={"help": "class names in label order"})
     classes_file: str | None = field(default=None, metadata={"help": "class names, one a line, or a JSON list"})
-    templates: list[str] | None = field(default=None, metadata={"help": "prompts with {} for the class name; several make an ensemble"})
+    templates: list[str] | None = field(
+        default=None, metadata={"help": "prompts with {} for the class name; several make an ensemble"}
+    )
     on_corrupt: Literal["error", "skip"] = "error"
 
 
@@ -45,21 +47,29 @@ class MethodArguments:
 
     method: Method
     model_name_or_path: str = field(metadata={"help": "the student: a folder or a Hub id"})
-    proxy_name_or_path: str | None = field(default=None, metadata={"help": "a vanilla CLIP of another architecture (hpt, hpt_gpd, ga)"})
+    proxy_name_or_path: str | None = field(
+        default=None, metadata={"help": "a vanilla CLIP of another architecture (hpt, hpt_gpd, ga)"}
+    )
     model_revision: str | None = None
     proxy_revision: str | None = None
     norm: Literal["linf", "l2"] = "linf"
     eps: str = field(default="1/255", metadata={"help": "radius of the ball as a fraction of the pixel range"})
     attack_steps: int = 2
-    attack_step_size: str | None = field(default=None, metadata={"help": "a fraction; left out: the whole radius, as in the paper"})
+    attack_step_size: str | None = field(
+        default=None, metadata={"help": "a fraction; left out: the whole radius, as in the paper"}
+    )
     attack_on: Literal["student", "proxy"] = "student"
     kl_direction: Literal["forward", "reverse"] = "forward"
     temperature: float = 1.0
     ga_epochs: float = field(default=1.0, metadata={"help": "hpt_gpd: epochs of the generalization-anchored warm-up"})
-    ga_learning_rate: float | None = field(default=None, metadata={"help": "hpt_gpd: its rate; left out: learning_rate / 1000, the paper's ratio"})
+    ga_learning_rate: float | None = field(
+        default=None, metadata={"help": "hpt_gpd: its rate; left out: learning_rate / 1000, the paper's ratio"}
+    )
     ema: float = field(default=0.9, metadata={"help": "hpt_gpd: decay of the moving average that becomes the pivot"})
     pull: float = field(default=0.5, metadata={"help": "hpt_gpd: share of the student kept at each pull to the pivot"})
-    interval: int | None = field(default=None, metadata={"help": "hpt_gpd: steps between averages and pulls; left out: one epoch"})
+    interval: int | None = field(
+        default=None, metadata={"help": "hpt_gpd: steps between averages and pulls; left out: one epoch"}
+    )
     restart: bool = field(default=True, metadata={"help": "hpt_gpd: the second stage begins from the vanilla weights"})
     held_out: float = field(default=0.0, metadata={"help": "share of the training data kept aside to choose settings on"})
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
@@ -85,7 +95,9 @@ class EvaluateArguments:
 
     model: str = field(metadata={"help": "folder or Hub id"})
     output: str = field(metadata={"help": "folder for scores/*.json and report.md"})
-    data: list[str] | None = field(default=None, metadata={"help": "parquet files, image folders, Hub ids, lab:<task> or real:<set>"})
+    data: list[str] | None = field(
+        default=None, metadata={"help": "parquet files, image folders, Hub ids, lab:<task> or real:<set>"}
+    )
     suite: Literal["lab", "real"] | None = field(default=None, metadata={"help": "a named list of zero-shot sets"})
     data_dir: str | None = field(default=None, metadata={"help": "the folder of the real suite"})
     split: str = "test"
@@ -99,7 +111,9 @@ class EvaluateArguments:
     steps: int = 20
     norm: Literal["linf", "l2"] = "linf"
     eps: str = "1/255"
-    resolution: Literal["input", "native"] = field(default="input", metadata={"help": "eps counts on the model's pixels, or on the picture's own"})
+    resolution: Literal["input", "native"] = field(
+        default="input", metadata={"help": "eps counts on the model's pixels, or on the picture's own"}
+    )
     limit: int | None = field(default=None, metadata={"help": "a fixed random sample of so many pictures of each set"})
     batch_size: int = 128
     seed: int = 0

@@ -72,9 +72,13 @@ def pgd(
         ValueError: images outside [0, 1]: they were normalised, or are still 0..255.
     """
     if images.dtype != torch.float32:
-        raise TypeError(f"the attack runs in float32, the images are {images.dtype}: half precision weakens attacks (sign(0) = 0)")
+        raise TypeError(
+            f"the attack runs in float32, the images are {images.dtype}: half precision weakens attacks (sign(0) = 0)"
+        )
     if len(images) and not (images.min() >= 0 and images.max() <= 1):  # also catches NaN
-        raise ValueError(f"images must lie in [0, 1], got [{images.min().item():.3g}, {images.max().item():.3g}]: give them un-normalised, divided by 255")
+        raise ValueError(
+            f"images must lie in [0, 1], got [{images.min().item():.3g}, {images.max().item():.3g}]: give them un-normalised, divided by 255"
+        )
     images = images.detach()
     perturbed = images if noise is None else threat.random_start(images, noise)
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):

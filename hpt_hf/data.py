@@ -105,7 +105,10 @@ class LabelledPictures:
             except ValueError as error:
                 skipped.append((self.row_id(index), str(error).split("; repair")[0]))
         if skipped:
-            logger.warning(f"{len(skipped)} of {len(self)} pictures of {self.name} are skipped: " + "; ".join(reason for _, reason in skipped[:5]))
+            logger.warning(
+                f"{len(skipped)} of {len(self)} pictures of {self.name} are skipped: "
+                + "; ".join(reason for _, reason in skipped[:5])
+            )
         if not kept:
             raise ValueError(f"none of the {len(self)} pictures of {self.name} can be read; the first: {skipped[0][1]}")
         return replace(self, kept=kept, skipped=skipped)
@@ -158,7 +161,11 @@ class _Files:
 
     def __getitem__(self, index: int) -> dict:
         file = self.files[index]
-        return {"image": file.read_bytes(), "label": None if self.labels is None else self.labels[index], "where": f"file {file.name}"}
+        return {
+            "image": file.read_bytes(),
+            "label": None if self.labels is None else self.labels[index],
+            "where": f"file {file.name}",
+        }
 
 
 def _image_folder(path: Path) -> tuple[_Files, tuple[str, ...] | None]:
@@ -216,7 +223,9 @@ def _table(spec: DatasetSpec, split: str) -> tuple[_Table, tuple[str, ...] | Non
     if label is not None and isinstance(table.features[label], datasets.ClassLabel):
         names = tuple(table.features[label].names)
     if label is not None and table.features[label].dtype == "string":
-        raise ValueError(f"the labels of {spec.path} (column {label!r}) are strings: expected class indices; cast the column to ClassLabel")
+        raise ValueError(
+            f"the labels of {spec.path} (column {label!r}) are strings: expected class indices; cast the column to ClassLabel"
+        )
     return _Table(table, image, label), names
 
 
@@ -257,7 +266,9 @@ def read_classes(file: str | Path) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"no class names at {path}")
     text = path.read_text(encoding="utf-8")
-    return tuple(json.loads(text)) if path.suffix == ".json" else tuple(line.strip() for line in text.splitlines() if line.strip())
+    return (
+        tuple(json.loads(text)) if path.suffix == ".json" else tuple(line.strip() for line in text.splitlines() if line.strip())
+    )
 
 
 def to_rgb(image: Image.Image | bytes) -> Image.Image:
@@ -297,7 +308,9 @@ class Collate:
         if self.native:
             images = np.stack([np.asarray(r["image"]) for r in rows])
         else:
-            pictures = self.processor.image_processor([r["image"] for r in rows], do_normalize=False, do_rescale=False)["pixel_values"]
+            pictures = self.processor.image_processor([r["image"] for r in rows], do_normalize=False, do_rescale=False)[
+                "pixel_values"
+            ]
             images = np.stack([np.asarray(p) for p in pictures]).transpose(0, 2, 3, 1)
         images = np.clip(np.rint(images), 0, 255).astype(np.uint8)
         batch = {
@@ -314,7 +327,9 @@ def to_images(pixels: np.ndarray) -> Images:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def held_out(pictures: LabelledPictures, share: float, seed: int) -> tuple[torch.utils.data.Subset, torch.utils.data.Subset | None]:
+def held_out(
+    pictures: LabelledPictures, share: float, seed: int
+) -> tuple[torch.utils.data.Subset, torch.utils.data.Subset | None]:
     """(training part, held-out slice): a fixed random share by seed, for choosing rates without looking at a test set."""
     count = round(share * len(pictures))
     if count == 0:
@@ -322,4 +337,6 @@ def held_out(pictures: LabelledPictures, share: float, seed: int) -> tuple[torch
     if count >= len(pictures):
         raise ValueError(f"held_out={share} leaves none of the {len(pictures)} pictures for training")
     order = np.random.default_rng(seed).permutation(len(pictures))
-    return torch.utils.data.Subset(pictures, sorted(order[count:].tolist())), torch.utils.data.Subset(pictures, sorted(order[:count].tolist()))
+    return torch.utils.data.Subset(pictures, sorted(order[count:].tolist())), torch.utils.data.Subset(
+        pictures, sorted(order[:count].tolist())
+    )

@@ -25,7 +25,14 @@ def run(args: EvaluateArguments) -> list[Score]:
     model = load_clip(args.model)
     # All sets are opened before the first is attacked: a mistake in the last one should not cost the hours of the others.
     sets = [
-        open_pictures(dataset_spec(args, p, args.split), training=False, limit=args.limit, data_dir=args.data_dir, on_corrupt=args.on_corrupt) for p in paths
+        open_pictures(
+            dataset_spec(args, p, args.split),
+            training=False,
+            limit=args.limit,
+            data_dir=args.data_dir,
+            on_corrupt=args.on_corrupt,
+        )
+        for p in paths
     ]
     scores: list[Score] = []
     for pictures in sets:

@@ -44,7 +44,9 @@ class EvaluationAttack:
         if self.name not in ATTACKS:
             raise ValueError(f"no attack is called {self.name!r}; there are {', '.join(ATTACKS)}")
         if self.resolution not in ("input", "native"):
-            raise ValueError(f"resolution={self.resolution!r}: expected 'input' (the model's size) or 'native' (the picture's own)")
+            raise ValueError(
+                f"resolution={self.resolution!r}: expected 'input' (the model's size) or 'native' (the picture's own)"
+            )
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: expected at least 1")
 
@@ -139,7 +141,9 @@ class Answers:
 
 
 @torch.no_grad()
-def answer(model: ZeroShotCLIP, pictures, attack: EvaluationAttack, *, batch_size: int = 128, limit: int | None = None) -> Answers:
+def answer(
+    model: ZeroShotCLIP, pictures, attack: EvaluationAttack, *, batch_size: int = 128, limit: int | None = None
+) -> Answers:
     """Run clean and attacked predictions. Pictures already wrong are not attacked: they cannot become right."""
     start = time.time()
     collate = Collate(model.processor, native=attack.resolution == "native")
@@ -153,7 +157,9 @@ def answer(model: ZeroShotCLIP, pictures, attack: EvaluationAttack, *, batch_siz
         if right.any():
             target = {k: v[right] for k, v in batch.items()}
             perturbed = attack(model, target["images"], target["keys"], target["labels"])
-            assert attack.threat.contains(perturbed, target["images"]).all(), "the attack left its ball: this is a defect of hpt_hf, please report it"
+            assert attack.threat.contains(perturbed, target["images"]).all(), (
+                "the attack left its ball: this is a defect of hpt_hf, please report it"
+            )
             after[right] = model.classify(perturbed).logits.argmax(1) == target["labels"]
         clean.append(right.cpu())
         robust.append(after.cpu())
@@ -219,7 +225,13 @@ def evaluate(
 
 @torch.no_grad()
 def transfer(
-    source: ZeroShotCLIP, target: ZeroShotCLIP, pictures, attack: EvaluationAttack, *, batch_size: int = 128, limit: int | None = None
+    source: ZeroShotCLIP,
+    target: ZeroShotCLIP,
+    pictures,
+    attack: EvaluationAttack,
+    *,
+    batch_size: int = 128,
+    limit: int | None = None,
 ) -> dict[str, float]:
     """Accuracy of `target` on clean pictures and on those crafted on `source`, in percent: proxy adversarial robustness (arXiv 2601.12865).
 
@@ -253,5 +265,9 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
     return device

@@ -50,7 +50,15 @@ class Views:
 
     adversarial_images: Images | None = None
 
-    def __init__(self, images: Images, *, student: Callable, proxy: Callable | None = None, anchor: Callable | None = None, labels: Labels | None = None):
+    def __init__(
+        self,
+        images: Images,
+        *,
+        student: Callable,
+        proxy: Callable | None = None,
+        anchor: Callable | None = None,
+        labels: Labels | None = None,
+    ):
         self.images = images
         self._labels = labels
         self.student = ModelViews(student, self, gradients=True)
@@ -82,7 +90,9 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if self.direction not in ("forward", "reverse"):
-            raise ValueError(f"direction={self.direction!r}: expected 'forward', KL(teacher || student), or 'reverse', KL(student || teacher)")
+            raise ValueError(
+                f"direction={self.direction!r}: expected 'forward', KL(teacher || student), or 'reverse', KL(student || teacher)"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: expected a positive number")
 
@@ -167,7 +177,9 @@ class Objective:
         if self.attack_on not in ("student", "proxy"):
             raise ValueError(f"attack_on={self.attack_on!r}: expected 'student' or 'proxy'")
         if self.attack_on == "proxy" and "proxy" not in self.references:
-            raise ValueError(f"attack_on='proxy', but {self.name} has no proxy: it refers to {self.references or 'no other model'}")
+            raise ValueError(
+                f"attack_on='proxy', but {self.name} has no proxy: it refers to {self.references or 'no other model'}"
+            )
 
     def __call__(self, views: Views) -> Terms:
         return self.loss(views, self.divergence)
@@ -178,7 +190,9 @@ OBJECTIVES: dict[str, Objective] = {
     for o in (
         Objective("hpt", hpt, maximise_cross_entropy, ("proxy",), "arXiv 2601.12865, stage 2", needs_labels=False),
         Objective("ga", ga, maximise_cross_entropy, ("proxy",), "arXiv 2601.12865, stage 1", needs_labels=False),
-        Objective("anchor_clean", anchor_clean, maximise_cross_entropy, ("anchor",), "control; close to AGFT", needs_labels=False),
+        Objective(
+            "anchor_clean", anchor_clean, maximise_cross_entropy, ("anchor",), "control; close to AGFT", needs_labels=False
+        ),
         Objective("tecoa", tecoa, maximise_cross_entropy, (), "arXiv 2212.07016", needs_labels=True),
         Objective("fare", fare, maximise_embedding_distance, ("anchor",), "arXiv 2402.12336", needs_labels=False),
         Objective("pmg_aft", pmg_aft, maximise_cross_entropy, ("anchor",), "arXiv 2401.04350", needs_labels=True),

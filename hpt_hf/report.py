@@ -24,7 +24,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     widths = [max(len(str(h)), *(len(r[i]) for r in rows), 3) for i, h in enumerate(header)]
     lines = ["| " + " | ".join(str(h).ljust(w) for h, w in zip(header, widths, strict=True)) + " |"]
     lines += ["|" + "|".join(("-" * (w + 1) + ":") if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"]
-    lines += ["| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) + " |" for r in rows]
+    lines += [
+        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) + " |"
+        for r in rows
+    ]
     return "\n".join(lines)
 
 
@@ -36,13 +39,33 @@ def score_table(scores: Sequence[Mapping]) -> str:
     """
     kinds = {(s["protocol"], s["attack"], s["norm"], s["eps"]) for s in scores}
     if len(kinds) > 1:
-        raise ValueError(f"one table holds one protocol, attack and threat, these Scores have {sorted(kinds)}: make a table of each")
+        raise ValueError(
+            f"one table holds one protocol, attack and threat, these Scores have {sorted(kinds)}: make a table of each"
+        )
     rows = [
-        (s["dataset"], s["n"], s["classes"], s["clean"], "{:.1f}–{:.1f}".format(*s["clean_interval"]), s["robust"], "{:.1f}–{:.1f}".format(*s["interval"]))
+        (
+            s["dataset"],
+            s["n"],
+            s["classes"],
+            s["clean"],
+            "{:.1f}–{:.1f}".format(*s["clean_interval"]),
+            s["robust"],
+            "{:.1f}–{:.1f}".format(*s["interval"]),
+        )
         for s in scores
     ]
     count = len(scores)
-    rows.append(("mean", sum(s["n"] for s in scores), "", sum(s["clean"] for s in scores) / count, "", sum(s["robust"] for s in scores) / count, ""))
+    rows.append(
+        (
+            "mean",
+            sum(s["n"] for s in scores),
+            "",
+            sum(s["clean"] for s in scores) / count,
+            "",
+            sum(s["robust"] for s in scores) / count,
+            "",
+        )
+    )
     return markdown(("data set", "n", "classes", "clean %", "95%", "robust %", "95%"), rows)
 
 
@@ -78,10 +101,18 @@ def story(summary: Mapping, examples: Sequence, path: str | Path) -> Path:
     for key, model in summary["models"].items():
         right.scatter(model["clean"], model["robust"], s=110, color=colours[key], zorder=3)
         right.annotate(
-            names[key], (model["clean"], model["robust"]), textcoords="offset points", xytext=offsets.get(key, (8, 5)), color=colours[key], weight="bold"
+            names[key],
+            (model["clean"], model["robust"]),
+            textcoords="offset points",
+            xytext=offsets.get(key, (8, 5)),
+            color=colours[key],
+            weight="bold",
         )
     right.set(
-        xlim=(0, 105), ylim=(-2, max(m["robust"] for m in summary["models"].values()) * 1.25 + 2), xlabel="clean accuracy, %", ylabel="robust accuracy, %"
+        xlim=(0, 105),
+        ylim=(-2, max(m["robust"] for m in summary["models"].values()) * 1.25 + 2),
+        xlabel="clean accuracy, %",
+        ylabel="robust accuracy, %",
     )
     right.set_title(f"Mean of {len(summary['tasks'])} zero-shot tasks, {summary['threat']}")
     right.grid(alpha=0.3)

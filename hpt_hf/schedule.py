@@ -52,7 +52,9 @@ class Phase:
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"phase {self.objective.name}: learning_rate={self.learning_rate}, expected a positive number")
         if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"phase {self.objective.name}: warmup_steps={self.warmup_steps}, expected 0 to {self.steps}, the steps of the phase")
+            raise ValueError(
+                f"phase {self.objective.name}: warmup_steps={self.warmup_steps}, expected 0 to {self.steps}, the steps of the phase"
+            )
         for name in ("ema", "pull"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -81,7 +83,9 @@ class Schedule:
         averaged = False
         for phase in self.phases:
             if phase.pull is not None and not averaged:
-                raise ValueError(f"phase {phase.objective.name} is pulled to a pivot that no phase before it makes: give an earlier phase an ema")
+                raise ValueError(
+                    f"phase {phase.objective.name} is pulled to a pivot that no phase before it makes: give an earlier phase an ema"
+                )
             averaged |= phase.ema is not None
 
     @classmethod
@@ -174,7 +178,9 @@ class GPDCallback(TrainerCallback):
         step = state.global_step
         if self.schedule.restarts_at(step):
             distance = math.sqrt(sum(float((self.average[n] - v).square().sum()) for n, v in self.vanilla.items()))
-            logger.info(f"step {step}: the pivot stands, {distance:.3g} from the vanilla weights; the student restarts from those")
+            logger.info(
+                f"step {step}: the pivot stands, {distance:.3g} from the vanilla weights; the student restarts from those"
+            )
             for name, parameter in self._trained(model):
                 parameter.copy_(self.vanilla[name])
             # Momentum gathered elsewhere, at another rate, would throw the restarted student off.
@@ -220,7 +226,9 @@ class GPDCallback(TrainerCallback):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             if metadata["vanilla"] != _digest(self.vanilla):
-                raise ValueError(f"{folder} was trained from other vanilla weights than the model given now: resume with the same --model_name_or_path")
+                raise ValueError(
+                    f"{folder} was trained from other vanilla weights than the model given now: resume with the same --model_name_or_path"
+                )
             if json.loads(metadata["schedule"]) != self._describe():
                 raise ValueError(
                     f"{folder} was trained under another schedule, {metadata['schedule']}, than the one given now, {json.dumps(self._describe())}: resume with the same recipe"
@@ -228,7 +236,13 @@ class GPDCallback(TrainerCallback):
             self.average = {n: file.get_tensor(n).to(self.vanilla[n].device) for n in self.vanilla}
 
     def _describe(self) -> list:
-        return [self.schedule.interval, *([p.objective.name, p.steps, p.learning_rate, p.warmup_steps, p.restart, p.ema, p.pull] for p in self.schedule.phases)]
+        return [
+            self.schedule.interval,
+            *(
+                [p.objective.name, p.steps, p.learning_rate, p.warmup_steps, p.restart, p.ema, p.pull]
+                for p in self.schedule.phases
+            ),
+        ]
 
     def _trained(self, model: torch.nn.Module) -> Sequence[tuple[str, torch.nn.Parameter]]:
         return [(n, p) for n, p in model.named_parameters() if n in self.vanilla]

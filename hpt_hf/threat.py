@@ -97,7 +97,9 @@ class ThreatModel:
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r}: expected one of {', '.join(NORMS)}")
         if self.norm == "linf" and self.radius > 1:
-            raise ValueError(f"eps={self.eps}: images live in [0, 1], so an l-inf radius above 1 is no constraint; did you mean '{self.eps}/255'?")
+            raise ValueError(
+                f"eps={self.eps}: images live in [0, 1], so an l-inf radius above 1 is no constraint; did you mean '{self.eps}/255'?"
+            )
 
     @property
     def radius(self) -> float:

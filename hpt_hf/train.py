@@ -36,7 +36,15 @@ def dataset_spec(args, path: str, split: str, *, revision: str | None = None) ->
         raise RecipeError("both --classes and --classes_file name the classes: give one of them")
     classes = read_classes(args.classes_file) if args.classes_file else tuple(args.classes) if args.classes else None
     templates = tuple(args.templates) if args.templates else (TEMPLATE,)
-    return DatasetSpec(path, split=split, revision=revision, image=args.image_column, label=args.label_column, classes=classes, templates=templates)
+    return DatasetSpec(
+        path,
+        split=split,
+        revision=revision,
+        image=args.image_column,
+        label=args.label_column,
+        classes=classes,
+        templates=templates,
+    )
 
 
 def build_objective(name: str, args: MethodArguments) -> Objective:
@@ -59,7 +67,9 @@ def build_schedule(args: MethodArguments, training: RecipeTrainingArguments, ste
         main = total - first
     warmup = min(training.get_warmup_steps(main), main)
     if args.method != "hpt_gpd":
-        return Schedule.single(build_objective(args.method, args), steps=main, learning_rate=training.learning_rate, warmup_steps=warmup)
+        return Schedule.single(
+            build_objective(args.method, args), steps=main, learning_rate=training.learning_rate, warmup_steps=warmup
+        )
     return Schedule.gpd(
         build_objective("ga", args),
         build_objective("hpt", args),
@@ -76,7 +86,12 @@ def build_schedule(args: MethodArguments, training: RecipeTrainingArguments, ste
 
 
 def build(
-    data: DataArguments, method: MethodArguments, training: RecipeTrainingArguments, *, pictures: LabelledPictures | None = None, callbacks=None
+    data: DataArguments,
+    method: MethodArguments,
+    training: RecipeTrainingArguments,
+    *,
+    pictures: LabelledPictures | None = None,
+    callbacks=None,
 ) -> HPTTrainer:
     """Everything a recipe says, as a trainer ready to train. Nothing is written before this has succeeded."""
     set_seed(training.seed)
@@ -98,7 +113,9 @@ def build(
     proxy = None
     if any("proxy" in p.objective.references for p in schedule.phases):
         if method.proxy_name_or_path is None:
-            raise RecipeError(f"{method.method} learns from a proxy: name a vanilla CLIP of another architecture with --proxy_name_or_path")
+            raise RecipeError(
+                f"{method.method} learns from a proxy: name a vanilla CLIP of another architecture with --proxy_name_or_path"
+            )
         proxy = load_clip(method.proxy_name_or_path, method.proxy_revision).set_classes(pictures.classes, pictures.templates)
     return HPTTrainer(
         student,
@@ -141,7 +158,12 @@ def run(data: DataArguments, method: MethodArguments, training: RecipeTrainingAr
             "steps × batch": f"{record['steps']} × {record['batch']}",
             "time": f"{seconds / 60:.1f} minutes on {record['hardware']}",
         }
-        export(trainer.accelerator.unwrap_model(trainer.model), training.output_dir, base_model=method.model_name_or_path, facts=facts)
+        export(
+            trainer.accelerator.unwrap_model(trainer.model),
+            training.output_dir,
+            base_model=method.model_name_or_path,
+            facts=facts,
+        )
         write_json(Path(training.output_dir) / "train.json", record)
     trainer.accelerator.wait_for_everyone()
     if training.push_to_hub:

@@ -57,12 +57,23 @@ class HPTTrainer(Trainer):
     # The loss is a mean over its micro-batch, so the Trainer must divide it by the accumulation steps.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, student: ZeroShotCLIP, args, *, schedule: Schedule, attack: TrainingAttack, proxy: ZeroShotCLIP | None = None, **kwargs):
+    def __init__(
+        self,
+        student: ZeroShotCLIP,
+        args,
+        *,
+        schedule: Schedule,
+        attack: TrainingAttack,
+        proxy: ZeroShotCLIP | None = None,
+        **kwargs,
+    ):
         if not student.classes:
             raise ValueError("the student has no classes: call student.set_classes(names, templates) first")
         needed = {r for phase in schedule.phases for r in phase.objective.references}
         if "proxy" in needed and proxy is None:
-            raise ValueError(f"{schedule.phases[0].objective.name} learns from a proxy and none was given: pass a vanilla CLIP of another architecture")
+            raise ValueError(
+                f"{schedule.phases[0].objective.name} learns from a proxy and none was given: pass a vanilla CLIP of another architecture"
+            )
         # Only what an objective asks for is kept: a frozen model nobody asks costs memory on every device.
         proxy = proxy if "proxy" in needed else None
         if proxy is not None:
@@ -97,7 +108,9 @@ class HPTTrainer(Trainer):
                 "HPT needs a proxy of another architecture."
             )
         elif proxy.config.vision_config.to_dict() == student.config.vision_config.to_dict():
-            logger.warning("proxy and student have the same architecture: attacks transfer between such models, and HPT needs them not to")
+            logger.warning(
+                "proxy and student have the same architecture: attacks transfer between such models, and HPT needs them not to"
+            )
         if proxy.image_size != student.image_size:
             logger.warning(
                 f"the proxy reads {proxy.image_size} px, the student {student.image_size} px: the student's images are resized for the proxy, inside the proxy"
@@ -110,7 +123,13 @@ class HPTTrainer(Trainer):
         if objective.needs_labels and "labels" not in inputs:
             raise ValueError(f"{objective.name} needs labels and the data has none; hpt, ga, fare and anchor_clean do without")
         student = self.accelerator.unwrap_model(model)
-        views = Views(inputs["images"], student=model, proxy=self._reference(self.proxy), anchor=self._reference(self.anchor), labels=inputs.get("labels"))
+        views = Views(
+            inputs["images"],
+            student=model,
+            proxy=self._reference(self.proxy),
+            anchor=self._reference(self.anchor),
+            labels=inputs.get("labels"),
+        )
         # The attack calls a method of the unwrapped model: no autocast, no gradient sync. The loss goes through the wrapped model.
         attacked = student if objective.attack_on == "student" else self.proxy
         with frozen(attacked):
@@ -182,7 +201,9 @@ class HPTTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise FileNotFoundError(f"nothing to resume: {self.args.output_dir} holds no checkpoint; start without resume_from_checkpoint")
+                raise FileNotFoundError(
+                    f"nothing to resume: {self.args.output_dir} holds no checkpoint; start without resume_from_checkpoint"
+                )
         if resume_from_checkpoint:
             if not Path(resume_from_checkpoint).is_dir():
                 raise FileNotFoundError(f"no checkpoint at {resume_from_checkpoint}")
@@ -194,7 +215,10 @@ def accuracies(prediction: EvalPrediction) -> dict[str, float]:
     """Clean and robust accuracy in percent, on the held-out slice of the training data."""
     adversarial, clean = prediction.predictions
     labels = prediction.label_ids
-    return {name: 100 * float((logits.argmax(1) == labels).mean()) for name, logits in (("clean_accuracy", clean), ("robust_accuracy", adversarial))}
+    return {
+        name: 100 * float((logits.argmax(1) == labels).mean())
+        for name, logits in (("clean_accuracy", clean), ("robust_accuracy", adversarial))
+    }
 
 
 def _copy(student: ZeroShotCLIP) -> ZeroShotCLIP:

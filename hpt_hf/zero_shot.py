@@ -38,7 +38,9 @@ def check_classes(classes: Sequence[str]) -> None:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"class {index} has the name {name!r}: every class needs a name that a prompt can hold")
         if name in seen:
-            raise ValueError(f"classes {seen[name]} and {index} are both called {name!r}: equal prompts cannot be told apart; rename one")
+            raise ValueError(
+                f"classes {seen[name]} and {index} are both called {name!r}: equal prompts cannot be told apart; rename one"
+            )
         seen[name] = index
 
 
@@ -70,7 +72,9 @@ class ZeroShotCLIP(CLIPModel):
         """
         path = Path(source)
         if path.is_dir() and not (path / "config.json").is_file():
-            raise ValueError(f"{source} holds no config.json: expected a folder written by save_pretrained, found {sorted(p.name for p in path.iterdir())[:8]}")
+            raise ValueError(
+                f"{source} holds no config.json: expected a folder written by save_pretrained, found {sorted(p.name for p in path.iterdir())[:8]}"
+            )
         if not path.exists() and (path.is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")):
             raise ValueError(f"no model at {source}: the folder does not exist (and it is not a Hub id of the form owner/name)")
         # dtype: the default is the checkpoint's own, and a half-precision model weakens every attack.

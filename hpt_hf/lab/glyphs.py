@@ -277,7 +277,15 @@ def task_rows(task: str, count: int, *, seed: int = 0, faces: str = "test", size
             label = i % len(classes)
             rows.append((world.of_class(task, label, i // len(classes)).image, label))
         return rows
-    letters = ("latin capitals", "latin smalls", "greek smalls", "cyrillic capitals", "cyrillic smalls", "hebrew letters", "armenian capitals")
+    letters = (
+        "latin capitals",
+        "latin smalls",
+        "greek smalls",
+        "cyrillic capitals",
+        "cyrillic smalls",
+        "hebrew letters",
+        "armenian capitals",
+    )
     world = GlyphWorld(seed + 1, faces=faces, groups=None if "colour" in task else letters, size=size)
     asked = {"text colour": lambda p: f"{p.colour} text", "background colour": lambda p: f"a {p.background} background",
              "script": lambda p: f"{p.script} script", "typeface": lambda p: f"{p.family} typeface"}[task]  # fmt: skip

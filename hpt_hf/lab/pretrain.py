@@ -36,11 +36,23 @@ _TEXT = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "n
 ARCHITECTURES: dict[str, dict[str, dict[str, int]]] = {
     "student": {
         "text": _TEXT,
-        "vision": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 8},
+        "vision": {
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "patch_size": 8,
+        },
     },
     "proxy": {
         "text": _TEXT,
-        "vision": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3, "patch_size": 4},
+        "vision": {
+            "hidden_size": 96,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "patch_size": 4,
+        },
     },
 }
 
@@ -52,10 +64,14 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 640, max_lengt
     """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(alphabet) - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(alphabet) - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     bpe.train_from_iterator(captions, trainer)
     state = json.loads(bpe.to_str())["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in state["merges"]]
@@ -85,7 +101,9 @@ def new_processor(tokenizer: CLIPTokenizer, image_size: int = 32) -> CLIPProcess
     return CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square), tokenizer)
 
 
-def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
+def contrastive_loss(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: torch.Tensor, captions: torch.Tensor
+) -> torch.Tensor:
     """Symmetric cross-entropy over the batch; pictures that share a caption share the target's mass.
 
     Args:
@@ -125,11 +143,16 @@ def pretrain(
     """
     torch.manual_seed(seed)
     device = next(model.parameters()).device
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (processor.image_processor.image_mean, processor.image_processor.image_std))
+    mean, std = (
+        torch.tensor(v, device=device).view(1, 3, 1, 1)
+        for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}], lr=learning_rate, betas=(0.9, 0.98)
+        [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.98),
     )
 
     def rate(step: int) -> float:
@@ -153,7 +176,9 @@ def pretrain(
             text_embeds = model.get_text_features(**tokens).pooler_output
         loss = contrastive_loss(image_embeds.float(), text_embeds.float(), model.logit_scale.exp(), targets)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the contrastive loss is {loss.item()} at step {step}: lower the learning rate ({learning_rate})")
+            raise FloatingPointError(
+                f"the contrastive loss is {loss.item()} at step {step}: lower the learning rate ({learning_rate})"
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -164,7 +189,14 @@ def pretrain(
         loss_sum += loss.item()
         if (step + 1) % log_every == 0 or step + 1 == steps:
             done = (step % log_every) + 1
-            log.append({"step": step + 1, "loss": loss_sum / done, "scale": model.logit_scale.exp().item(), "seconds": time.time() - start})
+            log.append(
+                {
+                    "step": step + 1,
+                    "loss": loss_sum / done,
+                    "scale": model.logit_scale.exp().item(),
+                    "seconds": time.time() - start,
+                }
+            )
             print("  ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), file=sys.stderr, flush=True)
             loss_sum = 0.0
     model.eval()
@@ -181,7 +213,9 @@ def world_batches(world: GlyphWorld, batch_size: int) -> Batches:
     return batch
 
 
-def row_batches(rows: list[tuple[Image.Image, tuple[str, ...]]], batch_size: int, *, image_size: int = 32, seed: int = 0) -> Batches:
+def row_batches(
+    rows: list[tuple[Image.Image, tuple[str, ...]]], batch_size: int, *, image_size: int = 32, seed: int = 0
+) -> Batches:
     """Batches of a finite list of (picture, its captions): drawn with replacement, one caption at random, jittered.
 
     The jitter is a crop of 80 to 100% of the area with slack on every side and a change of brightness of up to 15%: without it
@@ -196,7 +230,9 @@ def row_batches(rows: list[tuple[Image.Image, tuple[str, ...]]], batch_size: int
         for i in rng.integers(len(rows), size=batch_size):
             size = rng.integers(image_size, side + 1)
             left, top = rng.integers(side - size + 1, size=2)
-            crop = Image.fromarray(store[i, top : top + size, left : left + size]).resize((image_size, image_size), Image.Resampling.BILINEAR)
+            crop = Image.fromarray(store[i, top : top + size, left : left + size]).resize(
+                (image_size, image_size), Image.Resampling.BILINEAR
+            )
             pictures.append(np.clip(np.asarray(crop, np.float32) * rng.uniform(0.85, 1.15), 0, 255).astype(np.uint8))
             captions.append(rows[i][1][rng.integers(len(rows[i][1]))])
         return np.stack(pictures), captions
@@ -208,7 +244,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m hpt_hf.lab.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder for the model, its processor and pretrain.json")
-    parser.add_argument("--data", type=Path, help="a folder of captioned parquet files (shared/data); without it, the glyph world")
+    parser.add_argument(
+        "--data", type=Path, help="a folder of captioned parquet files (shared/data); without it, the glyph world"
+    )
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=1e-3)

@@ -19,7 +19,17 @@ LAB_SUITE: tuple[str, ...] = tuple(f"lab:{t}" for t in TASKS if t not in LAB_TRA
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-EMOJI_CATEGORIES = ("Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion", "Symbols", "Travel & Places")
+EMOJI_CATEGORIES = (
+    "Activities",
+    "Animals & Nature",
+    "Flags",
+    "Food & Drink",
+    "Objects",
+    "People & Body",
+    "Smileys & Emotion",
+    "Symbols",
+    "Travel & Places",
+)
 
 
 class _Rows:
@@ -48,7 +58,9 @@ def lab_pictures(name: str, count: int, *, faces: str, seed: int = 0) -> Labelle
     return LabelledPictures(_Rows(pairs), classes, (TEMPLATE,), f"lab:{name}")
 
 
-def open_pictures(spec: DatasetSpec, *, training: bool, limit: int | None = None, data_dir: str | None = None, on_corrupt: str = "error") -> LabelledPictures:
+def open_pictures(
+    spec: DatasetSpec, *, training: bool, limit: int | None = None, data_dir: str | None = None, on_corrupt: str = "error"
+) -> LabelledPictures:
     """Any data set a recipe can name: `lab:…`, `real:…`, or whatever `hpt_hf.data.load_pictures` takes."""
     kind, _, name = spec.path.partition(":")
     if kind == "lab" and name:
@@ -91,14 +103,18 @@ def real_pictures(name: str, folder: str, *, training: bool) -> LabelledPictures
         split = "train" if training else "test"
         path = Path(folder) / f"{name}-{split}.parquet"
         if not path.is_file():
-            raise FileNotFoundError(f"no {path}: --data_dir must hold fashion_mnist-*.parquet, digits-*.parquet and emoji_*.parquet")
+            raise FileNotFoundError(
+                f"no {path}: --data_dir must hold fashion_mnist-*.parquet, digits-*.parquet and emoji_*.parquet"
+            )
         pictures = load_pictures(DatasetSpec(str(path), templates=(TEMPLATE,)))
         pictures.name = f"real:{name}"
         pictures.classes = tuple(_spoken(name, c) for c in pictures.classes)
         return pictures
     vendor, _, subset = name.partition(" ")
     if vendor not in ("noto", "twemoji"):
-        raise ValueError(f"no real set is called {name!r}; there are fashion_mnist, digits, noto, twemoji, '<vendor> categories' and '<vendor> <category>'")
+        raise ValueError(
+            f"no real set is called {name!r}; there are fashion_mnist, digits, noto, twemoji, '<vendor> categories' and '<vendor> <category>'"
+        )
     table = _emoji(str(folder), vendor)
     categories = table.features["category"].names
     if subset == "categories":
@@ -120,7 +136,10 @@ def captioned_rows(folder: str | Path):
     rows = []
     for name in ("fashion_mnist", "digits"):
         pictures = real_pictures(name, str(folder), training=True)
-        rows += [(r["image"], tuple(t.format(pictures.classes[r["label"]]) for t in templates)) for r in (pictures[i] for i in range(len(pictures)))]
+        rows += [
+            (r["image"], tuple(t.format(pictures.classes[r["label"]]) for t in templates))
+            for r in (pictures[i] for i in range(len(pictures)))
+        ]
     table = _emoji(str(folder), "noto")
     categories = table.features["category"].names
     for r in table:
