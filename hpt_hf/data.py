@@ -34,7 +34,7 @@ class DatasetSpec:
         path: Hub id, parquet file, folder of parquet files, or image folder (one folder a class, or pictures alone).
         split, revision, config: of a Hub id or folder.
         image, label: column names; None: found by type, and an error if two would fit.
-        classes: names in label order, if the features have none or worse ones.
+        classes: names in label order, if the features have none; or a dict from the features' names (WordNet ids, say) to better ones.
         templates: prompts with `{}` for the name.
     """
 
@@ -44,14 +44,8 @@ class DatasetSpec:
     config: str | None = None
     image: str | None = None
     label: str | None = None
-    classes: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | dict[str, str] | None = None
     templates: tuple[str, ...] = (TEMPLATE,)
-
-
-# Names for sets that recipes mention; anything else is a path or a Hub id. Tiny-ImageNet's own label names are WordNet ids.
-DATASETS: dict[str, DatasetSpec] = {
-    "tiny-imagenet": DatasetSpec("zh-plus/tiny-imagenet", split="train"),
-}
 
 
 @dataclass
@@ -79,11 +73,12 @@ class LabelledPictures:
             ValueError: the picture cannot be read; the message names its row.
         """
         row_id = self.row_id(int(index))
-        row = self.rows[row_id]
+        where = f"row {row_id}"
         try:
+            row = self.rows[row_id]  # an empty cell or a file that is gone fails here
+            where = row.get("where", where)
             return {"image": to_rgb(row["image"]), "label": row["label"]}
         except Exception as error:  # Pillow's decoders raise a zoo of types on damaged files
-            where = row.get("where", f"row {row_id}")
             raise ValueError(
                 f"{where} of {self.name} cannot be read ({type(error).__name__}: {error}); repair or remove it, or pass --on_corrupt skip"
             ) from error
@@ -118,7 +113,7 @@ def load_pictures(spec: DatasetSpec | str, *, on_corrupt: str = "error", split: 
     """Load a set and check its labels against its classes before anything is computed on it.
 
     Args:
-        spec: a spec, a name in `DATASETS`, a local path or a Hub id.
+        spec: a spec, a local path or a Hub id.
         on_corrupt: unreadable pictures are an `"error"`, or `"skip"`ped with a list.
 
     Raises:
@@ -127,22 +122,29 @@ def load_pictures(spec: DatasetSpec | str, *, on_corrupt: str = "error", split: 
     if on_corrupt not in ("error", "skip"):
         raise ValueError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'")
     if isinstance(spec, str):
-        spec = DATASETS.get(spec, DatasetSpec(spec))
+        spec = DatasetSpec(spec)
     split = split or spec.split
     check_templates(spec.templates)
     path = Path(spec.path)
     if path.is_dir() and not any(path.rglob("*.parquet")):
-        rows, names = _image_folder(path)
+        rows, names = _image_folder(path / split if (path / split).is_dir() else path)
         name = path.name
     else:
         rows, names = _table(spec, split)
         name = path.stem if path.exists() else f"{spec.path}:{split}"
-    classes = spec.classes if spec.classes is not None else names
+    if names is not None:
+        _check_labels(rows, names, spec.path)
+    classes = _reconcile(rows, names, spec.classes, spec.path)
     if classes is None:
         raise ValueError(
             f"{spec.path} names no classes: its labels are plain numbers, or it has none. Give the names: --classes cat dog … or --classes_file names.txt"
         )
     check_classes(classes)
+    if isinstance(rows, _Files) and names is not None and len(classes) != len(names):
+        # Folders are numbered by the alphabet: with one missing, every later one would silently get its neighbour's name.
+        raise ValueError(
+            f"{len(classes)} class names were given, but {spec.path} has pictures in {len(names)} folders ({', '.join(names[:4])} …): give one name for each, in their alphabetical order"
+        )
     if len(rows) == 0:
         raise ValueError(f"{spec.path} (split {split}) holds no pictures")
     _check_labels(rows, classes, spec.path)
@@ -187,11 +189,12 @@ def _image_folder(path: Path) -> tuple[_Files, tuple[str, ...] | None]:
 class _Table:
     """Rows of a `datasets.Dataset` with the two columns renamed and images left encoded, so that a damaged one is ours to report."""
 
-    def __init__(self, table: datasets.Dataset, image: str, label: str | None):
+    def __init__(self, table: datasets.Dataset, image: str, label: str | None, names: Sequence[str] | None = None):
         self.image, self.label = image, label
         self.table = table.cast_column(image, datasets.Image(decode=False))
         # -1 is how the Hub writes "no label" in hidden test splits.
-        labels = None if label is None else [None if v is None or v == -1 else int(v) for v in table[label]]
+        number = {n: i for i, n in enumerate(names)}.__getitem__ if names else int
+        labels = None if label is None else [None if v is None or v == -1 else number(v) for v in table[label]]
         self.labels = None if labels is None or all(v is None for v in labels) else labels
 
     def __len__(self) -> int:
@@ -210,7 +213,12 @@ def _table(spec: DatasetSpec, split: str) -> tuple[_Table, tuple[str, ...] | Non
             raise ValueError(f"{path} is not a parquet file: give a parquet file, a folder of them, an image folder or a Hub id")
         table = datasets.load_dataset("parquet", data_files=str(path), split="train")
     elif path.is_dir():
-        table = datasets.load_dataset(str(path), split=split)
+        splits = datasets.load_dataset(str(path))
+        if split not in splits and len(splits) > 1:
+            raise ValueError(
+                f"{path} has no split {split!r}; it has {', '.join(splits)}: choose one with --split (--dataset_split in a recipe)"
+            )
+        table = splits[split] if split in splits else next(iter(splits.values()))
     elif path.is_absolute() or spec.path.startswith(".") or spec.path.count("/") != 1:
         raise FileNotFoundError(f"no data at {spec.path}: neither a file nor a folder, and not a Hub id of the form owner/name")
     else:
@@ -260,15 +268,49 @@ def _check_labels(rows, classes: Sequence[str], path: str) -> None:
         raise ValueError(f"{missing} of {len(labels)} rows of {path} have no label: label all of them or none")
 
 
-def read_classes(file: str | Path) -> tuple[str, ...]:
-    """Class names from a text file, one a line, or a JSON list."""
+def _reconcile(
+    rows, names: Sequence[str] | None, given: Sequence[str] | dict[str, str] | None, path: str
+) -> Sequence[str] | None:
+    """The class list, from the data's own names and the user's. Matches by name where it can, so that an order can never shift labels silently."""
+    if given is None or names is None:
+        if isinstance(given, dict):
+            raise ValueError(
+                f"{path} names no classes, so a map from its names to others cannot be applied: give a list of names in label order"
+            )
+        return names if given is None else given
+    if isinstance(given, dict):
+        unknown = [n for n in names if n not in given]
+        if unknown:
+            raise ValueError(
+                f"the map of class names has no entry for {unknown[:5]}, {len(unknown)} of the {len(names)} classes of {path}"
+            )
+        return tuple(given[n] for n in names)
+    if set(names) <= set(given):
+        place = [list(given).index(n) for n in names]
+        rows.labels = rows.labels and [None if v is None else place[v] for v in rows.labels]
+        return given
+    if len(given) != len(names):
+        raise ValueError(
+            f"{len(given)} class names were given and {path} has {len(names)} classes ({', '.join(names[:5])} …): give as many, in that order, or a list with all its names"
+        )
+    logger.warning(
+        f"the classes of {path} are renamed in their order: "
+        + ", ".join(f"{a} -> {b}" for a, b in list(zip(names, given, strict=True))[:5])
+        + " …"
+    )
+    return given
+
+
+def read_classes(file: str | Path) -> tuple[str, ...] | dict[str, str]:
+    """Class names from a text file, one a line, or a JSON list; or a JSON object from the data's names to those for the prompts."""
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"no class names at {path}")
     text = path.read_text(encoding="utf-8")
-    return (
-        tuple(json.loads(text)) if path.suffix == ".json" else tuple(line.strip() for line in text.splitlines() if line.strip())
-    )
+    if path.suffix != ".json":
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
+    names = json.loads(text)
+    return names if isinstance(names, dict) else tuple(names)
 
 
 def to_rgb(image: Image.Image | bytes) -> Image.Image:

@@ -17,11 +17,11 @@ from hpt_hf.shapes import Images, Keys, PerExample
 NORMS = ("linf", "l2")
 
 
-def parse_eps(eps: str | float) -> float:
-    """`"8/255"` or `0.03` -> float; anything that is not a positive number is an error."""
+def parse_eps(eps: str | float | int) -> float:
+    """`"8/255"` or `0.03` -> float; anything that is not a finite number of at least 0 is an error."""
     try:
         value = float(Fraction(eps.replace(" ", ""))) if isinstance(eps, str) else float(eps)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):  # 1/0, 1e400
         raise ValueError(f"eps={eps!r} is not a number: write a fraction such as '8/255'") from None
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"eps={eps!r}: expected a finite number of at least 0, such as '8/255'")
@@ -55,7 +55,9 @@ class Noise:
 
     def uniform(self, shape: tuple[int, ...]) -> torch.Tensor:
         """float32 in [0, 1), of shape (batch, *shape)."""
-        start = _mix(self.keys.long() ^ _mix(torch.tensor(self.seed * 0x9E3779B1 + self.draw, device=self.keys.device)))
+        # Wrapped to 64 bits: any seed that torch takes will do, and its largest would overflow an int64 here.
+        stream = _signed((self.seed * 0x9E3779B1 + self.draw) % 2**64)
+        start = _mix(self.keys.long() ^ _mix(torch.tensor(stream, device=self.keys.device)))
         counter = torch.arange(math.prod(shape), device=self.keys.device)
         # Only 24 bits fit a float32 below 1.
         bits = (_mix(start[:, None] + counter[None, :] * _signed(0x9E3779B97F4A7C15)) >> 40) & 0xFFFFFF
@@ -91,7 +93,7 @@ class ThreatModel:
     """
 
     norm: str = "linf"
-    eps: str | float = "1/255"
+    eps: str | float | int = "1/255"
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -126,7 +128,7 @@ class ThreatModel:
         return gradient / _norm(gradient).clamp_min(1e-12)
 
     def project(self, perturbed: Images, images: Images) -> Images:
-        """The nearest point of the ball around `images` within [0, 1]."""
+        """The nearest point of the ball around `images` within [0, 1]; for l-2 the nearest of the ball, then clipped, as usual."""
         if self.norm == "linf":
             # Bounds are rounded inwards: x + eps in float32 may lie one bit outside.
             exact_low, exact_high = images.double() - self.radius, images.double() + self.radius
@@ -134,10 +136,13 @@ class ThreatModel:
             low = torch.where(low.double() < exact_low, torch.nextafter(low, torch.full_like(low, math.inf)), low)
             high = torch.where(high.double() > exact_high, torch.nextafter(high, torch.full_like(high, -math.inf)), high)
             return torch.minimum(torch.maximum(perturbed, low.clamp_min(0)), high.clamp_max(1))
-        delta = perturbed - images
-        # A hair inside, so that float32 rounding of the sum cannot step outside.
-        shrink = (self.radius * (1 - 1e-6) / _norm(delta).clamp_min(1e-12)).clamp_max(1)
-        return (images + delta * shrink).clamp(0, 1)
+        # In float64, each pixel rounded towards the clean one: however small the ball, no rounding leaves it. A hair inside, so that
+        # a norm taken in float32 agrees.
+        delta = perturbed.double() - images.double()
+        exact = images.double() + delta * (self.radius * (1 - 1e-6) / _norm(delta).clamp_min(1e-30)).clamp_max(1)
+        nearest = exact.float()
+        outwards = (nearest.double() - images.double()).abs() > (exact - images.double()).abs()
+        return torch.where(outwards, torch.nextafter(nearest, images.float()), nearest).clamp(0, 1)
 
     def distance(self, perturbed: Images, images: Images) -> PerExample:
         """The norm of each perturbation, in float64."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoProcessor, CLIPModel, CLIPProcessor
+from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.utils import ModelOutput
 
 from hpt_hf.shapes import Embeds, Images, Logits
@@ -77,6 +77,9 @@ class ZeroShotCLIP(CLIPModel):
             )
         if not path.exists() and (path.is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")):
             raise ValueError(f"no model at {source}: the folder does not exist (and it is not a Hub id of the form owner/name)")
+        found = CLIPConfig.get_config_dict(source, revision=revision, **kwargs)[0].get("model_type")
+        if found != "clip":  # transformers would only warn, and fill a whole CLIP with random weights
+            raise ValueError(f"{source} holds a model of type {found!r}: expected 'clip', with both towers (CLIPModel)")
         # dtype: the default is the checkpoint's own, and a half-precision model weakens every attack.
         model = cls.from_pretrained(source, revision=revision, dtype=torch.float32, **kwargs)
         # backend: torchvision's bicubic differs from Pillow's by up to 2/255, more than some threat models.
@@ -110,7 +113,7 @@ class ZeroShotCLIP(CLIPModel):
         context = self.config.text_config.max_position_embeddings
         total = torch.zeros(len(classes), self.config.projection_dim, device=self.device)
         for template in templates:
-            prompts = [template.format(c) for c in classes]
+            prompts = [template.replace("{}", c) for c in classes]  # a template may hold other braces
             tokens = self.processor.tokenizer(prompts, padding=True, return_tensors="pt").to(self.device)
             if tokens["input_ids"].shape[1] > context:
                 lengths = tokens["attention_mask"].sum(1)
@@ -136,8 +139,8 @@ class ZeroShotCLIP(CLIPModel):
         size, (height, width) = self.image_size, images.shape[-2:]
         if (height, width) == (size, size):
             return images
-        scale = size / min(height, width)
-        target = (max(size, int(height * scale)), max(size, int(width * scale)))
+        # The processor's own order of operations: size / short * long may fall one pixel short of it.
+        target = (int(size * height / min(height, width)), int(size * width / min(height, width)))
         resized = F.interpolate(images, size=target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         top, left = (target[0] - size) // 2, (target[1] - size) // 2
         return resized[..., top : top + size, left : left + size]

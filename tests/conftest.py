@@ -1,0 +1,152 @@
+"""The tests' own small world: two random CLIPs of different architecture that share a tokenizer, and pictures that fit them.
+
+Shapes of every public function are checked while the tests run (jaxtyping + beartype), and warnings are errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+# Before anything imports the Hub's client: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+_hook = install_import_hook(["hpt_hf.threat", "hpt_hf.attacks", "hpt_hf.zero_shot", "hpt_hf.objectives"], "beartype.beartype")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from hpt_hf.arguments import RecipeTrainingArguments  # noqa: E402
+from hpt_hf.data import Collate, LabelledPictures  # noqa: E402
+from hpt_hf.lab.pretrain import new_clip, new_processor, train_tokenizer  # noqa: E402
+from hpt_hf.objectives import OBJECTIVES, Divergence  # noqa: E402
+from hpt_hf.schedule import Schedule  # noqa: E402
+from hpt_hf.threat import ThreatModel  # noqa: E402
+from hpt_hf.trainer import HPTTrainer, TrainingAttack  # noqa: E402
+from hpt_hf.zero_shot import ZeroShotCLIP  # noqa: E402
+
+CLASSES = ("cat", "dog", "house", "tree", "red car")
+
+
+def save_tiny_clip(folder, *, patch_size: int = 8, image_size: int = 32, width: int = 32, layers: int = 2, seed: int = 0):
+    """A random CLIP of about 40,000 parameters with its processor, saved as a user would find it."""
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer([f"This is a photo of a {c}." for c in CLASSES] * 4, vocab_size=600)
+    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 2}
+    model = new_clip(tokenizer, vision={**size, "patch_size": patch_size}, text=size, image_size=image_size, projection_dim=24)
+    model.logit_scale.data.fill_(float(np.log(50)))
+    model.save_pretrained(folder)
+    new_processor(tokenizer, image_size).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def student_path(tmp_path_factory):
+    return save_tiny_clip(tmp_path_factory.mktemp("student"), patch_size=8, seed=1)
+
+
+@pytest.fixture(scope="session")
+def proxy_path(tmp_path_factory):
+    return save_tiny_clip(tmp_path_factory.mktemp("proxy"), patch_size=16, width=24, layers=1, seed=2)
+
+
+@pytest.fixture
+def student(student_path):
+    return ZeroShotCLIP.load(student_path).set_classes(CLASSES)
+
+
+@pytest.fixture
+def proxy(proxy_path):
+    return ZeroShotCLIP.load(proxy_path).set_classes(CLASSES)
+
+
+class Rows:
+    """Pictures in memory, in the form LabelledPictures reads."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"image": self.images[index], "label": None if self.labels is None else self.labels[index]}
+
+
+def make_pictures(count: int = 40, *, labelled: bool = True, size: int = 32, seed: int = 0) -> LabelledPictures:
+    """Random pictures whose class can be learned: the class sets the mean colour."""
+    rng = np.random.default_rng(seed)
+    labels = [i % len(CLASSES) for i in range(count)]
+    base = rng.integers(40, 216, (len(CLASSES), 3))
+    images = [Image.fromarray(np.clip(base[y] + rng.normal(0, 30, (size, size, 3)), 0, 255).astype(np.uint8)) for y in labels]
+    return LabelledPictures(Rows(images, labels if labelled else None), CLASSES, name="made")
+
+
+@pytest.fixture
+def pictures():
+    return make_pictures()
+
+
+def gpd_schedule(
+    *, warm_up_steps=5, steps=5, interval=2, warm_up_learning_rate=1e-3, learning_rate=1e-2, divergence=None, **changes
+):
+    """HPT-GPD in ten steps; two epochs of `make_pictures()` at batch 8."""
+    ga, hpt = (dataclasses.replace(OBJECTIVES[n], divergence=divergence or Divergence()) for n in ("ga", "hpt"))
+    return Schedule.gpd(
+        ga,
+        hpt,
+        warm_up_steps=warm_up_steps,
+        steps=steps,
+        interval=interval,
+        warm_up_learning_rate=warm_up_learning_rate,
+        learning_rate=learning_rate,
+        **changes,
+    )
+
+
+def single_schedule(name: str, *, steps: int = 5, learning_rate: float = 1e-2, **changes):
+    return Schedule.single(OBJECTIVES[name], steps=steps, learning_rate=learning_rate, **changes)
+
+
+def make_trainer(folder, student, schedule, *, proxy=None, data=None, held_out=None, eps="8/255", callbacks=None, **changes):
+    """An HPTTrainer as the recipes make it (SGD with momentum, batch 8), on CPU, saving nothing; `changes` are TrainingArguments."""
+    settings = {
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return HPTTrainer(
+        student,
+        RecipeTrainingArguments(output_dir=str(folder), **(settings | changes)),
+        schedule=schedule,
+        attack=TrainingAttack(ThreatModel("linf", eps)),
+        proxy=proxy,
+        train_dataset=make_pictures() if data is None else data,
+        eval_dataset=held_out,
+        data_collator=Collate(student.processor),
+        callbacks=callbacks,
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    """A copy of all weights, to compare with later."""
+    return {n: t.detach().clone() for n, t in model.state_dict().items()}
+
+
+def write_image_folder(folder, pictures) -> str:
+    """`pictures` as one folder of PNG files a class: data as a user has it."""
+    for index in range(len(pictures)):
+        row = pictures[index]
+        place = Path(folder) / pictures.classes[row["label"]]
+        place.mkdir(parents=True, exist_ok=True)
+        row["image"].save(place / f"{index:03d}.png")
+    return str(folder)
