@@ -126,6 +126,7 @@ def parse(types: tuple[type, ...], argv: list[str] | None = None):
         RecipeError: missing file, unknown key, a value that does not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
     # Abbreviations are off: with them, a mistyped key is taken for a longer one that begins the same way.
     parser = HfArgumentParser(types, allow_abbrev=False, prog=Path(sys.argv[0]).name)
     known = {name.lstrip("-") for name in parser._option_string_actions}

@@ -24,6 +24,7 @@ from hpt_hf.zero_shot import TEMPLATE, check_classes, check_templates
 logger = logging.get_logger("hpt_hf.data")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+SPLIT_FOLDERS = ("train", "val", "valid", "validation", "dev", "test")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ def load_pictures(spec: DatasetSpec | str, *, on_corrupt: str = "error", split: 
     check_templates(spec.templates)
     path = Path(spec.path)
     if path.is_dir() and not any(path.rglob("*.parquet")):
-        rows, names = _image_folder(path / split if (path / split).is_dir() else path)
+        # A folder called "train" beside others called "car" and "bus" is a class and not a split.
+        splits = {f.name for f in path.iterdir() if f.is_dir()} <= {split, *SPLIT_FOLDERS}
+        rows, names = _image_folder(path / split if splits and (path / split).is_dir() else path)
         name = path.name
     else:
         rows, names = _table(spec, split)
@@ -140,11 +143,6 @@ def load_pictures(spec: DatasetSpec | str, *, on_corrupt: str = "error", split: 
             f"{spec.path} names no classes: its labels are plain numbers, or it has none. Give the names: --classes cat dog … or --classes_file names.txt"
         )
     check_classes(classes)
-    if isinstance(rows, _Files) and names is not None and len(classes) != len(names):
-        # Folders are numbered by the alphabet: with one missing, every later one would silently get its neighbour's name.
-        raise ValueError(
-            f"{len(classes)} class names were given, but {spec.path} has pictures in {len(names)} folders ({', '.join(names[:4])} …): give one name for each, in their alphabetical order"
-        )
     if len(rows) == 0:
         raise ValueError(f"{spec.path} (split {split}) holds no pictures")
     _check_labels(rows, classes, spec.path)

@@ -63,6 +63,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         (args,) = parse((EvaluateArguments,), argv)
         scores = run(args)
-    except (RecipeError, ValueError, FileNotFoundError) as error:
-        sys.exit(f"recipes/evaluate.py: {error}")
+    except (RecipeError, ValueError, OSError) as error:
+        sys.exit(f"recipes/evaluate.py: {' '.join(str(error).split())}")
     print(score_table([s.to_json() for s in scores]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,11 @@ def write_json(path: str | Path, value: object) -> Path:
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def progress(message: str) -> None:
+    """One line for the person watching, apart from what the program prints as its result."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

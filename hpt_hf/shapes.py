@@ -5,6 +5,8 @@ from torch import Tensor
 
 # Un-normalised RGB in [0, 1]. Normalisation happens inside the model, so that a pixel means the same to every model.
 Images = Float[Tensor, "batch 3 height width"]
+# The same at the size that the vision tower reads.
+InputImages = Float[Tensor, "batch 3 side side"]
 # logit_scale * cosine similarity to each class's prompt.
 Logits = Float[Tensor, "batch classes"]
 # Projected, not normalised.

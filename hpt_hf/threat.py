@@ -98,7 +98,8 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r}: expected one of {', '.join(NORMS)}")
-        if self.norm == "linf" and self.radius > 1:
+        radius = self.radius  # whatever the norm: an eps that is no number fails here and not in the first step
+        if self.norm == "linf" and radius > 1:
             raise ValueError(
                 f"eps={self.eps}: images live in [0, 1], so an l-inf radius above 1 is no constraint; did you mean '{self.eps}/255'?"
             )

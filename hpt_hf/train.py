@@ -172,12 +172,12 @@ def run(data: DataArguments, method: MethodArguments, training: RecipeTrainingAr
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit 2 with one line for a mistake in recipe, data or model; everything else is a traceback."""
+    """Exit 1 with one line for a mistake in recipe, data or model; everything else is a traceback."""
     try:
         data, method, training = parse((DataArguments, MethodArguments, RecipeTrainingArguments), argv)
         record = run(data, method, training)
-    except (RecipeError, ValueError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f"recipes/train.py: {error}")
+    except (RecipeError, ValueError, OSError, FloatingPointError) as error:  # OSError: what the Hub's client raises too
+        sys.exit(f"recipes/train.py: {' '.join(str(error).split())}")
     if training.process_index == 0:
         slice_ = "".join(f", {k.removeprefix('eval_').replace('_', ' ')} {v:.1f}%" for k, v in record["held_out"].items())
         print(f"{method.method}: {record['steps']} steps in {record['seconds']:.0f} s{slice_} -> {training.output_dir}")

@@ -5,18 +5,17 @@ Few hooks and no formula: the loss is in `objectives.py`, the attack in `attacks
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import Trainer
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction, sort_checkpoints
 from transformers.utils import logging
 
 from hpt_hf.attacks import frozen, pgd
 from hpt_hf.objectives import Views
-from hpt_hf.schedule import GPDCallback, Schedule
+from hpt_hf.schedule import PIVOT_FILE, GPDCallback, Schedule
 from hpt_hf.shapes import Images, Keys
 from hpt_hf.threat import Noise, ThreatModel
 from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
@@ -199,16 +198,38 @@ class HPTTrainer(Trainer):
             FileNotFoundError, ValueError: no such checkpoint, or one that does not belong to this run.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise FileNotFoundError(
-                    f"nothing to resume: {self.args.output_dir} holds no checkpoint; start without resume_from_checkpoint"
-                )
+            resume_from_checkpoint = self._last_checkpoint()
         if resume_from_checkpoint:
             if not Path(resume_from_checkpoint).is_dir():
                 raise FileNotFoundError(f"no checkpoint at {resume_from_checkpoint}")
             self.gpd.load(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _last_checkpoint(self) -> str:
+        """The newest checkpoint that is whole: a run that was killed while saving left one that is not."""
+        checkpoints = sort_checkpoints(self.args.output_dir)[::-1]
+        if not checkpoints:
+            raise FileNotFoundError(
+                f"nothing to resume: {self.args.output_dir} holds no checkpoint; start without resume_from_checkpoint"
+            )
+        # Written last, by the Trainer and by the callback.
+        last = ["trainer_state.json", *([PIVOT_FILE] if self.gpd.vanilla else [])]
+        for checkpoint in checkpoints:
+            if all((Path(checkpoint) / name).is_file() for name in last):
+                return checkpoint
+            logger.warning(f"{checkpoint} was cut off while being saved; looking for an earlier one")
+        raise FileNotFoundError(
+            f"nothing to resume: no checkpoint in {self.args.output_dir} has its {' and '.join(last)}: they were cut off while being saved, "
+            "or not made by this recipe"
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Of the whole held-out slice: `dataloader_drop_last` is for training, where every step must weigh the same."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
 
 def accuracies(prediction: EvalPrediction) -> dict[str, float]:
@@ -228,8 +249,3 @@ def _copy(student: ZeroShotCLIP) -> ZeroShotCLIP:
     twin.attach(student.processor)
     twin.class_embeds, twin.classes = student.class_embeds.clone(), student.classes
     return twin
-
-
-def progress(message: str) -> None:
-    """One line for the person watching, apart from what the program prints as its result."""
-    print(message, file=sys.stderr, flush=True)

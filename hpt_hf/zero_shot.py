@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.utils import ModelOutput
 
-from hpt_hf.shapes import Embeds, Images, Logits
+from hpt_hf.shapes import Embeds, Images, InputImages, Logits
 
 TEMPLATE = "This is a photo of a {}"  # the paper's prompt
 
@@ -77,7 +77,10 @@ class ZeroShotCLIP(CLIPModel):
             )
         if not path.exists() and (path.is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")):
             raise ValueError(f"no model at {source}: the folder does not exist (and it is not a Hub id of the form owner/name)")
-        found = CLIPConfig.get_config_dict(source, revision=revision, **kwargs)[0].get("model_type")
+        try:
+            found = CLIPConfig.get_config_dict(source, revision=revision, **kwargs)[0].get("model_type")
+        except OSError as error:  # offline, transformers' own message does not say what it looked for
+            raise OSError(f"no CLIP could be loaded from {source}: {error}") from error
         if found != "clip":  # transformers would only warn, and fill a whole CLIP with random weights
             raise ValueError(f"{source} holds a model of type {found!r}: expected 'clip', with both towers (CLIPModel)")
         # dtype: the default is the checkpoint's own, and a half-precision model weakens every attack.
@@ -134,7 +137,7 @@ class ZeroShotCLIP(CLIPModel):
         self.classes = tuple(classes)
         return self
 
-    def fit(self, images: Images) -> Images:
+    def fit(self, images: Images) -> InputImages:
         """Resize (bicubic, antialiased, differentiable) and centre-crop to the tower's input size, as the processor does; no-op at that size."""
         size, (height, width) = self.image_size, images.shape[-2:]
         if (height, width) == (size, size):

@@ -12,6 +12,8 @@ from pathlib import Path
 # Before anything imports the Hub's client: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tensors this small only lose by more threads, and where other programs use the cores, fifty times over.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from jaxtyping import install_import_hook
 
@@ -32,12 +34,14 @@ from hpt_hf.trainer import HPTTrainer, TrainingAttack  # noqa: E402
 from hpt_hf.zero_shot import ZeroShotCLIP  # noqa: E402
 
 CLASSES = ("cat", "dog", "house", "tree", "red car")
+# Each word twice as often as the one before: BPE breaks ties between equal counts by chance, and no two runs would have one tokenizer.
+WORDS = [w for i, w in enumerate(sorted(set(f"this is a photo of {' '.join(CLASSES)}".split()))) for _ in range(2**i)]
 
 
 def save_tiny_clip(folder, *, patch_size: int = 8, image_size: int = 32, width: int = 32, layers: int = 2, seed: int = 0):
     """A random CLIP of about 40,000 parameters with its processor, saved as a user would find it."""
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer([f"This is a photo of a {c}." for c in CLASSES] * 4, vocab_size=600)
+    tokenizer = train_tokenizer(WORDS, vocab_size=600)
     size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 2}
     model = new_clip(tokenizer, vision={**size, "patch_size": patch_size}, text=size, image_size=image_size, projection_dim=24)
     model.logit_scale.data.fill_(float(np.log(50)))

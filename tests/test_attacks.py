@@ -206,9 +206,7 @@ def test_a_large_ball_leaves_no_accuracy_and_a_growing_one_leaves_ever_less(trai
         for eps in (2 / 255, 8 / 255, 32 / 255, 0.5):
             threat = ThreatModel("linf", eps)
             left.append(
-                accuracy(
-                    trained, attack(trained, batch, threat=threat, steps=10, step_size=eps / 4, name=name), batch["labels"]
-                )
+                accuracy(trained, attack(trained, batch, threat=threat, steps=10, step_size=eps / 4, name=name), batch["labels"])
             )
         assert left == sorted(left, reverse=True), left
         assert left[-1] == 0, left  # above 0 = masked gradients

@@ -7,7 +7,7 @@ import torch
 
 from hpt_hf.threat import Noise, ThreatModel, parse_eps
 
-LINF = ("0", "0.5/255", "1/255", "2/255", "3/255", "4/255", "8/255", "16/255", 0.1, 1 / 3, "1")
+LINF = ("0", "1/255", "2/255", "3/255", "4/255", "8/255", "16/255", 0.1, 1 / 3, "1")
 L2 = ("0", "1/255", "8/255", "128/255", 0.1, 0.5, "1", 3.0)
 THREATS = [("linf", e) for e in LINF] + [("l2", e) for e in L2]
 every_threat = pytest.mark.parametrize(("norm", "eps"), THREATS)
@@ -146,7 +146,8 @@ def test_every_fraction_of_255_is_the_quotient(k):
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "abc", "8/", "1/0", "eight", "8/255/2", "nan", "inf", "1e400", "-1/255", -0.1, float("nan"), float("inf")]
+    "bad",
+    ["", "abc", "8/", "1/0", "eight", "8/255/2", "0.5/255", "nan", "inf", "1e400", "-1/255", -0.1, float("nan"), float("inf")],
 )
 def test_eps_that_is_no_size_is_an_error_that_shows_one(bad):
     with pytest.raises(ValueError, match="8/255"):

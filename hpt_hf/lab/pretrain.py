@@ -247,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--data", type=Path, help="a folder of captioned parquet files (shared/data); without it, the glyph world"
     )
+    parser.add_argument("--start", type=Path, help="go on from the model in this folder instead of random weights")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -267,13 +268,18 @@ def main(argv: list[str] | None = None) -> None:
         rows = captioned_rows(args.data)
         batches = row_batches(rows, args.batch_size, seed=args.seed)
         captions = [c for _, cs in rows for c in cs]
-    tokenizer = train_tokenizer(captions)
-    model, processor = new_clip(tokenizer, **ARCHITECTURES[args.architecture]), new_processor(tokenizer)
+    if args.start is None:
+        tokenizer = train_tokenizer(captions)
+        model = new_clip(tokenizer, **ARCHITECTURES[args.architecture])
+    else:
+        model, tokenizer = CLIPModel.from_pretrained(args.start), CLIPTokenizer.from_pretrained(args.start)
+    processor = new_processor(tokenizer)
     start = time.time()
     log = pretrain(model, processor, batches, steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, bf16=args.bf16)
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
     record = {
+        "start": None if args.start is None else json.loads((args.start / "pretrain.json").read_text()),
         "command": "python -m hpt_hf.lab.pretrain " + " ".join(argv if argv is not None else sys.argv[1:]),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.time() - start),

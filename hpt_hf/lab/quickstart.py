@@ -21,12 +21,12 @@ from hpt_hf.data import Collate
 from hpt_hf.evaluation import EvaluationAttack, evaluate, mean, transfer
 from hpt_hf.lab.glyphs import TEMPLATE
 from hpt_hf.lab.suite import LAB_SUITE, lab_pictures
-from hpt_hf.report import markdown, story, write_json
+from hpt_hf.report import markdown, progress, story, write_json
 from hpt_hf.threat import ThreatModel
 from hpt_hf.train import load_clip, run
-from hpt_hf.trainer import progress
 from hpt_hf.zero_shot import ZeroShotCLIP
 
+RECIPE = (DataArguments, MethodArguments, RecipeTrainingArguments)
 NAMES = {
     "vanilla": "vanilla student",
     "proxy": "vanilla proxy (under its own attack)",
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     limit, extra = (8, ["--max_steps", "4"]) if args.smoke else (args.limit, [])
     extra += ["--seed", str(args.seed)]
 
-    (recipe,) = parse((MethodArguments,), _own(args.config))
+    _, recipe, _ = parse(RECIPE, ["--config", args.config])
     attack = EvaluationAttack(ThreatModel(recipe.norm, recipe.eps), steps=20)
     tasks = [lab_pictures(task.removeprefix("lab:"), limit, faces="test", seed=2) for task in LAB_SUITE]
     student, proxy = load_clip("lab:student"), load_clip("lab:proxy")
@@ -140,24 +140,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{time.time() - start:.0f} s in all. Look at {args.output / 'story.png'} and {args.output / 'report.md'}.")
 
 
-def _own(config: str) -> list[str]:
-    """Of a recipe, the keys of the method alone, as a command line."""
-    import dataclasses
-
-    method = parse((DataArguments, MethodArguments, RecipeTrainingArguments), ["--config", config])[1]
-    return [
-        part
-        for f in dataclasses.fields(method)
-        if (value := getattr(method, f.name)) is not None
-        for part in (f"--{f.name}", str(value))
-    ]
-
-
 def overrides(config: str, method: str) -> list[str]:
     """What turns the HPT-GPD recipe into another method's at the same number of steps: one stage as long as both."""
     if method == "hpt_gpd":
         return []
-    _, own, training = parse((DataArguments, MethodArguments, RecipeTrainingArguments), ["--config", config])
+    _, own, training = parse(RECIPE, ["--config", config])
     return ["--method", method, "--num_train_epochs", str(own.ga_epochs + training.num_train_epochs)]
 
 

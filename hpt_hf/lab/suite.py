@@ -15,7 +15,10 @@ from hpt_hf.zero_shot import check_classes
 # What the lab fine-tunes on: one group of everyday letters; every other task is unseen in fine-tuning.
 LAB_TRAINING = ("latin capitals", "latin smalls")
 LAB_TRAINING_SIZE = 5_200
-LAB_SUITE: tuple[str, ...] = tuple(f"lab:{t}" for t in TASKS if t not in LAB_TRAINING and t not in UNATTACKABLE)
+# Names of some shapes and notes ("white square containing black small square") are longer than the shipped pair's 24 tokens; cutting
+# them would ask about classes that nobody named, so these two tasks stay out.
+TOO_LONG = ("shapes", "music")
+LAB_SUITE: tuple[str, ...] = tuple(f"lab:{t}" for t in TASKS if t not in (*LAB_TRAINING, *UNATTACKABLE, *TOO_LONG))
 
 WEIGHTS = Path(__file__).parent / "weights"
 
