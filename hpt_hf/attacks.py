@@ -79,6 +79,8 @@ def pgd(
         raise ValueError(
             f"images must lie in [0, 1], got [{images.min().item():.3g}, {images.max().item():.3g}]: give them un-normalised, divided by 255"
         )
+    if noise is not None and len(noise.keys) != len(images):
+        raise ValueError(f"{len(noise.keys)} noise keys for {len(images)} images: every image needs its own")
     images = images.detach()
     perturbed = images if noise is None else threat.random_start(images, noise)
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):

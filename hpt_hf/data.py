@@ -228,10 +228,9 @@ def _table(spec: DatasetSpec, split: str) -> tuple[_Table, tuple[str, ...] | Non
     names = None
     if label is not None and isinstance(table.features[label], datasets.ClassLabel):
         names = tuple(table.features[label].names)
-    if label is not None and table.features[label].dtype == "string":
-        raise ValueError(
-            f"the labels of {spec.path} (column {label!r}) are strings: expected class indices; cast the column to ClassLabel"
-        )
+    if label is not None and table.features[label].dtype in ("string", "large_string"):
+        names = tuple(sorted(set(table.unique(label)) - {None}))  # as with folders: alphabetical
+        return _Table(table, image, label, names), names
     return _Table(table, image, label), names
 
 
@@ -319,7 +318,8 @@ def to_rgb(image: Image.Image | bytes) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
-        top = 255 if values.max() <= 255 else 65535
+        # Integers are 16 bits, however dark the picture; floats say by their range whether 1 or 255 is white.
+        top = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
         return Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -371,6 +371,8 @@ def held_out(
     pictures: LabelledPictures, share: float, seed: int
 ) -> tuple[torch.utils.data.Subset, torch.utils.data.Subset | None]:
     """(training part, held-out slice): a fixed random share by seed, for choosing rates without looking at a test set."""
+    if not 0 <= share < 1:
+        raise ValueError(f"held_out={share}: expected a share of at least 0 and below 1")
     count = round(share * len(pictures))
     if count == 0:
         return torch.utils.data.Subset(pictures, range(len(pictures))), None

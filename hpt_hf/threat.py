@@ -20,8 +20,11 @@ NORMS = ("linf", "l2")
 def parse_eps(eps: str | float | int) -> float:
     """`"8/255"` or `0.03` -> float; anything that is not a finite number of at least 0 is an error."""
     try:
-        value = float(Fraction(eps.replace(" ", ""))) if isinstance(eps, str) else float(eps)
-    except (ValueError, ArithmeticError):  # 1/0, 1e400
+        top, *bottom = (Fraction(part.strip()) for part in str(eps).split("/"))  # also "0.5/255"
+        value = float(top / (bottom[0] if bottom else 1))
+        if len(bottom) > 1:
+            raise ValueError("two fraction strokes")
+    except (ValueError, ArithmeticError):  # "a", "8/", 1/0, 1e400
         raise ValueError(f"eps={eps!r} is not a number: write a fraction such as '8/255'") from None
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"eps={eps!r}: expected a finite number of at least 0, such as '8/255'")

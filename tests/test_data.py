@@ -246,14 +246,19 @@ def test_pictures_beside_class_folders_have_no_clear_class(tmp_path):
         load_pictures(folder)
 
 
-def test_labels_that_are_words_are_refused_with_what_to_do(tmp_path):
+def test_labels_that_are_words_become_classes_in_alphabetical_order_or_in_the_order_given(tmp_path):
     table = datasets.Dataset.from_dict(
-        {"image": [{"bytes": three()[0], "path": None}], "label": ["cat"]},
+        {"image": [{"bytes": b, "path": None} for b in three()], "label": ["dog", "cat", "dog"]},
         features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")}),
     )
     table.to_parquet(tmp_path / "set.parquet")
-    with pytest.raises(ValueError, match="'label'.*strings.*ClassLabel"):
-        load_pictures(DatasetSpec(str(tmp_path / "set.parquet"), classes=NAMES))
+    pictures = load_pictures(DatasetSpec(str(tmp_path / "set.parquet")))
+    assert pictures.classes == ("cat", "dog") and [pictures[i]["label"] for i in range(3)] == [1, 0, 1]
+    # Matched by name: a list in another order, or with more names, cannot shift a label.
+    pictures = load_pictures(DatasetSpec(str(tmp_path / "set.parquet"), classes=("dog", "bird", "cat")))
+    assert pictures.classes == ("dog", "bird", "cat") and [pictures[i]["label"] for i in range(3)] == [0, 2, 0]
+    with pytest.raises(ValueError, match="3 class names were given and .* has 2 classes"):
+        load_pictures(DatasetSpec(str(tmp_path / "set.parquet"), classes=("a", "b", "c")))
 
 
 # --- nothing there
@@ -501,7 +506,10 @@ def test_nothing_held_out_and_everything_held_out():
     train, held = held_out(pictures, 0.0, seed=0)
     assert held is None and list(train.indices) == list(range(10))
     with pytest.raises(ValueError, match="none of the 10 pictures"):
-        held_out(pictures, 1.0, seed=0)
+        held_out(pictures, 0.99, seed=0)
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="at least 0 and below 1"):
+            held_out(pictures, share, seed=0)
 
 
 def test_rows_in_memory_are_pictures_too():

@@ -36,10 +36,30 @@ def test_recipe_runs_two_steps(recipe, tmp_path, student_path, proxy_path, monke
     labels = datasets.ClassLabel(names=list(WORDNET_IDS if "imagenet_wordnet" in text else CLASSES))
     features = datasets.Features({"image": datasets.Image(), "label": labels})
     rows = [pictures.rows[i] for i in range(len(pictures))]
-    table = datasets.Dataset.from_dict({"image": [r["image"] for r in rows], "label": [r["label"] for r in rows]}, features=features)
+    table = datasets.Dataset.from_dict(
+        {"image": [r["image"] for r in rows], "label": [r["label"] for r in rows]}, features=features
+    )
     table.to_parquet(tmp_path / "data.parquet")
-    flags = ["--config", str(recipe), "--dataset", str(tmp_path / "data.parquet"), "--model_name_or_path", student_path, "--max_steps", "2"]
-    flags += ["--use_cpu", "true", "--dataloader_num_workers", "0", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
+    flags = [
+        "--config",
+        str(recipe),
+        "--dataset",
+        str(tmp_path / "data.parquet"),
+        "--model_name_or_path",
+        student_path,
+        "--max_steps",
+        "2",
+    ]
+    flags += [
+        "--use_cpu",
+        "true",
+        "--dataloader_num_workers",
+        "0",
+        "--per_device_train_batch_size",
+        "4",
+        "--gradient_accumulation_steps",
+        "1",
+    ]
     flags += ["--output_dir", str(tmp_path / "out"), "--held_out", "0.2", "--logging_steps", "1", "--disable_tqdm", "true"]
     if "proxy_name_or_path" in text:
         flags += ["--proxy_name_or_path", proxy_path]
@@ -55,7 +75,15 @@ def test_recipe_runs_two_steps(recipe, tmp_path, student_path, proxy_path, monke
 def test_recipes_of_one_experiment_differ_only_in_the_method():
     """`diff` between two of them is the science: the data, the threat and the number of epochs are the same lines."""
     for group in ("lab", "real", "tiny_imagenet"):
-        same = ("dataset:", "eps:", "attack_steps:", "attack_step_size:", "held_out:", "model_name_or_path:", "per_device_train_batch_size:")
+        same = (
+            "dataset:",
+            "eps:",
+            "attack_steps:",
+            "attack_step_size:",
+            "held_out:",
+            "model_name_or_path:",
+            "per_device_train_batch_size:",
+        )
         shared = set()
         totals = set()
         for recipe in (p for p in RECIPES if p.parent.name == group and not any(e in p.stem for e in ("eps2", "eps4", "l14"))):
