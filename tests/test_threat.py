@@ -147,7 +147,7 @@ def test_every_fraction_of_255_is_the_quotient(k):
 
 @pytest.mark.parametrize(
     "bad",
-    ["", "abc", "8/", "1/0", "eight", "8/255/2", "0.5/255", "nan", "inf", "1e400", "-1/255", -0.1, float("nan"), float("inf")],
+    ["", "abc", "8/", "1/0", "eight", "8/255/2", "nan", "inf", "1e400", "-1/255", -0.1, float("nan"), float("inf")],
 )
 def test_eps_that_is_no_size_is_an_error_that_shows_one(bad):
     with pytest.raises(ValueError, match="8/255"):
