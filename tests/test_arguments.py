@@ -236,7 +236,7 @@ BAD = {
     "rate": ({"learning_rate": "-1"}, "expected a positive number"),
     "too few": ({"per_device_train_batch_size": "64"}, "16 training pictures do not fill one batch of 64"),
     "no proxy": ({"proxy_name_or_path": None}, "hpt_gpd learns from a proxy: name a vanilla CLIP"),
-    "held out": ({"held_out": "1.0"}, "held_out=1.0 leaves none of the 16 pictures"),
+    "held out": ({"held_out": "1.0"}, "held_out=1.0: expected a share of at least 0 and below 1"),
     "template": ({"templates": "a photo"}, "must hold '{}' exactly once"),
     "ema": ({"ema": "9"}, "ema=9.0, expected a ratio between 0 and 1"),
 }
