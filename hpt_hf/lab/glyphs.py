@@ -93,8 +93,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "script": tuple(f"{s} script" for s in SCRIPTS),
     "typeface": ("sans serif typeface", "monospace typeface", "serif typeface"),
 }
-# An l-inf ball of the usual sizes cannot repaint a background: such a task measures nothing and stays out of every average.
-UNATTACKABLE = ("background colour",)
+# An l-inf ball of the usual sizes repaints neither a ground nor a stroke: under PGD-20 at 6/255 the vanilla student still names 83% of the
+# text colours right, against 9% of all else. Such tasks measure nothing and stay out of every average.
+UNATTACKABLE = ("background colour", "text colour")
 TASKS: tuple[str, ...] = (*GROUPS, *ATTRIBUTES)
 
 _EM = 64  # side in pixels of the cached masks; pictures are drawn from them at 32 px or so
