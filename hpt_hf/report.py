@@ -103,23 +103,14 @@ def story(summary: Mapping, examples: Sequence, path: str | Path) -> Path:
     drawn = left.bar([b[0] for b in bars], [b[1] for b in bars], color=["#7f7f7f", "#c7c7c7", "#bcbd22", "#dbdb8d"])
     left.bar_label(drawn, fmt="%.0f")
     left.set(ylim=(0, 109), ylabel="accuracy, %", title="Nobody is robust, but the proxy survives the student's attack")
-    offsets = {"vanilla": (8, 2), "proxy": (8, -12)}
     for key, model in summary["models"].items():
         right.scatter(model["clean"], model["robust"], s=110, color=colours[key], zorder=3)
-        right.annotate(
-            names[key],
-            (model["clean"], model["robust"]),
-            textcoords="offset points",
-            xytext=offsets.get(key, (8, 5)),
-            color=colours[key],
-            weight="bold",
-        )
-    right.set(
-        xlim=(0, 105),
-        ylim=(-2, max(m["robust"] for m in summary["models"].values()) * 1.25 + 2),
-        xlabel="clean accuracy, %",
-        ylabel="robust accuracy, %",
-    )
+        # To the left, where there is always room: the best models stand at the right edge.
+        place = {"textcoords": "offset points", "xytext": (-9, 0), "ha": "right", "va": "center", "zorder": 4}
+        right.annotate(names[key], (model["clean"], model["robust"]), color=colours[key], weight="bold", **place)
+    clean, robust = ([m[k] for m in summary["models"].values()] for k in ("clean", "robust"))
+    right.set(xlim=(min(clean) - 18, max(clean) + 4), ylim=(-4, max(robust) * 1.15 + 4))
+    right.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %")
     right.set_title(f"Mean of {len(summary['tasks'])} zero-shot tasks, {summary['threat']}")
     right.grid(alpha=0.3)
     axes = bottom.subplots(2, len(examples), squeeze=False)

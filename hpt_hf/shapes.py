@@ -1,7 +1,10 @@
 """The vocabulary: what the tensors that travel between the rooms of this package look like (jaxtyping, checked in the tests)."""
 
+from dataclasses import dataclass
+
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 # Un-normalised RGB in [0, 1]. Normalisation happens inside the model, so that a pixel means the same to every model.
 Images = Float[Tensor, "batch 3 height width"]
@@ -17,3 +20,11 @@ Labels = Int[Tensor, "batch"]
 PerExample = Float[Tensor, "batch"]
 # One 63-bit number per image: a digest of its pixels. The attack's randomness hangs on it and not on the place in a batch.
 Keys = Int[Tensor, "batch"]
+
+
+@dataclass
+class ZeroShotOutput(ModelOutput):
+    """What a model says of a batch: logits, and projected embeddings that are not normalised, both float32."""
+
+    logits: Logits | None = None
+    embeds: Embeds | None = None

@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPProcessor
-from transformers.utils import ModelOutput
 
-from hpt_hf.shapes import Embeds, Images, InputImages, Logits
+from hpt_hf.shapes import Images, InputImages, ZeroShotOutput
 
 TEMPLATE = "This is a photo of a {}"  # the paper's prompt
-
-
-@dataclass
-class ZeroShotOutput(ModelOutput):
-    """logits (batch, classes) and un-normalised projected embeds (batch, dim), both float32."""
-
-    logits: Logits | None = None
-    embeds: Embeds | None = None
 
 
 def check_classes(classes: Sequence[str]) -> None:
