@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,19 @@ def test_end_of_text_has_the_highest_id():
     tokenizer = train_tokenizer(["a red cat", "a blue dog"] * 5)
     assert tokenizer.eos_token_id == len(tokenizer) - 1
     assert tokenizer("a red cat")["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_the_context_fits_the_longest_caption_or_says_how_many_it_cuts(caplog):
+    captions = ["a cat"] * 5 + ["a very long caption about a cat and a dog and a house"]
+    fitting = train_tokenizer(captions, max_length=None)
+    assert fitting.model_max_length == max(len(fitting(c)["input_ids"]) for c in captions) < 77
+    logger = logging.getLogger("hpt_hf.pretrain")
+    logger.addHandler(caplog.handler)
+    try:
+        assert train_tokenizer(captions, max_length=8).model_max_length == 8
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "1 of 2 different captions are longer" in caplog.text
 
 
 def test_rows_are_jittered_the_same_way_at_the_same_step():

@@ -57,11 +57,16 @@ ARCHITECTURES: dict[str, dict[str, dict[str, int]]] = {
 }
 
 
-def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 640, max_length: int = 24) -> CLIPTokenizer:
+def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 640, max_length: int | None = 24) -> CLIPTokenizer:
     """A byte-level BPE tokenizer in CLIP's form, learned from `captions`.
 
     End of text gets the highest id: CLIPTextModel's legacy pooling looks there, and its newer one is told the id.
+
+    Args:
+        max_length: the context in tokens; None: as long as the longest caption, at most CLIP's 77. Captions beyond it are cut in
+            pre-training, which is said, with their number.
     """
+    captions = list(captions)
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -78,7 +83,14 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 640, max_lengt
     vocab: dict[str, int] = {}
     for token in (*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"):
         vocab.setdefault(token, len(vocab))
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=10_000)
+    lengths = [len(ids) for ids in tokenizer(sorted(set(captions)))["input_ids"]]
+    tokenizer.model_max_length = min(77, max(lengths)) if max_length is None else max_length
+    if cut := sum(length > tokenizer.model_max_length for length in lengths):
+        logger.warning(
+            f"{cut} of {len(lengths)} different captions are longer than the context of {tokenizer.model_max_length} tokens and will be cut"
+        )
+    return tokenizer
 
 
 def new_clip(tokenizer: CLIPTokenizer, *, vision: dict, text: dict, image_size: int = 32, projection_dim: int = 64) -> CLIPModel:
@@ -249,6 +261,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--start", type=Path, help="go on from the model in this folder instead of random weights")
     parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument(
+        "--context", type=int, help="tokens the text tower reads; left out: as the longest caption needs, at most 77"
+    )
+    parser.add_argument("--vocab_size", type=int, default=640)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -269,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         batches = row_batches(rows, args.batch_size, seed=args.seed)
         captions = [c for _, cs in rows for c in cs]
     if args.start is None:
-        tokenizer = train_tokenizer(captions)
+        tokenizer = train_tokenizer(captions, vocab_size=args.vocab_size, max_length=args.context)
         model = new_clip(tokenizer, **ARCHITECTURES[args.architecture])
     else:
         model, tokenizer = CLIPModel.from_pretrained(args.start), CLIPTokenizer.from_pretrained(args.start)
