@@ -17,9 +17,9 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from hpt_hf.arguments import DataArguments, MethodArguments, RecipeTrainingArguments, parse
+from hpt_hf.arguments import RECIPE, parse
 from hpt_hf.data import DatasetSpec
-from hpt_hf.evaluation import EvaluationAttack, evaluate, hardware, mean, transfer, versions
+from hpt_hf.evaluation import EvaluationAttack, evaluate, hardware, mean, mean_transfer, versions
 from hpt_hf.lab.suite import LAB_SUITE, open_pictures, real_suite
 from hpt_hf.report import markdown, write_json
 from hpt_hf.threat import ThreatModel
@@ -73,10 +73,7 @@ def main() -> None:
         student, proxy = load_clip(first[1].model_name_or_path), load_clip(results["proxy"])
         results["runs"]["vanilla"] = [scores_of(student, sets, attack, args.limit)]
         results["runs"]["vanilla proxy"] = [scores_of(proxy, sets, attack, args.limit)]
-        crossed = [transfer(student, proxy, s, attack, limit=args.limit) for s in sets]
-        results["proxy_on_student_adversarial"] = {
-            k: sum(c[k] for c in crossed) / len(crossed) for k in ("clean", "adversarial", "kl")
-        }
+        results["proxy_on_student_adversarial"] = mean_transfer(student, proxy, sets, attack, limit=args.limit)
         write_json(file, results)
 
     for method in args.methods:
@@ -110,7 +107,7 @@ def choose(tried: dict[str, dict]) -> str:
 
 def recipe(group: str, method: str, flags: list[str]):
     return parse(
-        (DataArguments, MethodArguments, RecipeTrainingArguments),
+        RECIPE,
         ["--config", str(ROOT / "recipes" / group / f"{method}.yaml"), *flags, "--disable_tqdm", "true"],
     )
 

@@ -119,6 +119,10 @@ class EvaluateArguments:
     seed: int = 0
 
 
+# What a recipe is parsed into.
+RECIPE = (DataArguments, MethodArguments, RecipeTrainingArguments)
+
+
 def parse(types: tuple[type, ...], argv: list[str] | None = None):
     """`--config recipe.yaml` and flags -> one instance of each type; flags win over the recipe.
 

@@ -110,7 +110,7 @@ class LabelledPictures:
         return replace(self, kept=kept, skipped=skipped)
 
 
-def load_pictures(spec: DatasetSpec | str, *, on_corrupt: str = "error", split: str | None = None) -> LabelledPictures:
+def load_pictures(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> LabelledPictures:
     """Load a set and check its labels against its classes before anything is computed on it.
 
     Args:
@@ -124,17 +124,16 @@ def load_pictures(spec: DatasetSpec | str, *, on_corrupt: str = "error", split: 
         raise ValueError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'")
     if isinstance(spec, str):
         spec = DatasetSpec(spec)
-    split = split or spec.split
     check_templates(spec.templates)
     path = Path(spec.path)
     if path.is_dir() and not any(path.rglob("*.parquet")):
         # A folder called "train" beside others called "car" and "bus" is a class and not a split.
-        splits = {f.name for f in path.iterdir() if f.is_dir()} <= {split, *SPLIT_FOLDERS}
-        rows, names = _image_folder(path / split if splits and (path / split).is_dir() else path)
+        splits = {f.name for f in path.iterdir() if f.is_dir()} <= {spec.split, *SPLIT_FOLDERS}
+        rows, names = _image_folder(path / spec.split if splits and (path / spec.split).is_dir() else path)
         name = path.name
     else:
-        rows, names = _table(spec, split)
-        name = path.stem if path.exists() else f"{spec.path}:{split}"
+        rows, names = _table(spec)
+        name = path.stem if path.exists() else f"{spec.path}:{spec.split}"
     if names is not None:
         _check_labels(rows, names, spec.path)
     classes = _reconcile(rows, names, spec.classes, spec.path)
@@ -144,7 +143,7 @@ def load_pictures(spec: DatasetSpec | str, *, on_corrupt: str = "error", split: 
         )
     check_classes(classes)
     if len(rows) == 0:
-        raise ValueError(f"{spec.path} (split {split}) holds no pictures")
+        raise ValueError(f"{spec.path} (split {spec.split}) holds no pictures")
     _check_labels(rows, classes, spec.path)
     pictures = LabelledPictures(rows, tuple(classes), tuple(spec.templates), name)
     return pictures.without_unreadable() if on_corrupt == "skip" else pictures
@@ -204,8 +203,8 @@ class _Table:
         return {"image": encoded, "label": None if self.labels is None else self.labels[index]}
 
 
-def _table(spec: DatasetSpec, split: str) -> tuple[_Table, tuple[str, ...] | None]:
-    path = Path(spec.path)
+def _table(spec: DatasetSpec) -> tuple[_Table, tuple[str, ...] | None]:
+    path, split = Path(spec.path), spec.split
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{path} is not a parquet file: give a parquet file, a folder of them, an image folder or a Hub id")
@@ -378,7 +377,6 @@ def held_out(
         return torch.utils.data.Subset(pictures, range(len(pictures))), None
     if count >= len(pictures):
         raise ValueError(f"held_out={share} leaves none of the {len(pictures)} pictures for training")
-    order = np.random.default_rng(seed).permutation(len(pictures))
-    return torch.utils.data.Subset(pictures, sorted(order[count:].tolist())), torch.utils.data.Subset(
-        pictures, sorted(order[:count].tolist())
-    )
+    order = np.random.default_rng(seed).permutation(len(pictures)).tolist()
+    kept, aside = (torch.utils.data.Subset(pictures, sorted(part)) for part in (order[count:], order[:count]))
+    return kept, aside

@@ -5,6 +5,7 @@ Attacks run in float32 with random starts that hang on the picture, so a Score d
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 import time
@@ -169,8 +170,6 @@ def answer(
 
 def fingerprint_rows(keys: Keys) -> str:
     """A digest of pictures in order, from their keys."""
-    import hashlib
-
     return hashlib.sha256(keys.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -253,6 +252,14 @@ def transfer(
         log_after = after.log_softmax(1)
         kl += float((log_after.exp() * (log_after - before.log_softmax(1))).sum())
     return {"clean": 100 * clean / n, "adversarial": 100 * adversarial / n, "kl": kl / n, "n": n}
+
+
+def mean_transfer(
+    source: ZeroShotCLIP, target: ZeroShotCLIP, sets: Sequence, attack: EvaluationAttack, **kwargs
+) -> dict[str, float]:
+    """`transfer`, as unweighted means over data sets."""
+    crossed = [transfer(source, target, pictures, attack, **kwargs) for pictures in sets]
+    return {key: sum(c[key] for c in crossed) / len(crossed) for key in ("clean", "adversarial", "kl")}
 
 
 def mean(scores: Sequence[Score]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hpt_hf.objectives import Objective
+from hpt_hf.zero_shot import digest
 
 logger = logging.get_logger("hpt_hf.schedule")
 
@@ -204,7 +205,7 @@ class GPDCallback(TrainerCallback):
 
     def save(self, folder: Path) -> None:
         """Write the average beside a checkpoint, whole or not at all."""
-        metadata = {"vanilla": _digest(self.vanilla), "schedule": json.dumps(self._describe())}
+        metadata = {"vanilla": digest(self.vanilla), "schedule": json.dumps(self._describe())}
         temporary = folder / (PIVOT_FILE + ".part")
         save_file({n: t.contiguous().cpu() for n, t in self.average.items()}, temporary, metadata=metadata)
         temporary.replace(folder / PIVOT_FILE)
@@ -225,7 +226,7 @@ class GPDCallback(TrainerCallback):
             )
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            if metadata["vanilla"] != _digest(self.vanilla):
+            if metadata["vanilla"] != digest(self.vanilla):
                 raise ValueError(
                     f"{folder} was trained from other vanilla weights than the model given now: resume with the same --model_name_or_path"
                 )
@@ -246,12 +247,3 @@ class GPDCallback(TrainerCallback):
 
     def _trained(self, model: torch.nn.Module) -> Sequence[tuple[str, torch.nn.Parameter]]:
         return [(n, p) for n, p in model.named_parameters() if n in self.vanilla]
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

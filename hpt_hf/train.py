@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers import set_seed
 from transformers.utils import logging
 
-from hpt_hf.arguments import DataArguments, MethodArguments, RecipeError, RecipeTrainingArguments, parse
-from hpt_hf.data import Collate, DatasetSpec, LabelledPictures, held_out, read_classes
+from hpt_hf.arguments import RECIPE, DataArguments, MethodArguments, RecipeError, RecipeTrainingArguments, parse
+from hpt_hf.data import Collate, DatasetSpec, held_out, read_classes
 from hpt_hf.evaluation import hardware, versions
 from hpt_hf.hub import export
 from hpt_hf.lab.suite import WEIGHTS, open_pictures
@@ -89,9 +89,6 @@ def build(
     data: DataArguments,
     method: MethodArguments,
     training: RecipeTrainingArguments,
-    *,
-    pictures: LabelledPictures | None = None,
-    callbacks=None,
 ) -> HPTTrainer:
     """Everything a recipe says, as a trainer ready to train. Nothing is written before this has succeeded."""
     set_seed(training.seed)
@@ -99,8 +96,7 @@ def build(
     step_size = None if method.attack_step_size is None else parse_eps(method.attack_step_size)
     attack = TrainingAttack(threat, method.attack_steps, step_size)
     spec = dataset_spec(data, data.dataset, data.dataset_split, revision=data.dataset_revision)
-    if pictures is None:
-        pictures = open_pictures(spec, training=True, data_dir=data.data_dir, on_corrupt=data.on_corrupt)
+    pictures = open_pictures(spec, training=True, data_dir=data.data_dir, on_corrupt=data.on_corrupt)
     train_part, eval_part = held_out(pictures, method.held_out, seed=0)
     global_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     if len(train_part) < global_batch:
@@ -126,13 +122,12 @@ def build(
         train_dataset=train_part,
         eval_dataset=eval_part,
         data_collator=Collate(student.processor),
-        callbacks=callbacks,
     )
 
 
-def run(data: DataArguments, method: MethodArguments, training: RecipeTrainingArguments, **kwargs) -> dict:
+def run(data: DataArguments, method: MethodArguments, training: RecipeTrainingArguments) -> dict:
     """Train, measure on the held-out slice, export to `output_dir`; returns what `train.json` records."""
-    trainer = build(data, method, training, **kwargs)
+    trainer = build(data, method, training)
     start = time.time()
     trainer.train(resume_from_checkpoint=True if method.resume else None)
     seconds = time.time() - start
@@ -174,7 +169,7 @@ def run(data: DataArguments, method: MethodArguments, training: RecipeTrainingAr
 def main(argv: list[str] | None = None) -> None:
     """Exit 1 with one line for a mistake in recipe, data or model; everything else is a traceback."""
     try:
-        data, method, training = parse((DataArguments, MethodArguments, RecipeTrainingArguments), argv)
+        data, method, training = parse(RECIPE, argv)
         record = run(data, method, training)
     except (RecipeError, ValueError, OSError, FloatingPointError) as error:  # OSError: what the Hub's client raises too
         sys.exit(f"recipes/train.py: {' '.join(str(error).split())}")

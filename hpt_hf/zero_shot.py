@@ -7,7 +7,7 @@ are embedded once; resizing and normalisation happen inside, with the numbers of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -171,10 +171,15 @@ class ZeroShotCLIP(CLIPModel):
                 self.processor.save_pretrained(save_directory)
 
 
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest of named tensors: equal digests = equal names and values."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """A digest of a model's weights: equal digests = equal models."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest(model.state_dict())

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hpt_hf.arguments import parse
+from hpt_hf.arguments import RECIPE, parse
 from hpt_hf.data import DatasetSpec
 from hpt_hf.evaluation import EvaluationAttack, answer
 from hpt_hf.lab.glyphs import GlyphWorld
 from hpt_hf.lab.pretrain import contrastive_loss, new_clip, new_processor, pretrain, row_batches, train_tokenizer, world_batches
-from hpt_hf.lab.quickstart import RECIPE, overrides
+from hpt_hf.lab.quickstart import overrides
 from hpt_hf.lab.suite import EMOJI_CATEGORIES, LAB_SUITE, LAB_TRAINING, WEIGHTS, lab_pictures, open_pictures, real_suite
 from hpt_hf.threat import ThreatModel
 from hpt_hf.train import build_schedule, load_clip

@@ -197,7 +197,7 @@ class GlyphWorld:
 
     def __getitem__(self, index: int) -> Picture:
         """Picture number `index`: any group, glyph, face and colours."""
-        rng = np.random.default_rng([self.seed, TEST_FACES.__len__() * (self.faces == "test"), index])
+        rng = np.random.default_rng([self.seed, len(TEST_FACES) * (self.faces == "test"), index])
         group = list(self.glyphs)[rng.choice(len(self.glyphs), p=self._weights)]
         return self._draw(rng, group, self.glyphs[group][rng.integers(len(self.glyphs[group]))])
 

@@ -16,9 +16,9 @@ import torch
 from transformers import pipeline
 from transformers.utils import logging
 
-from hpt_hf.arguments import DataArguments, MethodArguments, RecipeTrainingArguments, parse
+from hpt_hf.arguments import RECIPE, parse
 from hpt_hf.data import Collate
-from hpt_hf.evaluation import EvaluationAttack, evaluate, mean, transfer
+from hpt_hf.evaluation import EvaluationAttack, evaluate, mean, mean_transfer
 from hpt_hf.lab.glyphs import TEMPLATE
 from hpt_hf.lab.suite import LAB_SUITE, lab_pictures
 from hpt_hf.report import markdown, progress, story, write_json
@@ -26,7 +26,6 @@ from hpt_hf.threat import ThreatModel
 from hpt_hf.train import load_clip, run
 from hpt_hf.zero_shot import ZeroShotCLIP
 
-RECIPE = (DataArguments, MethodArguments, RecipeTrainingArguments)
 NAMES = {
     "vanilla": "vanilla student",
     "proxy": "vanilla proxy (under its own attack)",
@@ -62,8 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     mark = time.time()
     scores = {"vanilla": measure(student, tasks, attack, "vanilla"), "proxy": measure(proxy, tasks, attack, "proxy")}
-    crossed = [transfer(student, proxy, pictures, attack) for pictures in tasks]
-    phenomenon = {key: round(sum(c[key] for c in crossed) / len(crossed), 2) for key in ("clean", "adversarial", "kl")}
+    phenomenon = {k: round(v, 2) for k, v in mean_transfer(student, proxy, tasks, attack).items()}
     kept = 100 * phenomenon["adversarial"] / phenomenon["clean"]
     progress(
         f"   The proxy keeps {phenomenon['adversarial']:.1f} of its {phenomenon['clean']:.1f}% ({kept:.0f}%) on pictures that fool the student."
@@ -78,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         record = run(
             *parse(
-                (DataArguments, MethodArguments, RecipeTrainingArguments),
+                RECIPE,
                 ["--config", args.config, *overrides(args.config, method), "--output_dir", str(folder), *extra],
             )
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from hpt_hf.data import DatasetSpec, LabelledPictures, load_pictures
+from hpt_hf.data import DatasetSpec, LabelledPictures, load_pictures, to_rgb
 from hpt_hf.lab.glyphs import TASKS, TEMPLATE, UNATTACKABLE, task_classes, task_rows
 from hpt_hf.zero_shot import check_classes
 
@@ -82,13 +82,18 @@ def open_pictures(
 # --- real pictures ----------------------------------------------------------------------------------------------------
 
 
+def _file(folder: str, name: str) -> Path:
+    path = Path(folder) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: --data_dir must hold fashion_mnist-*.parquet, digits-*.parquet and emoji_*.parquet")
+    return path
+
+
 @functools.cache
 def _emoji(folder: str, vendor: str):
     import datasets
 
-    path = Path(folder) / f"emoji_{vendor}.parquet"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: --data_dir must hold fashion_mnist-*.parquet, digits-*.parquet and emoji_*.parquet")
+    path = _file(folder, f"emoji_{vendor}.parquet")
     return datasets.load_dataset("parquet", data_files=str(path), split="train")
 
 
@@ -106,11 +111,7 @@ def real_pictures(name: str, folder: str, *, training: bool) -> LabelledPictures
     """`fashion_mnist`, `digits`, `noto` or `twemoji` (by name), `<vendor> categories`, `<vendor> <category>` (names within it)."""
     if name in ("fashion_mnist", "digits"):
         split = "train" if training else "test"
-        path = Path(folder) / f"{name}-{split}.parquet"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no {path}: --data_dir must hold fashion_mnist-*.parquet, digits-*.parquet and emoji_*.parquet"
-            )
+        path = _file(folder, f"{name}-{split}.parquet")
         pictures = load_pictures(DatasetSpec(str(path), templates=(TEMPLATE,)))
         pictures.name = f"real:{name}"
         pictures.classes = tuple(_spoken(name, c) for c in pictures.classes)
@@ -132,7 +133,7 @@ def real_pictures(name: str, folder: str, *, training: bool) -> LabelledPictures
         index = {c: i for i, c in enumerate(classes)}
         pairs = [(image, index[caption]) for image, caption in rows]
     check_classes(classes)
-    return LabelledPictures(_Rows([(_on_white(i), label) for i, label in pairs]), classes, (TEMPLATE,), f"real:{name}")
+    return LabelledPictures(_Rows([(to_rgb(i), label) for i, label in pairs]), classes, (TEMPLATE,), f"real:{name}")
 
 
 def captioned_rows(folder: str | Path):
@@ -149,15 +150,9 @@ def captioned_rows(folder: str | Path):
     categories = table.features["category"].names
     for r in table:
         names = tuple(t.format(r["caption"]) for t in templates)
-        rows += [(_on_white(r["image"]), (*names, *names, TEMPLATE.format(categories[r["category"]].lower())))] * 6
+        rows += [(to_rgb(r["image"]), (*names, *names, TEMPLATE.format(categories[r["category"]].lower())))] * 6
     return rows
 
 
 def _spoken(name: str, label: str) -> str:
     return f"the handwritten digit {label}" if name == "digits" else label.lower()
-
-
-def _on_white(image):
-    from hpt_hf.data import to_rgb
-
-    return to_rgb(image)
