@@ -1,9 +1,13 @@
-"""The comparison: every method at one budget, its rate chosen on a held-out slice of the training data, several seeds, all zero-shot sets.
+"""The comparison: every method at one budget, its rate chosen on classes held out of the training data, several seeds, all zero-shot sets.
 
-    python benchmarks/compare.py --group lab  --suite lab
-    python benchmarks/compare.py --group real --suite real --data_dir FOLDER --student PATH --proxy PATH
+    python benchmarks/compare.py --group lab
+    python benchmarks/compare.py --group real --data_dir FOLDER
 
-Writes `OUTPUT/results.json` after every run and goes on from it when started again; `--table` prints it as Markdown (docs/results.md).
+The rule for a rate: train without two groups of classes (`lab:tuning letters`, `real:noto tuning`), measure zero-shot on exactly those, take the rate
+with the highest mean of clean and robust accuracy; of equals, the lower. Then train on everything and measure on the suite, which no choice has seen.
+
+Writes `OUTPUT/<method>.json` after every run and goes on from there when started again, so two processes may share the methods;
+`--collect FILE` puts them together and prints the tables of docs/results.md.
 """
 
 from __future__ import annotations
@@ -13,141 +17,159 @@ import json
 import math
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 from hpt_hf.arguments import RECIPE, parse
 from hpt_hf.data import DatasetSpec
 from hpt_hf.evaluation import EvaluationAttack, evaluate, hardware, mean, mean_transfer, versions
-from hpt_hf.lab.suite import LAB_SUITE, open_pictures, real_suite
+from hpt_hf.lab.suite import LAB_SUITE, LAB_VALIDATION, REAL_VALIDATION, open_pictures, real_suite
 from hpt_hf.report import markdown, write_json
 from hpt_hf.threat import ThreatModel
 from hpt_hf.train import load_clip, run
 from hpt_hf.zero_shot import ZeroShotCLIP
 
-METHODS = ("hpt", "hpt_gpd", "anchor_clean", "tecoa", "pmg_aft", "fare")
 ROOT = Path(__file__).parent.parent
+METHODS = ("hpt", "hpt_gpd", "anchor_clean", "tecoa", "pmg_aft", "fare")
+# FARE's loss is a squared distance, not a KL of hundredfold cosines: its rates live elsewhere.
+RATES = {"fare": (0.0003, 0.001, 0.003, 0.01), "hpt_gpd": (0.03, 0.05, 0.1, 0.2)}
+OTHER_RATES = (0.005, 0.01, 0.02, 0.03)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Where one world's recipes, tuning data and test sets are."""
+
+    tuning: str
+    validation: tuple[str, ...]
+    suite: tuple[str, ...]
+
+
+GROUPS = {
+    "lab": Group("lab:tuning letters", LAB_VALIDATION, LAB_SUITE),
+    "real": Group("real:noto tuning", REAL_VALIDATION, real_suite()),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--group", required=True, help="folder of recipes/ with one recipe a method")
-    parser.add_argument("--suite", choices=("lab", "real"), required=True)
-    parser.add_argument("--data_dir")
-    parser.add_argument("--student", help="instead of the recipes' own")
-    parser.add_argument("--proxy")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--rates", nargs="+", type=float, default=(0.003, 0.01, 0.03, 0.1))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--group", choices=sorted(GROUPS), required=True, help="folder of recipes/ with one recipe a method")
+    parser.add_argument("--data_dir", help="the folder of real pictures")
+    parser.add_argument("--methods", nargs="+", choices=("vanilla", *METHODS), default=("vanilla", *METHODS))
+    parser.add_argument("--rates", nargs="+", type=float, help="instead of those in RATES")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--limit", type=int, default=100, help="pictures of each test set")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--collect", type=Path, metavar="FILE", help="write all there is to FILE, print its tables, and stop")
     args = parser.parse_args()
     output = args.output or ROOT / "outputs" / f"compare-{args.group}"
-    file = output / "results.json"
-    results = (
-        json.loads(file.read_text())
-        if file.is_file()
-        else {"rates": {}, "runs": {}, "versions": versions(), "hardware": hardware()}
-    )
-    if args.table:
-        print(table(results))
+    if args.collect:
+        files = [f for m in ("vanilla", *METHODS) if (f := output / f"{m}.json").is_file()]
+        write_json(args.collect, results := {f.stem: json.loads(f.read_text()) for f in files})
+        print(table(results), rate_table(results), sep="\n\n")
         return
     logging.disable_progress_bar()
-    flags = ["--data_dir", args.data_dir] if args.data_dir else []
-    flags += ["--model_name_or_path", args.student] if args.student else []
-    names = LAB_SUITE if args.suite == "lab" else real_suite()
-    sets = [open_pictures(DatasetSpec(n), training=False, limit=args.limit, data_dir=args.data_dir) for n in names]
-    first = recipe(args.group, args.methods[0], flags + (["--proxy_name_or_path", args.proxy] if args.proxy else []))
-    attack = EvaluationAttack(ThreatModel(first[1].norm, first[1].eps), steps=20)
-    results |= {
-        "attack": f"{attack} at {attack.threat}",
-        "sets": list(names),
-        "limit": args.limit,
-        "student": first[1].model_name_or_path,
-        "proxy": args.proxy or "lab:proxy",
-    }
-
-    if "vanilla" not in results["runs"]:
-        student, proxy = load_clip(first[1].model_name_or_path), load_clip(results["proxy"])
-        results["runs"]["vanilla"] = [scores_of(student, sets, attack, args.limit)]
-        results["runs"]["vanilla proxy"] = [scores_of(proxy, sets, attack, args.limit)]
-        results["proxy_on_student_adversarial"] = mean_transfer(student, proxy, sets, attack, limit=args.limit)
-        write_json(file, results)
-
     for method in args.methods:
-        own = flags + (["--proxy_name_or_path", args.proxy] if args.proxy and method in ("hpt", "hpt_gpd") else [])
-        tried = results["rates"].setdefault(method, {})
-        for rate in args.rates:
-            # FARE's loss is a squared distance, not a KL of hundredfold cosines: its rates live elsewhere.
-            rate = rate * FARE if method == "fare" else rate
-            if f"{rate:g}" not in tried:
-                tried[f"{rate:g}"] = train(args.group, method, [*own, "--learning_rate", str(rate), "--seed", "0"])[1]
-                write_json(file, results)
-                print(method, f"{rate:g}", tried[f"{rate:g}"], flush=True)
-        best = choose(tried)
-        runs = results["runs"].setdefault(method, [])
-        for seed in args.seeds:
-            if seed not in [r["seed"] for r in runs]:
-                model, record = train(args.group, method, [*own, "--learning_rate", best, "--seed", str(seed)])
-                runs.append(scores_of(model, sets, attack, args.limit) | record | {"seed": seed, "learning_rate": float(best)})
-                write_json(file, results)
-                print(method, seed, best, {k: round(runs[-1][k], 1) for k in ("clean", "robust")}, flush=True)
-    print(table(results))
+        compare(method, args, output / f"{method}.json")
 
 
-FARE = 0.1
+def compare(method: str, args, file: Path) -> None:
+    """All runs of one method that `file` does not hold yet."""
+    group = GROUPS[args.group]
+    flags = ["--data_dir", args.data_dir] if args.data_dir else []
+    # The vanilla models, the attack and the proxy are those that the HPT recipe names.
+    _, settings, _ = recipe(args.group, "hpt" if method == "vanilla" else method, flags)
+    attack = EvaluationAttack(ThreatModel(settings.norm, settings.eps), steps=20)
+    record = json.loads(file.read_text()) if file.is_file() else {"rates": {}, "runs": []}
+    record |= {"attack": f"{attack}, {attack.threat}", "limit": args.limit, "versions": versions(), "hardware": hardware()}
+
+    def pictures(names, training, limit):
+        return [open_pictures(DatasetSpec(n), training=training, limit=limit, data_dir=args.data_dir) for n in names]
+
+    def measured(model: ZeroShotCLIP, sets, limit: int) -> dict:
+        start = time.time()
+        scores = [evaluate(model, s, attack, name=method, limit=limit) for s in sets]
+        per_set = {s.dataset: [s.clean, s.robust] for s in scores}
+        return mean(scores) | {"per_set": per_set, "evaluation_seconds": round(time.time() - start, 1)}
+
+    suite = pictures(group.suite, False, args.limit)
+    if method == "vanilla":
+        student, proxy = load_clip(settings.model_name_or_path), load_clip(settings.proxy_name_or_path)
+        record["runs"] = [measured(student, suite, args.limit)]
+        record["proxy"] = measured(proxy, suite, args.limit)
+        record["proxy_on_student_adversarial"] = mean_transfer(student, proxy, suite, attack, limit=args.limit)
+        write_json(file, record)
+        return
+    for rate in args.rates or RATES.get(method, OTHER_RATES):
+        if f"{rate:g}" not in record["rates"]:
+            validation = pictures(group.validation, True, 150)
+            model, facts = train(args.group, method, [*flags, "--dataset", group.tuning, "--learning_rate", f"{rate:g}"])
+            record["rates"][f"{rate:g}"] = facts if model is None else facts | measured(model, validation, 150)
+            write_json(file, record)
+            print(method, rate, record["rates"][f"{rate:g}"], flush=True)
+    best = choose(record["rates"])
+    for seed in args.seeds:
+        if seed not in [r["seed"] for r in record["runs"]]:
+            model, facts = train(args.group, method, [*flags, "--learning_rate", best, "--seed", str(seed)])
+            facts |= {"seed": seed, "learning_rate": float(best)}
+            record["runs"].append(facts if model is None else facts | measured(model, suite, args.limit))
+            write_json(file, record)
+            print(method, seed, best, record["runs"][-1], flush=True)
 
 
-def choose(tried: dict[str, dict]) -> str:
-    """The rule: the highest robust accuracy on the held-out slice of the training data; of equals, the lower rate."""
-    return max(tried, key=lambda r: (tried[r]["eval_robust_accuracy"], -float(r)))
+def choose(rates: dict[str, dict]) -> str:
+    """The rule: the highest mean of clean and robust accuracy on held-out classes; of equals, the lower rate. A run that diverged has none."""
+    return max(rates, key=lambda r: (rates[r].get("clean", -1) + rates[r].get("robust", -1), -float(r)))
 
 
 def recipe(group: str, method: str, flags: list[str]):
-    return parse(
-        RECIPE,
-        ["--config", str(ROOT / "recipes" / group / f"{method}.yaml"), *flags, "--disable_tqdm", "true"],
-    )
+    return parse(RECIPE, ["--config", str(ROOT / "recipes" / group / f"{method}.yaml"), *flags, "--disable_tqdm", "true"])
 
 
-def train(group: str, method: str, flags: list[str]) -> tuple[ZeroShotCLIP, dict]:
+def train(group: str, method: str, flags: list[str]) -> tuple[ZeroShotCLIP | None, dict]:
+    """The trained model and what is known of the run; no model if its loss diverged."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            record = run(*recipe(group, method, [*flags, "--output_dir", folder]))
+            record = run(*recipe(group, method, [*flags, "--output_dir", folder, "--logging_strategy", "no"]))
         except FloatingPointError as error:
-            return None, {"eval_robust_accuracy": -1.0, "diverged": str(error)}
-        return record["trainer"].model, {**record["held_out"], "seconds": record["seconds"]}
-
-
-def scores_of(model: ZeroShotCLIP, sets, attack: EvaluationAttack, limit: int) -> dict:
-    start = time.time()
-    scores = [evaluate(model, pictures, attack, name="", limit=limit) for pictures in sets]
-    return mean(scores) | {
-        "per_set": {s.dataset: [s.clean, s.robust] for s in scores},
-        "evaluation_seconds": round(time.time() - start, 1),
-        "seed": 0,
-    }
+            return None, {"diverged": str(error)}
+        return record["trainer"].model, {"seconds": record["seconds"], "threads": torch.get_num_threads()}
 
 
 def table(results: dict) -> str:
+    """Means over the suite; over seeds, mean and standard deviation."""
     rows = []
-    for method, runs in results["runs"].items():
-        cells = [
-            f"{sum(v) / len(v):.1f} ± {_deviation(v):.1f}" if len(v) > 1 else f"{v[0]:.1f}"
-            for v in ([r[k] for r in runs] for k in ("clean", "robust"))
-        ]
-        rows.append((method, runs[0].get("learning_rate", "–"), len(runs), *cells))
-    return markdown(
-        ("method", "rate", "seeds", "clean %", "robust %"),
-        [tuple(f"{c:g}" if isinstance(c, float) else c for c in r) for r in rows],
-    )
+    for method, record in results.items():
+        runs = [r for r in record["runs"] if "diverged" not in r]
+        cells = [spread([r[k] for r in runs]) for k in ("clean", "robust")]
+        rates = {f"{r['learning_rate']:g}" for r in runs if "learning_rate" in r}
+        rows.append((method, ", ".join(sorted(rates)) or "–", str(len(runs)), *cells))
+        if method == "vanilla":
+            proxy, crossed = record["proxy"], record["proxy_on_student_adversarial"]
+            rows.append(("vanilla proxy under its own attack", "–", "1", f"{proxy['clean']:.1f}", f"{proxy['robust']:.1f}"))
+            rows.append(("vanilla proxy on the student's", "–", "1", f"{crossed['clean']:.1f}", f"{crossed['adversarial']:.1f}"))
+    attack = next(iter(results.values()))["attack"]
+    return markdown(("method", "rate", "seeds", "clean %", f"robust % ({attack})"), rows)
 
 
-def _deviation(values: list[float]) -> float:
+def rate_table(results: dict) -> str:
+    """What the rule saw: clean / robust on the held-out classes for every rate tried."""
+    rows = [
+        (method, rate, *((f"{r['clean']:.1f}", f"{r['robust']:.1f}") if "clean" in r else ("diverged", "")))
+        for method, record in results.items()
+        for rate, r in sorted(record["rates"].items(), key=lambda item: float(item[0]))
+    ]
+    return markdown(("method", "rate", "held-out classes clean %", "robust %"), rows)
+
+
+def spread(values: list[float]) -> str:
     centre = sum(values) / len(values)
-    return math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1))
+    if len(values) == 1:
+        return f"{centre:.1f}"
+    return f"{centre:.1f} ± {math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1)):.1f}"
 
 
 if __name__ == "__main__":

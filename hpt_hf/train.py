@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -55,6 +56,13 @@ def build_objective(name: str, args: MethodArguments) -> Objective:
     return dataclasses.replace(OBJECTIVES[name], **changes)
 
 
+def count_steps(pictures: int, training: RecipeTrainingArguments) -> int:
+    """Optimizer steps in an epoch, counted as the Trainer does: its last step takes what micro-batches are left over."""
+    batch = training.per_device_train_batch_size * training.world_size
+    micro_batches = pictures // batch if training.dataloader_drop_last else math.ceil(pictures / batch)
+    return max(1, math.ceil(micro_batches / training.gradient_accumulation_steps))
+
+
 def build_schedule(args: MethodArguments, training: RecipeTrainingArguments, steps_per_epoch: int) -> Schedule:
     """Epochs of the recipe -> steps. With `max_steps`, both stages shrink in proportion: a short run still goes through the switch."""
     main = max(1, round(training.num_train_epochs * steps_per_epoch))
@@ -104,7 +112,7 @@ def build(
             f"{len(train_part)} training pictures do not fill one batch of {global_batch} ({training.per_device_train_batch_size} × {training.gradient_accumulation_steps} "
             f"accumulated × {training.world_size} processes): lower per_device_train_batch_size"
         )
-    schedule = build_schedule(method, training, len(train_part) // global_batch)
+    schedule = build_schedule(method, training, count_steps(len(train_part), training))
     student = load_clip(method.model_name_or_path, method.model_revision).set_classes(pictures.classes, pictures.templates)
     proxy = None
     if any("proxy" in p.objective.references for p in schedule.phases):

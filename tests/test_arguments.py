@@ -225,6 +225,23 @@ def one_line(stderr: str) -> str:
     return lines[0]
 
 
+def test_an_epoch_has_as_many_steps_as_the_trainers_own(good, tmp_path):
+    """Eleven micro-batches in fours: the epoch's third step has three, and one epoch is the whole of it."""
+    settings = good | {
+        "dataset": write_image_folder(tmp_path / "more", make_pictures(22)),
+        "method": "hpt",
+        "learning_rate": "1e-5",
+    }
+    settings |= {
+        "per_device_train_batch_size": "2",
+        "gradient_accumulation_steps": "4",
+        "num_train_epochs": "2",
+        "max_steps": "-1",
+    }
+    record = train.run(*parse(TYPES, flags(settings)))
+    assert (record["steps"], record["trainer"].state.epoch) == (6, 2.0)
+
+
 BAD = {
     "no data": ({"dataset": "/nowhere/pictures"}, "no data at /nowhere/pictures"),
     "no model": ({"model_name_or_path": "/nowhere/clip"}, "no model at /nowhere/clip"),
