@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASSES, make_pictures
 
-from hpt_hf.attacks import ATTACKS, cross_entropy, frozen, margin, pgd
+from hpt_hf.attacks import ATTACKS, cross_entropy, frozen, margin, pgd, pgd_until_wrong
 from hpt_hf.data import Collate
 from hpt_hf.threat import Noise, ThreatModel
 from hpt_hf.zero_shot import ZeroShotCLIP
@@ -64,6 +64,44 @@ def test_pgd_raises_the_loss_of_every_picture(trained, batch, name, norm, eps, s
     assert (after > before).all()
     assert threat.contains(adversarial, batch["images"]).all()
     assert not adversarial.requires_grad
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(("norm", "eps", "step"), [("linf", "20/255", 5 / 255), ("l2", 2.5, 0.6)])
+def test_until_wrong_stops_at_the_first_success_and_is_pgd_before(trained, batch, name, norm, eps, step):
+    images, labels, threat = batch["images"], batch["labels"], ThreatModel(norm, eps)
+    asked = []
+
+    def logits_fn(x):
+        asked.append(len(x))
+        return trained.classify(x).logits
+
+    settings = {"step_size": step, "noise": Noise(batch["keys"])}
+    found, broken = pgd_until_wrong(logits_fn, ATTACKS[name], images, labels, threat, steps=6, **settings)
+    assert threat.contains(found, images).all() and not found.requires_grad
+    with torch.no_grad():
+        assert torch.equal(trained.classify(found).logits.argmax(1) != labels, broken)
+    # Against plain PGD of every length: broken at the first iterate that is wrong, and that iterate is what is handed back.
+    iterates = [attack(trained, batch, threat=threat, name=name, steps=k, step_size=step) for k in range(7)]
+    expected = torch.full((len(images),), 99)
+    for steps in reversed(range(7)):
+        with torch.no_grad():
+            expected[trained.classify(iterates[steps]).logits.argmax(1) != labels] = steps
+    for steps in range(7):
+        torch.testing.assert_close(found[expected == steps], iterates[steps][expected == steps])
+    assert torch.equal(expected < 99, broken) and 0 < broken.sum() < len(images)
+    torch.testing.assert_close(found[~broken], iterates[6][~broken])
+    assert asked == [int((expected >= steps).sum()) for steps in range(len(asked))], "broken images are dropped from the batch"
+
+
+def test_until_wrong_leaves_what_is_wrong_already_and_refuses_half(trained, batch):
+    threat = ThreatModel("linf", "8/255")
+    classify, images, labels = lambda x: trained.classify(x).logits, batch["images"], batch["labels"]
+    settings = {"steps": 3, "step_size": 0.1, "noise": None}
+    found, broken = pgd_until_wrong(classify, margin, images, 1 - labels, threat, **settings)
+    assert broken.sum() > 30 and torch.equal(found[broken], images[broken]), "wrong already: nothing is changed"
+    with pytest.raises(TypeError, match="float32"):
+        pgd_until_wrong(classify, margin, images.half(), labels, threat, **settings)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -125,6 +125,7 @@ def plain_loop(model, pictures, chosen: EvaluationAttack) -> tuple[float, float]
         for _ in range(chosen.steps):
             x = x.detach().requires_grad_(True)
             logits = model.classify(x).logits
+            right = right and logits.argmax().item() == row["label"]  # one wrong iterate is enough
             if chosen.name == "pgd":
                 loss = F.cross_entropy(logits, y)
             else:

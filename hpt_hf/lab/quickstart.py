@@ -210,8 +210,8 @@ def report(summary: dict, table: str) -> str:
 The vanilla proxy is right on {phenomenon["clean"]:.1f}% of the clean pictures, and on {phenomenon["adversarial"]:.1f}% of the same pictures attacked for the
 *student*; KL(proxy attacked ‖ proxy clean) = {phenomenon["kl"]:.2f} nats. That is what HPT learns from.
 
-All accuracies in percent, {summary["pictures_per_task"]} pictures a task, seed {summary["seed"]}; a picture counts as robust if it is right clean and attacked. Intervals
-(Wilson, 95%) stand in `summary.json` and `scores/`. One seed: differences of a point or two are noise.
+All accuracies in percent, {summary["pictures_per_task"]} pictures a task, seed {summary["seed"]}; a picture counts as robust if it is right clean and on every iterate
+of the attack. Intervals (Wilson, 95%) stand in `summary.json` and `scores/`. One seed: differences of a point or two are noise.
 
 {per_task}
 
