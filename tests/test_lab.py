@@ -83,6 +83,18 @@ def test_rows_are_jittered_the_same_way_at_the_same_step():
     assert first[0].shape == (8, 32, 32, 3) and first[0].dtype == np.uint8
 
 
+def test_jitter_goes_from_the_picture_itself_to_another_hand():
+    row = [(GlyphWorld(0)[3].image, ("one",))]
+    spreads = []
+    for jitter in (0.0, 0.25, 1.0):
+        pictures = row_batches(row, 16, jitter=jitter)(0)[0].astype(float)
+        spreads.append(np.abs(pictures - pictures.mean(0)).mean())
+    assert spreads[0] == 0 and 1 < spreads[1] < spreads[2]
+    still = row_batches(row, 1, jitter=0.0)(0)[0][0].astype(float)
+    original = np.asarray(row[0][0].convert("RGB").resize((32, 32)), float)
+    assert np.abs(still - original).mean() < 12, "without jitter it is the picture, resized"
+
+
 def test_the_shipped_pair():
     files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
     assert len(files) >= 10 and sum(f.stat().st_size for f in files) <= 8_000_000

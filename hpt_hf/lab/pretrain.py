@@ -226,30 +226,52 @@ def world_batches(world: GlyphWorld, batch_size: int) -> Batches:
 
 
 def row_batches(
-    rows: list[tuple[Image.Image, tuple[str, ...]]], batch_size: int, *, image_size: int = 32, seed: int = 0
+    rows: list[tuple[Image.Image, tuple[str, ...]]], batch_size: int, *, image_size: int = 32, seed: int = 0, jitter: float = 1.0
 ) -> Batches:
-    """Batches of a finite list of (picture, its captions): drawn with replacement, one caption at random, jittered.
+    """Batches of a finite list of (picture, its captions): drawn with replacement, one caption at random, redrawn in another hand.
 
-    The jitter is a crop of 80 to 100% of the area with slack on every side and a change of brightness of up to 15%: without it
-    a small model learns a few thousand pictures by heart.
+    A small model learns a few thousand pictures by heart; what it should learn is what survives another drawing style. So every picture
+    is turned, sheared, moved and scaled a little, its colours and contrast are mixed, and some lose fine detail or shades.
+
+    Args:
+        jitter: how far from the original, 0 (not at all) to 1.
     """
     side = image_size + image_size // 4
     store = np.stack([np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) for image, _ in rows])
 
     def batch(step: int) -> tuple[np.ndarray, list[str]]:
         rng = np.random.default_rng([seed, step])
-        pictures, captions = [], []
-        for i in rng.integers(len(rows), size=batch_size):
-            size = rng.integers(image_size, side + 1)
-            left, top = rng.integers(side - size + 1, size=2)
-            crop = Image.fromarray(store[i, top : top + size, left : left + size]).resize(
-                (image_size, image_size), Image.Resampling.BILINEAR
-            )
-            pictures.append(np.clip(np.asarray(crop, np.float32) * rng.uniform(0.85, 1.15), 0, 255).astype(np.uint8))
-            captions.append(rows[i][1][rng.integers(len(rows[i][1]))])
-        return np.stack(pictures), captions
+        chosen = rng.integers(len(rows), size=batch_size)
+        pictures = np.stack([_warped(store[i], image_size, jitter, rng) for i in chosen]).astype(np.float32) / 255
+        contrast = rng.uniform(1 - 0.25 * jitter, 1 + 0.2 * jitter, (batch_size, 1, 1))
+        mixing = np.eye(3) * contrast + jitter * rng.normal(0, 0.07, (batch_size, 3, 3))
+        shift = jitter * rng.normal(0, 0.07, (batch_size, 1, 1, 1))
+        pictures = np.clip(np.einsum("bhwc,bdc->bhwd", pictures - 0.5, mixing) + 0.5 + shift, 0, 1)
+        shades = np.where(rng.random(batch_size) < 0.35 * jitter, rng.integers(3, 9, batch_size), 256)[:, None, None, None] - 1
+        pictures = np.rint(np.rint(pictures * shades) / shades * 255).astype(np.uint8)
+        return pictures, [rows[i][1][rng.integers(len(rows[i][1]))] for i in chosen]
 
     return batch
+
+
+def _warped(pixels: np.ndarray, size: int, jitter: float, rng: np.random.Generator) -> np.ndarray:
+    """A random affine view of a picture, (size, size, 3); what lies beyond its edge has the colour of its corner."""
+    side, (angle, shear) = len(pixels), jitter * rng.uniform((-0.2, -0.1), (0.2, 0.1))
+    zoom = side / size * rng.uniform(1 - 0.2 * jitter, 1 + 0.15 * jitter, 2)
+    turn = np.array([[np.cos(angle), shear - np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * zoom
+    centre = side / 2 + jitter * rng.uniform(-0.1, 0.1, 2) * side
+    offset = centre - turn @ np.full(2, size / 2)
+    picture = Image.fromarray(pixels).transform(
+        (size, size),
+        Image.Transform.AFFINE,
+        (*turn[0], offset[0], *turn[1], offset[1]),
+        resample=Image.Resampling.BILINEAR,
+        fillcolor=tuple(pixels[0, 0].tolist()),
+    )
+    if rng.random() < 0.25 * jitter:
+        coarse = int(rng.integers(size // 2, size))
+        picture = picture.resize((coarse, coarse), Image.Resampling.BOX).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(picture)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -268,6 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jitter", type=float, default=1.0, help="with --data: how far the pictures are redrawn, 0 to 1")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     args = parser.parse_args(argv)
@@ -282,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
         from hpt_hf.lab.suite import captioned_rows
 
         rows = captioned_rows(args.data)
-        batches = row_batches(rows, args.batch_size, seed=args.seed)
+        batches = row_batches(rows, args.batch_size, seed=args.seed, jitter=args.jitter)
         captions = [c for _, cs in rows for c in cs]
     if args.start is None:
         tokenizer = train_tokenizer(captions, vocab_size=args.vocab_size, max_length=args.context)

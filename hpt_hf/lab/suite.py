@@ -162,10 +162,11 @@ def captioned_rows(folder: str | Path):
             for r in (pictures[i] for i in range(len(pictures)))
         ]
     table = _emoji(str(folder), "noto")
-    categories = table.features["category"].names
+    categories, kinds = (table.features[c].names for c in ("category", "subcategory"))
     for r in table:
         names = tuple(t.format(r["caption"]) for t in templates)
-        rows += [(to_rgb(r["image"]), (*names, *names, TEMPLATE.format(categories[r["category"]].lower())))] * 6
+        groups = (categories[r["category"]], kinds[r["subcategory"]].replace("-", " "))
+        rows += [(to_rgb(r["image"]), (*names, *names, *(TEMPLATE.format(g.lower()) for g in groups)))] * 12
     return rows
 
 
