@@ -37,6 +37,7 @@ METHODS = ("hpt", "hpt_gpd", "anchor_clean", "tecoa", "pmg_aft", "fare")
 # FARE's loss is a squared distance, not a KL of hundredfold cosines: its rates live elsewhere.
 RATES = {"fare": (0.0003, 0.001, 0.003, 0.01), "hpt_gpd": (0.03, 0.05, 0.1, 0.2)}
 OTHER_RATES = (0.005, 0.01, 0.02, 0.03)
+VALIDATION = 400  # pictures of each set a rate is chosen on, where there are so many
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def compare(method: str, args, file: Path) -> None:
         return
     for rate in args.rates or RATES.get(method, OTHER_RATES):
         if f"{rate:g}" not in record["rates"]:
-            validation = pictures(group.validation, True, 150)
+            validation = pictures(group.validation, True, VALIDATION)
             model, facts = train(args.group, method, [*flags, "--dataset", group.tuning, "--learning_rate", f"{rate:g}"])
-            record["rates"][f"{rate:g}"] = facts if model is None else facts | measured(model, validation, 150)
+            record["rates"][f"{rate:g}"] = facts if model is None else facts | measured(model, validation, VALIDATION)
             write_json(file, record)
             print(method, rate, record["rates"][f"{rate:g}"], flush=True)
     best = choose(record["rates"])

@@ -107,8 +107,11 @@ class EvaluateArguments:
     classes_file: str | None = None
     templates: list[str] | None = None
     on_corrupt: Literal["error", "skip"] = "error"
-    attack: Literal["pgd", "cw"] = "pgd"
-    steps: int = 20
+    attacks: list[str] = field(
+        default_factory=lambda: ["pgd"],
+        metadata={"help": "pgd, cw, apgd-ce, apgd-t, square, or standard: the last three, worst case"},
+    )
+    steps: int | None = field(default=None, metadata={"help": "of every attack; left out: PGD and CW 20, APGD 100, Square 5000"})
     norm: Literal["linf", "l2"] = "linf"
     eps: str = "1/255"
     resolution: Literal["input", "native"] = field(

@@ -28,8 +28,17 @@ def margin(logits: Logits, labels: Labels) -> PerExample:
     return wrong - right
 
 
-# What an attack maximises on logits, by the name the field uses for the attack.
-ATTACKS: dict[str, Callable[[Logits, Labels], PerExample]] = {"pgd": cross_entropy, "cw": margin}
+def towards(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
+    """The target's logit minus the right one, in units of the spread between the best and the mean of the third and the fourth.
+
+    The targeted DLR loss (Croce & Hein 2020, equation 7): no rescaling of the logits changes it. It needs four classes; with fewer the difference
+    stands as it is, since no logit would be left that the loss does not move itself.
+    """
+    difference = (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+    if logits.shape[1] < 4:
+        return difference
+    top = logits.topk(4, dim=1).values
+    return difference / (top[:, 0] - top[:, 2:].mean(1)).clamp_min(1e-12)
 
 
 @contextmanager
@@ -71,7 +80,8 @@ def pgd(
         TypeError: images that are not float32.
         ValueError: images outside [0, 1]: they were normalised, or are still 0..255.
     """
-    images, perturbed = _begin(images, threat, noise)
+    images = checked(images, noise)
+    perturbed = images if noise is None else threat.random_start(images, noise)
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         for _ in range(steps):
             perturbed = perturbed.detach().requires_grad_(True)
@@ -81,52 +91,8 @@ def pgd(
     return perturbed.detach()
 
 
-def pgd_until_wrong(
-    logits_fn: Callable[[Images], Logits],
-    loss: Callable[[Logits, Labels], PerExample],
-    images: Images,
-    labels: Labels,
-    threat: ThreatModel,
-    *,
-    steps: int,
-    step_size: float,
-    noise: Noise | None,
-) -> tuple[Images, torch.Tensor]:
-    """PGD as an evaluation needs it: an image is broken as soon as one iterate, the start included, is answered wrongly, and then rests.
-
-    At least as strong as `pgd` with the same steps, whose last iterate may have walked back, and cheaper: broken images cost nothing more.
-    For transfer to other models use `pgd`: what rests at the first success is as weak as the source allows.
-
-    Args:
-        logits_fn: perturbed images -> (batch, classes).
-        loss: a row of `ATTACKS`.
-        labels: (batch,) the right answers.
-
-    Returns:
-        Perturbed images, inside the ball and [0, 1] to the last bit, and (batch,) bool: is the answer wrong there?
-
-    Raises:
-        As `pgd`.
-    """
-    images, perturbed = _begin(images, threat, noise)
-    found, broken = perturbed.clone(), torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    rows = torch.arange(len(images), device=images.device)
-    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-        for step in range(steps + 1):
-            perturbed = perturbed.detach().requires_grad_(step < steps)
-            logits = logits_fn(perturbed)
-            wrong = logits.argmax(1) != labels[rows]
-            found[rows], broken[rows] = perturbed.detach(), wrong
-            if step == steps or wrong.all():
-                break
-            (gradient,) = torch.autograd.grad(loss(logits[~wrong], labels[rows[~wrong]]).sum(), perturbed)
-            rows, direction = rows[~wrong], threat.ascent_direction(gradient.detach()[~wrong])
-            perturbed = threat.project(perturbed.detach()[~wrong] + step_size * direction, images[rows])
-    return found, broken
-
-
-def _begin(images: Images, threat: ThreatModel, noise: Noise | None) -> tuple[Images, Images]:
-    """Checked images and the point an attack starts from."""
+def checked(images: Images, noise: Noise | None) -> Images:
+    """`images`, detached, if an attack may start from them (raises as `pgd` says)."""
     if images.dtype != torch.float32:
         raise TypeError(
             f"the attack runs in float32, the images are {images.dtype}: half precision weakens attacks (sign(0) = 0)"
@@ -137,5 +103,4 @@ def _begin(images: Images, threat: ThreatModel, noise: Noise | None) -> tuple[Im
         )
     if noise is not None and len(noise.keys) != len(images):
         raise ValueError(f"{len(noise.keys)} noise keys for {len(images)} images: every image needs its own")
-    images = images.detach()
-    return images, images if noise is None else threat.random_start(images, noise)
+    return images.detach()

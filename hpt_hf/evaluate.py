@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ def run(args: EvaluateArguments) -> list[Score]:
         raise RecipeError("say what to evaluate on: --data PATH … or --suite lab, one of them")
     if args.limit is not None and args.limit < 1:
         raise RecipeError(f"--limit {args.limit}: expected at least 1 picture")
-    attack = EvaluationAttack(ThreatModel(args.norm, args.eps), args.attack, args.steps, args.resolution, args.seed)
+    threat = ThreatModel(args.norm, args.eps)
+    attacks = [EvaluationAttack(threat, name, args.steps, args.resolution, args.seed) for name in dict.fromkeys(args.attacks)]
     paths = args.data or {"lab": LAB_SUITE, "real": real_suite()}[args.suite]
     model = load_clip(args.model)
     # All sets are opened before the first is attacked: a mistake in the last one should not cost the hours of the others.
@@ -35,7 +37,7 @@ def run(args: EvaluateArguments) -> list[Score]:
         for p in paths
     ]
     scores: list[Score] = []
-    for pictures in sets:
+    for attack, pictures in itertools.product(attacks, sets):
         score = evaluate(model, pictures, attack, name=args.model, batch_size=args.batch_size, limit=args.limit)
         scores.append(score)
         write_json(
@@ -43,16 +45,23 @@ def run(args: EvaluateArguments) -> list[Score]:
             score.to_json() | {"skipped": [r for _, r in pictures.skipped]},
         )
         print(
-            f"{pictures.name}: clean {score.clean:.1f}%, robust {score.robust:.1f}% ({score.interval[0]:.1f}–{score.interval[1]:.1f}), n = {score.n}",
+            f"{pictures.name}: clean {score.clean:.1f}%, robust {score.robust:.1f}% ({score.interval[0]:.1f}–{score.interval[1]:.1f}) "
+            f"under {attack}, n = {score.n}",
             file=sys.stderr,
             flush=True,
         )
-    table = score_table([s.to_json() for s in scores])
-    head = f"# {args.model}\n\n{attack} at {attack.threat}, {attack.resolution} resolution, 95% intervals (Wilson).\n\n"
+    head = f"# {args.model}\n\n{threat}, {args.resolution} resolution, 95% intervals (Wilson).\n\n"
+    table = tables(scores)
     skipped = sum(len(p.skipped) for p in sets)
     foot = f"\n{skipped} unreadable pictures were skipped; the Score files list them.\n" if skipped else ""
     (Path(args.output) / "report.md").write_text(head + table + "\n" + foot, encoding="utf-8")
     return scores
+
+
+def tables(scores: list[Score]) -> str:
+    """One table an attack: their numbers may not stand in one."""
+    attacks = dict.fromkeys(s.attack for s in scores)
+    return "\n\n".join(f"## {a}\n\n" + score_table([s.to_json() for s in scores if s.attack == a]) for a in attacks)
 
 
 def _slug(name: str) -> str:
@@ -65,4 +74,4 @@ def main(argv: list[str] | None = None) -> None:
         scores = run(args)
     except (RecipeError, ValueError, OSError) as error:
         sys.exit(f"recipes/evaluate.py: {' '.join(str(error).split())}")
-    print(score_table([s.to_json() for s in scores]))
+    print(tables(scores))

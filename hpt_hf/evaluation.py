@@ -5,6 +5,7 @@ Attacks run in float32 with random starts that hang on the picture, so a Score d
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 import platform
@@ -16,8 +17,9 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from hpt_hf.attacks import ATTACKS, frozen, pgd, pgd_until_wrong
+from hpt_hf.attacks import cross_entropy, frozen, pgd
 from hpt_hf.data import Collate
+from hpt_hf.search import ATTACKS, STANDARD, in_turn
 from hpt_hf.shapes import Images, Keys, Labels
 from hpt_hf.threat import Noise, ThreatModel
 from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
@@ -25,53 +27,76 @@ from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
 
 @dataclass(frozen=True)
 class EvaluationAttack:
-    """PGD (or CW: the margin loss) with N steps of 2.5 eps / N from a random start (Madry et al. 2018), named as the field names it.
+    """An attack by the field's name, in a ball, on pixels of a stated resolution.
 
     Args:
         threat: the ball.
-        name: a row of `hpt_hf.attacks.ATTACKS`.
-        steps: gradient steps.
+        name: a row of `hpt_hf.search.ATTACKS`, or `"standard"`: APGD-CE, APGD-T and Square, the worst case of the three.
+        steps: gradient steps, or queries of Square; None: each attack's own number (PGD and CW 20, APGD 100, Square 5000).
         resolution: `"input"`: eps counts on the pixels the model reads (FARE's protocol); `"native"`: on the picture's own, which the
             model then resizes (TeCoA's and the paper's protocol).
+        seed: of the random starts.
     """
 
     threat: ThreatModel
     name: str = "pgd"
-    steps: int = 20
+    steps: int | None = None
     resolution: str = "input"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.name not in ATTACKS:
-            raise ValueError(f"no attack is called {self.name!r}; there are {', '.join(ATTACKS)}")
+        known = (*ATTACKS, "standard")
+        if self.name not in known:
+            near = difflib.get_close_matches(self.name, known, n=2)
+            raise ValueError(
+                f"no attack is called {self.name!r}"
+                + (f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(known)}")
+            )
         if self.resolution not in ("input", "native"):
             raise ValueError(
                 f"resolution={self.resolution!r}: expected 'input' (the model's size) or 'native' (the picture's own)"
             )
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps}: expected at least 1")
 
     @property
-    def step_size(self) -> float:
-        return 2.5 * self.threat.radius / self.steps
-
-    def __call__(self, model: ZeroShotCLIP, images: Images, keys: Keys, labels: Labels) -> Images:
-        """The last iterates: as far as the steps go, for showing and for transfer to other models."""
-        loss = ATTACKS[self.name]
-        settings = {"steps": self.steps, "step_size": self.step_size, "noise": Noise(keys, self.seed)}
-        with frozen(model):
-            return pgd(lambda perturbed: loss(model.classify(perturbed).logits, labels), images, self.threat, **settings)
+    def parts(self) -> tuple[str, ...]:
+        """The attacks it consists of, in the order in which they run."""
+        return STANDARD if self.name == "standard" else (self.name,)
 
     def breaks(self, model: ZeroShotCLIP, images: Images, keys: Keys, labels: Labels) -> tuple[Images, torch.Tensor]:
-        """(perturbed images, which of them are answered wrongly): robust accuracy counts a picture as lost at the first iterate that is."""
-        settings = {"steps": self.steps, "step_size": self.step_size, "noise": Noise(keys, self.seed)}
+        """(perturbed images, which of them are answered wrongly): a picture is lost at the first query that is."""
+
+        def part(name):
+            attack, steps = ATTACKS[name]
+            return lambda x, rows, noise: attack(logits_fn, x, labels[rows], self.threat, self.steps or steps, noise)
+
+        def logits_fn(x):
+            return model.classify(x).logits
+
         with frozen(model):
-            return pgd_until_wrong(
-                lambda x: model.classify(x).logits, ATTACKS[self.name], images, labels, self.threat, **settings
+            return in_turn([part(name) for name in self.parts], images, Noise(keys, self.seed))
+
+    def craft(self, model: ZeroShotCLIP, images: Images, keys: Keys, labels: Labels) -> Images:
+        """The last iterates of PGD on the cross-entropy, whatever the name: for showing, and for transfer to other models.
+
+        What stops at its first success is as weak as its source allows, so transfer needs the whole length.
+        """
+        steps = self.steps or ATTACKS["pgd"][1]
+        with frozen(model):
+            return pgd(
+                lambda perturbed: cross_entropy(model.classify(perturbed).logits, labels),
+                images,
+                self.threat,
+                steps=steps,
+                step_size=2.5 * self.threat.radius / steps,
+                noise=Noise(keys, self.seed),
             )
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.steps}"
+        """`pgd-20`, `apgd-ce-100`, `standard`: the name, with the number of steps where it is one."""
+        steps = self.steps or (None if self.name == "standard" else ATTACKS[self.name][1])
+        return self.name if steps is None else f"{self.name}-{steps}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +111,6 @@ class Score:
     n: int
     rows: str  # digest of the pictures, in order
     attack: str
-    step_size: float
     norm: str
     eps: str
     protocol: str
@@ -210,7 +234,6 @@ def evaluate(
         n=n,
         rows=answers.rows,
         attack=str(attack),
-        step_size=attack.step_size,
         norm=attack.threat.norm,
         eps=str(attack.threat.eps),
         protocol=attack.resolution,
@@ -247,7 +270,7 @@ def transfer(
     n, clean, adversarial, kl = 0, 0, 0, 0.0
     for batch in batches(pictures, collate, batch_size, limit):
         batch = {k: v.to(device) for k, v in batch.items()}
-        perturbed = attack(source, batch["images"], batch["keys"], batch["labels"])
+        perturbed = attack.craft(source, batch["images"], batch["keys"], batch["labels"])
         before, after = target.classify(batch["images"]).logits, target.classify(perturbed).logits
         n += len(before)
         clean += int((before.argmax(1) == batch["labels"]).sum())

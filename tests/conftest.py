@@ -17,7 +17,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from jaxtyping import install_import_hook
 
-_hook = install_import_hook(["hpt_hf.threat", "hpt_hf.attacks", "hpt_hf.zero_shot", "hpt_hf.objectives"], "beartype.beartype")
+_hook = install_import_hook(
+    ["hpt_hf.threat", "hpt_hf.attacks", "hpt_hf.search", "hpt_hf.zero_shot", "hpt_hf.objectives"], "beartype.beartype"
+)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

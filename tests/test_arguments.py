@@ -293,7 +293,7 @@ EVALUATE = {
     "no data": (["--data", "/nowhere/pictures"], "no data at /nowhere/pictures"),
     "limit": (["--data", "x", "--limit", "0"], "--limit 0: expected at least 1 picture"),
     "eps": (["--data", "x", "--eps", "4"], "did you mean '4/255'?"),
-    "attack": (["--data", "x", "--attack", "apgd"], "invalid choice: 'apgd'"),
+    "attack": (["--data", "x", "--attacks", "apgd"], "no attack is called 'apgd'; did you mean pgd or apgd-t?"),
     "steps": (["--data", "x", "--steps", "0"], "steps=0: expected at least 1"),
 }
 
@@ -319,9 +319,9 @@ def test_evaluate_arguments_and_what_it_writes(tmp_path, student_path, capsys):
     evaluate.main(["--model", student_path, "--output", str(tmp_path / "scores"), "--data", data, "--steps", "3", "--limit", "7"])
     assert len(list((tmp_path / "scores" / "scores").glob("*.json"))) == 1 and (tmp_path / "scores" / "report.md").is_file()
     out = capsys.readouterr()
-    assert "n = 7" in out.err and out.out.startswith("|")
+    assert "n = 7" in out.err and out.out.startswith("## pgd-3\n\n|")
     (args,) = parse((EvaluateArguments,), ["--model", "m", "--output", "o"])
-    assert (args.attack, args.steps, args.resolution, args.seed) == ("pgd", 20, "input", 0)
+    assert (args.attacks, args.steps, args.resolution, args.seed) == (["pgd"], None, "input", 0)
 
 
 @pytest.mark.multiprocess

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASSES, make_pictures
 
-from hpt_hf.attacks import ATTACKS, cross_entropy, frozen, margin, pgd, pgd_until_wrong
+from hpt_hf.attacks import cross_entropy, frozen, margin, pgd, towards
 from hpt_hf.data import Collate
 from hpt_hf.threat import Noise, ThreatModel
 from hpt_hf.zero_shot import ZeroShotCLIP
+
+LOSSES = {"pgd": cross_entropy, "cw": margin}
 
 
 def make_batch(model, count=40):
@@ -39,7 +41,7 @@ def batch(trained):
 def attack(model, batch, *, threat=None, steps=5, step_size=2 / 255, name="pgd", noise=True, rows=slice(None)):
     labels = batch["labels"][rows]
     return pgd(
-        lambda x: ATTACKS[name](model.classify(x).logits, labels),
+        lambda x: LOSSES[name](model.classify(x).logits, labels),
         batch["images"][rows],
         threat or ThreatModel("linf", "8/255"),
         steps=steps,
@@ -53,55 +55,17 @@ def accuracy(model, images, labels):
         return (model.classify(images).logits.argmax(1) == labels).float().mean().item()
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(("norm", "eps", "step"), [("linf", "8/255", 2 / 255), ("l2", 1.0, 0.25)])
 @pytest.mark.parametrize("noise", [True, False])
 def test_pgd_raises_the_loss_of_every_picture(trained, batch, name, norm, eps, step, noise):
     threat = ThreatModel(norm, eps)
     adversarial = attack(trained, batch, threat=threat, step_size=step, name=name, noise=noise)
     with torch.no_grad():
-        before, after = (ATTACKS[name](trained.classify(x).logits, batch["labels"]) for x in (batch["images"], adversarial))
+        before, after = (LOSSES[name](trained.classify(x).logits, batch["labels"]) for x in (batch["images"], adversarial))
     assert (after > before).all()
     assert threat.contains(adversarial, batch["images"]).all()
     assert not adversarial.requires_grad
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize(("norm", "eps", "step"), [("linf", "20/255", 5 / 255), ("l2", 2.5, 0.6)])
-def test_until_wrong_stops_at_the_first_success_and_is_pgd_before(trained, batch, name, norm, eps, step):
-    images, labels, threat = batch["images"], batch["labels"], ThreatModel(norm, eps)
-    asked = []
-
-    def logits_fn(x):
-        asked.append(len(x))
-        return trained.classify(x).logits
-
-    settings = {"step_size": step, "noise": Noise(batch["keys"])}
-    found, broken = pgd_until_wrong(logits_fn, ATTACKS[name], images, labels, threat, steps=6, **settings)
-    assert threat.contains(found, images).all() and not found.requires_grad
-    with torch.no_grad():
-        assert torch.equal(trained.classify(found).logits.argmax(1) != labels, broken)
-    # Against plain PGD of every length: broken at the first iterate that is wrong, and that iterate is what is handed back.
-    iterates = [attack(trained, batch, threat=threat, name=name, steps=k, step_size=step) for k in range(7)]
-    expected = torch.full((len(images),), 99)
-    for steps in reversed(range(7)):
-        with torch.no_grad():
-            expected[trained.classify(iterates[steps]).logits.argmax(1) != labels] = steps
-    for steps in range(7):
-        torch.testing.assert_close(found[expected == steps], iterates[steps][expected == steps])
-    assert torch.equal(expected < 99, broken) and 0 < broken.sum() < len(images)
-    torch.testing.assert_close(found[~broken], iterates[6][~broken])
-    assert asked == [int((expected >= steps).sum()) for steps in range(len(asked))], "broken images are dropped from the batch"
-
-
-def test_until_wrong_leaves_what_is_wrong_already_and_refuses_half(trained, batch):
-    threat = ThreatModel("linf", "8/255")
-    classify, images, labels = lambda x: trained.classify(x).logits, batch["images"], batch["labels"]
-    settings = {"steps": 3, "step_size": 0.1, "noise": None}
-    found, broken = pgd_until_wrong(classify, margin, images, 1 - labels, threat, **settings)
-    assert broken.sum() > 30 and torch.equal(found[broken], images[broken]), "wrong already: nothing is changed"
-    with pytest.raises(TypeError, match="float32"):
-        pgd_until_wrong(classify, margin, images.half(), labels, threat, **settings)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -214,7 +178,7 @@ def test_an_empty_batch_is_an_empty_answer():
     assert pgd(lambda x: x.sum((1, 2, 3)), empty, ThreatModel(), steps=2, step_size=0.1, noise=noise).shape == empty.shape
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(("norm", "eps", "step"), [("linf", "8/255", 2 / 255), ("l2", 1.0, 0.25)])
 def test_a_picture_gets_the_same_attack_in_any_batch(trained, batch, name, norm, eps, step):
     settings = {"threat": ThreatModel(norm, eps), "step_size": step, "name": name}
@@ -239,7 +203,7 @@ def test_equal_pictures_start_alike_and_different_ones_apart(trained, batch):
 def test_a_large_ball_leaves_no_accuracy_and_a_growing_one_leaves_ever_less(trained, batch):
     clean = accuracy(trained, batch["images"], batch["labels"])
     assert clean > 0.9
-    for name in ATTACKS:
+    for name in LOSSES:
         left = [clean]
         for eps in (2 / 255, 8 / 255, 32 / 255, 0.5):
             threat = ThreatModel("linf", eps)
@@ -281,8 +245,57 @@ def test_margin_does_not_saturate_where_the_cross_entropy_does():
     assert not ce.any() and cw.abs().sum() == 2
 
 
+def label_and_target(count, classes):
+    """Every pair of a label and another class, over and over."""
+    labels = torch.arange(count) % classes
+    return labels, (labels + 1 + torch.arange(count) // classes % (classes - 1)) % classes
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5, 11])
+def test_towards_is_its_formula_on_python_numbers(classes):
+    """Sorting and means written out: the loss picks them with topk, where an index off by one would pass unseen."""
+    logits = 3 * torch.randn(240, classes, generator=torch.Generator().manual_seed(0))
+    labels, targets = label_and_target(240, classes)
+    got = towards(logits, labels, targets).tolist()
+    for row, y, t, value in zip(logits.tolist(), labels.tolist(), targets.tolist(), got, strict=True):
+        best = sorted(row, reverse=True)
+        spread = 1 if classes == 2 else best[0] - (best[2] + best[3]) / 2
+        assert value == pytest.approx((row[t] - row[y]) / spread, rel=1e-4, abs=1e-5)
+    assert {v > 0 for v in got} == {True, False}
+
+
+def test_no_rescaling_and_no_shift_of_the_logits_changes_towards():
+    """A model cannot hide from it behind a small or a large temperature; the cross-entropy, the control, it can."""
+    logits = torch.randn(60, 5, generator=torch.Generator().manual_seed(1))
+    labels, targets = label_and_target(60, 5)
+    first = towards(logits, labels, targets)
+    for scale, shift in ((100, 0), (0.01, 0), (1, 30), (100, -7)):
+        assert torch.allclose(towards(scale * logits + shift, labels, targets), first, rtol=1e-3, atol=1e-4)
+        if scale != 1:
+            assert not torch.allclose(cross_entropy(scale * logits + shift, labels), cross_entropy(logits, labels), rtol=0.1)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+@pytest.mark.parametrize("logits", ["random", "equal", "saturated"])
+def test_the_gradient_of_towards_is_finite_and_never_vanishes(classes, logits):
+    """Equal logits have no spread, and those far apart leave the cross-entropy without a gradient: neither may stop a search."""
+    random = torch.randn(24, classes, generator=torch.Generator().manual_seed(2))
+    values = {"random": random, "equal": torch.zeros_like(random), "saturated": 100 * random}[logits]
+    values.requires_grad_(True)
+    labels, targets = label_and_target(24, classes)
+    loss = towards(values, labels, targets)
+    (gradient,) = torch.autograd.grad(loss.sum(), values)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    assert gradient.any(1).all() and torch.allclose(gradient.sum(1), torch.zeros(24), atol=1e-5)
+    right = values.argmax(1) == labels
+    assert logits == "equal" or ((loss < 0)[right]).all() and right.any(), "below the label as long as the answer is right"
+    if logits == "random" and classes > 3:
+        assert torch.allclose((gradient * values).sum(1), torch.zeros(24), atol=1e-4), "rescaling the logits gains nothing"
+        assert (towards(values + 1e-3 * gradient, labels, targets) > loss).all()
+
+
 def test_losses_are_per_picture_and_not_means():
     logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    for loss in ATTACKS.values():
+    for loss in (*LOSSES.values(), lambda z, y: towards(z, y, (y + 1) % 3)):
         alone = torch.cat([loss(logits[i : i + 1], labels[i : i + 1]) for i in range(6)])
-        assert torch.allclose(loss(logits, labels), alone)
+        assert loss(logits, labels).shape == (6,) and torch.allclose(loss(logits, labels), alone)

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from conftest import CLASSES, Rows, gpd_schedule, make_pictures, make_trainer, single_schedule
 from PIL import Image
 
+from hpt_hf.attacks import cross_entropy, pgd
 from hpt_hf.data import Collate, LabelledPictures
 from hpt_hf.evaluation import EvaluationAttack, Score, answer, batches, evaluate, mean, sample, transfer, wilson
+from hpt_hf.search import ATTACKS
 from hpt_hf.threat import Noise, ThreatModel
 from hpt_hf.zero_shot import ZeroShotCLIP
 
@@ -84,7 +86,7 @@ def test_answers_are_deterministic_and_leave_no_trace(able):
 def test_the_attacks_seed_changes_its_start_and_the_score_says_so(able):
     pictures = make_pictures(8)
     batch = Collate(able.processor)([pictures[i] for i in range(8)])
-    x, y = (attack(seed=s, steps=1)(able, batch["images"], batch["keys"], batch["labels"]) for s in (0, 1))
+    x, y = (attack(seed=s, steps=1).craft(able, batch["images"], batch["keys"], batch["labels"]) for s in (0, 1))
     assert not torch.equal(x, y)
     assert evaluate(able, pictures, attack(seed=1), name="m").seed == 1
 
@@ -201,7 +203,7 @@ def test_evaluate_asks_for_the_sets_own_classes(student):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"name": "pgdd"}, "no attack is called 'pgdd'; there are pgd, cw"),
+        ({"name": "pgdd"}, "no attack is called 'pgdd'; did you mean pgd"),
         ({"resolution": "full"}, "resolution='full': expected 'input'"),
         ({"steps": 0}, "steps=0: expected at least 1"),
     ],
@@ -212,10 +214,93 @@ def test_an_attack_that_does_not_exist_is_an_error(settings, says):
     assert says in str(error.value)
 
 
-def test_steps_are_two_and_a_half_radii_in_all():
-    for steps in (1, 10, 50):
-        assert attack(steps=steps).step_size * steps == pytest.approx(2.5 * 20 / 255)
-    assert str(attack("cw", 50)) == "cw-50"
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("apgd_ce", "did you mean apgd-ce"), ("squares", "did you mean square?"), ("standart", "did you mean standard?")],
+)
+def test_an_unknown_attack_names_its_nearest(name, near):
+    with pytest.raises(ValueError, match=f"no attack is called '{name}'") as error:
+        attack(name)
+    assert near in str(error.value)
+    with pytest.raises(ValueError) as error:
+        attack("zzz")
+    assert str(error.value).endswith(f"there are {', '.join(ATTACKS)}, standard"), "nothing is near: all are named"
+
+
+def test_every_attack_has_its_name_its_own_steps_and_says_both():
+    """The names and numbers under which robust accuracies are compared in print; a record that says less cannot be repeated."""
+    default = {name: str(EvaluationAttack(ThreatModel(), name)) for name in (*ATTACKS, "standard")}
+    assert default == {
+        "pgd": "pgd-20",
+        "cw": "cw-20",
+        "apgd-ce": "apgd-ce-100",
+        "apgd-t": "apgd-t-100",
+        "square": "square-5000",
+        "standard": "standard",
+    }
+    assert str(attack("cw", 50)) == "cw-50" and str(attack("standard", 7)) == "standard-7"
+    assert attack("standard").parts == ("apgd-ce", "apgd-t", "square") and attack("cw").parts == ("cw",)
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, "standard"])
+def test_left_out_steps_are_the_attacks_own_and_given_ones_are_everybodys(monkeypatch, able, name):
+    """That what `str` says is what runs: every part writes down the steps that it was given."""
+    ran = []
+
+    def spy(part):
+        def run(logits_fn, images, labels, threat, steps, noise):
+            ran.append((part, steps))
+            return images.clone(), torch.zeros(len(images), dtype=torch.bool)
+
+        return run
+
+    for part, (_, own) in list(ATTACKS.items()):
+        monkeypatch.setitem(ATTACKS, part, (spy(part), own))
+    batch = Collate(able.processor)([make_pictures(2)[i] for i in range(2)])
+    parts = ("apgd-ce", "apgd-t", "square") if name == "standard" else (name,)
+    for steps in (None, 3):
+        attack(name, steps).breaks(able, batch["images"], batch["keys"], batch["labels"])
+        assert ran == [(part, steps or ATTACKS[part][1]) for part in parts]
+        ran.clear()
+
+
+@pytest.mark.parametrize("name", ["pgd", "cw", "square", "standard"])
+def test_craft_is_full_length_pgd_whatever_the_name(able, name):
+    """What stops at its first success hardly fools another model, so what is shown and transferred goes on to the end."""
+    batch = Collate(able.processor)([make_pictures(16)[i] for i in range(16)])
+    images, keys, labels = batch["images"], batch["keys"], batch["labels"]
+    chosen = attack(name, 6, seed=2)
+    crafted = chosen.craft(able, images, keys, labels)
+    step = 2.5 * chosen.threat.radius / 6
+    expected = pgd(
+        lambda x: cross_entropy(able.classify(x).logits, labels),
+        images,
+        chosen.threat,
+        steps=6,
+        step_size=step,
+        noise=Noise(keys, 2),
+    )
+    assert torch.equal(crafted, expected)
+    assert not torch.equal(crafted, attack("pgd", 6, seed=2).breaks(able, images, keys, labels)[0]), "this one stops early"
+
+
+def test_standard_is_the_worst_case_over_its_parts_picture_by_picture(able):
+    """Broken by one part is broken by all together, and nothing else is; each part with the noise that it gets as one of several."""
+    batch = Collate(able.processor)([make_pictures(60)[i] for i in range(60)])
+    images, keys, labels = batch["images"], batch["keys"], batch["labels"]
+    chosen = attack("standard", 3, eps="26/255", seed=4)
+    found, broken = chosen.breaks(able, images, keys, labels)
+    assert chosen.threat.contains(found, images).all()
+    with torch.no_grad():
+        assert torch.equal(able.classify(found).logits.argmax(1) != labels, broken)
+    first = attack("apgd-ce", 3, eps="26/255", seed=4).breaks(able, images, keys, labels)[1]
+    alone = []
+    for number, name in enumerate(chosen.parts):
+        noise = Noise(keys, 4, draw=number * 1_000_003)
+        alone.append(ATTACKS[name][0](lambda x: able.classify(x).logits, images, labels, chosen.threat, 3, noise)[1])
+    assert torch.equal(first, alone[0]), "the first part is the attack of that name, to the bit"
+    assert torch.equal(broken, alone[0] | alone[1] | alone[2])
+    assert first.sum() < broken.sum() < len(images), "a later part adds to the first, or this proves little"
 
 
 # --- transfer ------------------------------------------------------------------------------------------------------------------
@@ -226,7 +311,7 @@ def test_transfer_equals_its_definition(able, proxy):
     pictures = make_pictures(20)
     result = transfer(able, proxy, pictures, attack(eps="8/255"), batch_size=7)
     batch = Collate(able.processor)([pictures[i] for i in range(20)])
-    x = attack(eps="8/255")(able, batch["images"], batch["keys"], batch["labels"])
+    x = attack(eps="8/255").craft(able, batch["images"], batch["keys"], batch["labels"])
     with torch.no_grad():
         p, q = (proxy.classify(i).logits.double().softmax(1) for i in (x, batch["images"]))
     assert result["n"] == 20

@@ -176,7 +176,7 @@ def examples(
         said, seen = {}, None
         for key, model in models.items():
             model.set_classes(pictures.classes, pictures.templates)
-            perturbed = attack(model, batch["images"], batch["keys"], batch["labels"])
+            perturbed = attack.craft(model, batch["images"], batch["keys"], batch["labels"])
             seen = perturbed if seen is None else seen
             said[key] = pictures.classes[int(model.classify(perturbed).logits.argmax())]
         arrays = [np.asarray(t[0].permute(1, 2, 0)) for t in (batch["images"], seen)]
