@@ -112,6 +112,7 @@ def compare(method: str, args, file: Path) -> None:
             write_json(file, record)
             print(method, rate, record["rates"][f"{rate:g}"], flush=True)
     best = choose(record["rates"])
+    record["runs"] = [r for r in record["runs"] if r["learning_rate"] == float(best)]  # a rate tried later may win
     for seed in args.seeds:
         if seed not in [r["seed"] for r in record["runs"]]:
             model, facts = train(args.group, method, [*flags, "--learning_rate", best, "--seed", str(seed)])
