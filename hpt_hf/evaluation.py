@@ -64,6 +64,14 @@ class EvaluationAttack:
         """The attacks it consists of, in the order in which they run."""
         return STANDARD if self.name == "standard" else (self.name,)
 
+    def notes(self, classes: int) -> tuple[str, ...]:
+        """What a reader must know of this attack on so many classes."""
+        if "apgd-t" in self.parts and classes < 4:
+            return (
+                f"apgd-t: the DLR loss needs four classes and there are {classes}; the plain difference of logits took its place",
+            )
+        return ()
+
     def breaks(self, model: ZeroShotCLIP, images: Images, keys: Keys, labels: Labels) -> tuple[Images, torch.Tensor]:
         """(perturbed images, which of them are answered wrongly): a picture is lost at the first query that is."""
 
@@ -119,6 +127,7 @@ class Score:
     robust: float
     clean_interval: tuple[float, float]
     interval: tuple[float, float]
+    notes: tuple[str, ...] = ()
     robust_is: str = "right on the clean picture and on every iterate of the attack"
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
@@ -242,6 +251,7 @@ def evaluate(
         robust=round(100 * robust / n, 2),
         clean_interval=wilson(clean, n),
         interval=wilson(robust, n),
+        notes=attack.notes(len(pictures.classes)),
         seconds=round(answers.seconds, 2),
         versions=versions(),
         hardware=hardware(),

@@ -382,3 +382,15 @@ def test_training_moves_the_score(able, able_path, proxy, tmp_path):
     before = evaluate(able, make_pictures(), attack(), name="m")
     make_trainer(tmp_path, able, gpd_schedule(learning_rate=0.05), proxy=proxy.set_classes(CLASSES)).train()
     assert stable(evaluate(able, make_pictures(), attack(), name="m")) != stable(before)
+
+
+def test_too_few_classes_for_the_dlr_loss_are_said(able):
+    whole = make_pictures(10)
+    kept = [i for i in range(10) if whole[i]["label"] < 3]
+    pictures = LabelledPictures(
+        Rows([whole[i]["image"] for i in kept], [whole[i]["label"] for i in kept]), CLASSES[:3], name="few"
+    )
+    (note,) = evaluate(able, pictures, attack("apgd-t", 1), name="m").notes
+    assert "needs four classes and there are 3" in note
+    assert evaluate(able, pictures, attack("pgd", 1), name="m").notes == ()
+    assert attack("standard").notes(3) and not attack("standard").notes(4)
