@@ -5,16 +5,39 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import compare
+import pytest
+
 from hpt_hf.lab.quickstart import result_table
 
 ROOT = Path(__file__).parent.parent
 
 
+def missing(table: str, document: str) -> list[str]:
+    """Lines of a table that a document does not show."""
+    text = (ROOT / document).read_text(encoding="utf-8").splitlines()
+    return [line for line in table.splitlines() if line not in text]
+
+
 def test_readme_and_results_show_the_quickstarts_own_table():
     summary = json.loads((ROOT / "docs" / "results" / "quickstart.json").read_text())
     assert summary["smoke"] is False and len(summary["tasks"]) >= 12
-    lines = result_table(summary).splitlines()
-    assert len(lines) == 2 + 5
+    table = result_table(summary)
+    assert len(table.splitlines()) == 2 + 5
     for document in ("README.md", "docs/results.md"):
-        text = (ROOT / document).read_text().splitlines()
-        assert [line for line in lines if line not in text] == [], document
+        assert missing(table, document) == [], document
+
+
+@pytest.mark.parametrize(("group", "sets"), [("lab", 15), ("real", 12)])
+def test_results_show_the_comparisons_own_tables(group, sets):
+    results = json.loads((ROOT / "docs" / "results" / f"compare-{group}.json").read_text())
+    assert {"vanilla", "hpt", "hpt_gpd", "tecoa", "anchor_clean"} <= set(results)
+    for method, record in results.items():
+        assert all(len(run["per_set"]) == sets for run in record["runs"]), method
+        if method != "vanilla":
+            chosen = float(compare.choose(record["rates"]))
+            assert {run["learning_rate"] for run in record["runs"]} == {chosen}
+            assert compare.recipe(group, method, [])[2].learning_rate == chosen, "the recipe holds the rate that was chosen"
+    assert missing(compare.table(results), "docs/results.md") == []
+    assert missing(compare.rate_table(results), "docs/results.md") == []
+    assert len(compare.table(results).splitlines()) == 2 + len(results) + 2
