@@ -23,7 +23,6 @@ def score(**changes):
         "n": 100,
         "rows": "r",
         "attack": "pgd-20",
-        "step_size": 0.01,
         "norm": "linf",
         "eps": "1/255",
         "protocol": "input",
