@@ -104,9 +104,9 @@ def compare(method: str, args, file: Path) -> None:
         record["proxy_on_student_adversarial"] = mean_transfer(student, proxy, suite, attack, limit=args.limit)
         write_json(file, record)
         return
+    validation = pictures(group.validation, True, VALIDATION)
     for rate in args.rates or RATES.get(method, OTHER_RATES):
         if f"{rate:g}" not in record["rates"]:
-            validation = pictures(group.validation, True, VALIDATION)
             model, facts = train(args.group, method, [*flags, "--dataset", group.tuning, "--learning_rate", f"{rate:g}"])
             record["rates"][f"{rate:g}"] = facts if model is None else facts | measured(model, validation, VALIDATION)
             write_json(file, record)

@@ -19,7 +19,7 @@ import torch
 
 from hpt_hf.attacks import cross_entropy, frozen, pgd
 from hpt_hf.data import Collate
-from hpt_hf.search import ATTACKS, STANDARD, in_turn
+from hpt_hf.search import ATTACKS, STANDARD, even_steps, in_turn
 from hpt_hf.shapes import Images, Keys, Labels
 from hpt_hf.threat import Noise, ThreatModel
 from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
@@ -97,7 +97,7 @@ class EvaluationAttack:
                 images,
                 self.threat,
                 steps=steps,
-                step_size=2.5 * self.threat.radius / steps,
+                step_size=even_steps(steps, self.threat).step_size,
                 noise=Noise(keys, self.seed),
             )
 

@@ -15,7 +15,7 @@ import torch
 
 from hpt_hf.attacks import checked, cross_entropy, margin, towards
 from hpt_hf.shapes import Images, Labels, Logits, PerExample
-from hpt_hf.threat import Noise, ThreatModel
+from hpt_hf.threat import Noise, ThreatModel, l2_norm
 
 # Per image still standing: `x`, where the model is asked next, and what the strategy remembers.
 State = dict[str, torch.Tensor]
@@ -249,7 +249,7 @@ class Square:
             top, left = (height - down * tile) // 2, (width - across * tile) // 2
             tiles = signs.repeat_interleave(tile, 2).repeat_interleave(tile, 3) * bump.repeat(down, across)
             delta[..., top : top + down * tile, left : left + across * tile] = tiles
-            x = threat.project(images + delta * (threat.radius / _norm(delta)), images)
+            x = threat.project(images + delta * (threat.radius / l2_norm(delta)), images)
         return {"x": x, "best": x, "best_loss": images.new_full((len(images),), -math.inf)}
 
     def advance(self, query, state, seen, images, threat, noise):
@@ -278,20 +278,16 @@ class Square:
         old = delta[one.expand_as(delta)].view(len(delta), channels, side, side)
         fresh = bumps + old / old.flatten(2).norm(dim=2)[..., None, None].clamp_min(1e-12)
         fresh = fresh / fresh.flatten(2).norm(dim=2)[..., None, None].clamp_min(1e-12)
-        spare = (threat.radius**2 - _norm(delta) ** 2).clamp_min(0) / channels
+        spare = (threat.radius**2 - l2_norm(delta) ** 2).clamp_min(0) / channels
         budget = (delta * (one | two)).flatten(2).norm(dim=2)[..., None, None] ** 2
         moved = delta.masked_fill(one | two, 0)
         moved[one.expand_as(delta)] = (fresh * (spare + budget).sqrt()).flatten()
-        return moved * (threat.radius / _norm(moved).clamp_min(1e-12))
+        return moved * (threat.radius / l2_norm(moved).clamp_min(1e-12))
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:
     """(batch,) -> (batch, 1, 1, 1)."""
     return value[:, None, None, None]
-
-
-def _norm(delta: torch.Tensor) -> torch.Tensor:
-    return _wide(delta.flatten(1).norm(dim=1))
 
 
 def _signs(uniform: torch.Tensor) -> torch.Tensor:
@@ -330,20 +326,18 @@ LogitsFn = Callable[[Images], Logits]
 Outcome = tuple[Images, torch.Tensor]
 
 
-def pgd_ce(logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatModel, steps: int, noise: Noise) -> Outcome:
-    """PGD-N on the cross-entropy, with steps of 2.5 eps / N (Madry et al. 2018)."""
-    return search(
-        logits_fn, WrongAnswer(labels, cross_entropy), images, threat, PGD(steps, 2.5 * threat.radius / steps), noise=noise
-    )
+def untargeted(loss_fn: Callable[[Logits, Labels], PerExample], strategy: Callable[[int, ThreatModel], Strategy]):
+    """The attack that raises `loss_fn` until the answer is wrong, by the strategy made of (steps, threat)."""
+
+    def attack(logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatModel, steps: int, noise: Noise) -> Outcome:
+        return search(logits_fn, WrongAnswer(labels, loss_fn), images, threat, strategy(steps, threat), noise=noise)
+
+    return attack
 
 
-def cw(logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatModel, steps: int, noise: Noise) -> Outcome:
-    """The same on the margin (Carlini & Wagner 2017)."""
-    return search(logits_fn, WrongAnswer(labels, margin), images, threat, PGD(steps, 2.5 * threat.radius / steps), noise=noise)
-
-
-def apgd_ce(logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatModel, steps: int, noise: Noise) -> Outcome:
-    return search(logits_fn, WrongAnswer(labels, cross_entropy), images, threat, APGD(steps), noise=noise)
+def even_steps(steps: int, threat: ThreatModel) -> PGD:
+    """PGD-N with steps of 2.5 eps / N (Madry et al. 2018)."""
+    return PGD(steps, 2.5 * threat.radius / steps)
 
 
 def apgd_t(logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatModel, steps: int, noise: Noise) -> Outcome:
@@ -371,11 +365,6 @@ def apgd_t(logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatMo
     return found, broken
 
 
-def square(logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatModel, steps: int, noise: Noise) -> Outcome:
-    """Square on the margin, with `steps` queries."""
-    return search(logits_fn, WrongAnswer(labels, margin), images, threat, Square(steps), noise=noise)
-
-
 def in_turn(parts: Sequence[Callable[[Images, torch.Tensor, Noise], Outcome]], images: Images, noise: Noise) -> Outcome:
     """Attacks one after another, each on what those before it left standing: the worst case of all, image by image."""
     images = checked(images, noise)
@@ -391,10 +380,10 @@ def in_turn(parts: Sequence[Callable[[Images, torch.Tensor, Noise], Outcome]], i
 
 # name -> (attack, its steps unless said otherwise). `standard` is the worst case over the three, as AutoAttack without FAB.
 ATTACKS: dict[str, tuple[Callable[..., Outcome], int]] = {
-    "pgd": (pgd_ce, 20),
-    "cw": (cw, 20),
-    "apgd-ce": (apgd_ce, 100),
+    "pgd": (untargeted(cross_entropy, even_steps), 20),
+    "cw": (untargeted(margin, even_steps), 20),  # Carlini & Wagner's loss (2017)
+    "apgd-ce": (untargeted(cross_entropy, lambda steps, _: APGD(steps)), 100),
     "apgd-t": (apgd_t, 100),
-    "square": (square, 5000),
+    "square": (untargeted(margin, lambda steps, _: Square(steps)), 5000),
 }
 STANDARD = ("apgd-ce", "apgd-t", "square")

@@ -122,14 +122,14 @@ class ThreatModel:
         else:
             direction = noise.normal(shape)
             length = noise.uniform((1,)) ** (1 / math.prod(shape))  # volume grows as radius^dimension
-            delta = direction / _norm(direction).clamp_min(1e-12) * (length * self.radius).view(-1, 1, 1, 1)
+            delta = direction / l2_norm(direction).clamp_min(1e-12) * (length * self.radius).view(-1, 1, 1, 1)
         return self.project(images + delta, images)
 
     def ascent_direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """The steepest ascent of unit size: sign for l-inf, the normalised gradient for l-2 (0 where the gradient is 0)."""
         if self.norm == "linf":
             return gradient.sign()
-        return gradient / _norm(gradient).clamp_min(1e-12)
+        return gradient / l2_norm(gradient).clamp_min(1e-12)
 
     def project(self, perturbed: Images, images: Images) -> Images:
         """The nearest point of the ball around `images` within [0, 1]; for l-2 the nearest of the ball, then clipped, as usual."""
@@ -143,7 +143,7 @@ class ThreatModel:
         # In float64, each pixel rounded towards the clean one: however small the ball, no rounding leaves it. A hair inside, so that
         # a norm taken in float32 agrees.
         delta = perturbed.double() - images.double()
-        exact = images.double() + delta * (self.radius * (1 - 1e-6) / _norm(delta).clamp_min(1e-30)).clamp_max(1)
+        exact = images.double() + delta * (self.radius * (1 - 1e-6) / l2_norm(delta).clamp_min(1e-30)).clamp_max(1)
         nearest = exact.float()
         outwards = (nearest.double() - images.double()).abs() > (exact - images.double()).abs()
         return torch.where(outwards, torch.nextafter(nearest, images.float()), nearest).clamp(0, 1)
@@ -159,5 +159,6 @@ class ThreatModel:
         return inside & (self.distance(perturbed, images) <= self.radius)
 
 
-def _norm(delta: torch.Tensor) -> torch.Tensor:
+def l2_norm(delta: torch.Tensor) -> torch.Tensor:
+    """(batch, …) -> (batch, 1, 1, 1), to be divided by."""
     return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

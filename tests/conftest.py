@@ -24,6 +24,7 @@ _hook = install_import_hook(
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from hpt_hf.arguments import RecipeTrainingArguments  # noqa: E402
@@ -97,6 +98,31 @@ def make_pictures(count: int = 40, *, labelled: bool = True, size: int = 32, see
 @pytest.fixture
 def pictures():
     return make_pictures()
+
+
+def make_batch(model, count=40):
+    pictures = make_pictures(count)
+    return Collate(model.processor)([pictures[i] for i in range(count)])
+
+
+@pytest.fixture(scope="module")
+def trained(student_path):
+    """A student that has learned the made pictures: on a random one no attack could be told from chance."""
+    torch.manual_seed(0)
+    model = ZeroShotCLIP.load(student_path).set_classes(CLASSES).freeze_text()
+    batch = make_batch(model)
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-3)
+    for _ in range(25):
+        optimiser.zero_grad()
+        F.cross_entropy(model(batch["images"]).logits, batch["labels"]).backward()
+        optimiser.step()
+    optimiser.zero_grad()
+    return model
+
+
+@pytest.fixture(scope="module")
+def batch(trained):
+    return make_batch(trained)
 
 
 def gpd_schedule(

@@ -3,39 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, make_pictures
 
 from hpt_hf.attacks import cross_entropy, frozen, margin, pgd, towards
-from hpt_hf.data import Collate
 from hpt_hf.threat import Noise, ThreatModel
-from hpt_hf.zero_shot import ZeroShotCLIP
 
 LOSSES = {"pgd": cross_entropy, "cw": margin}
-
-
-def make_batch(model, count=40):
-    pictures = make_pictures(count)
-    return Collate(model.processor)([pictures[i] for i in range(count)])
-
-
-@pytest.fixture(scope="module")
-def trained(student_path):
-    """A student that has learned the made pictures: on a random one no attack could be told from chance."""
-    torch.manual_seed(0)
-    model = ZeroShotCLIP.load(student_path).set_classes(CLASSES).freeze_text()
-    batch = make_batch(model)
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-3)
-    for _ in range(25):
-        optimiser.zero_grad()
-        F.cross_entropy(model(batch["images"]).logits, batch["labels"]).backward()
-        optimiser.step()
-    optimiser.zero_grad()
-    return model
-
-
-@pytest.fixture(scope="module")
-def batch(trained):
-    return make_batch(trained)
 
 
 def attack(model, batch, *, threat=None, steps=5, step_size=2 / 255, name="pgd", noise=True, rows=slice(None)):

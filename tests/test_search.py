@@ -8,13 +8,11 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, make_pictures
+from conftest import CLASSES
 
 from hpt_hf.attacks import cross_entropy, frozen, margin, pgd
-from hpt_hf.data import Collate
 from hpt_hf.search import APGD, ATTACKS, PGD, ChosenAnswer, Square, WrongAnswer, WrongTowards, in_turn, search
 from hpt_hf.threat import Noise, ThreatModel
-from hpt_hf.zero_shot import ZeroShotCLIP
 
 NAMES = tuple(ATTACKS)
 GRADIENTS = tuple(name for name in NAMES if name != "square")
@@ -22,31 +20,6 @@ GRADIENTS = tuple(name for name in NAMES if name != "square")
 CASES = {(name, "linf"): ("20/255", 4) for name in GRADIENTS} | {(name, "l2"): (3, 4) for name in GRADIENTS}
 CASES |= {("square", "linf"): ("64/255", 40), ("square", "l2"): (25, 40)}
 every_attack = pytest.mark.parametrize(("name", "norm"), CASES)
-
-
-@pytest.fixture(scope="module")
-def trained(student_path):
-    """A student that has learned the made pictures: on a random one no attack could be told from chance."""
-    torch.manual_seed(0)
-    model = ZeroShotCLIP.load(student_path).set_classes(CLASSES).freeze_text()
-    batch = make_batch(model)
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-3)
-    for _ in range(25):
-        optimiser.zero_grad()
-        F.cross_entropy(model(batch["images"]).logits, batch["labels"]).backward()
-        optimiser.step()
-    optimiser.zero_grad()
-    return model
-
-
-@pytest.fixture(scope="module")
-def batch(trained):
-    return make_batch(trained)
-
-
-def make_batch(model, count=40):
-    pictures = make_pictures(count)
-    return Collate(model.processor)([pictures[i] for i in range(count)])
 
 
 def run(model, batch, name, norm, *, eps=None, steps=None, seed=0, rows=slice(None), keys=None):
