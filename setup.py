@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hpt_hf", "hpt_hf.*"]),
-    package_data={"hpt_hf.lab": ["weights/*/*"]},
+    package_data={"hpt_hf": ["*.json", "*.j2"], "hpt_hf.lab": ["weights/*/*"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6,<3",
@@ -26,13 +26,15 @@ setup(
         "Pillow>=11,<14",
         "jaxtyping>=0.3",
         "PyYAML>=6",
+        # The lab draws its pictures with the fonts that matplotlib ships, reports their plots with it.
+        "matplotlib>=3.9",
+        "Jinja2>=3.1",
     ],
     extras_require={
-        # The lab draws its pictures with the fonts that matplotlib ships; reports draw their plots with it.
-        "lab": ["matplotlib>=3.9"],
-        "plots": ["matplotlib>=3.9"],
+        # AutoAttack by its own authors, to compare our attacks with (benchmarks/independent.py).
+        "attack": ["pyautoattack==0.2.0"],
         "track": ["tensorboard>=2.19"],
-        "test": ["matplotlib>=3.9", "pytest>=8", "pytest-timeout>=2.3", "beartype>=0.20", "ruff>=0.12"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "beartype>=0.20", "ruff>=0.12"],
     },
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
 )

@@ -25,11 +25,13 @@ from transformers.utils import logging
 
 from hpt_hf.arguments import RECIPE, parse
 from hpt_hf.data import DatasetSpec
-from hpt_hf.evaluation import EvaluationAttack, evaluate, hardware, mean, mean_transfer, versions
+from hpt_hf.evaluation import EvaluationAttack, evaluate
 from hpt_hf.lab.suite import LAB_SUITE, LAB_VALIDATION, REAL_VALIDATION, open_pictures, real_suite
 from hpt_hf.report import markdown, write_json
+from hpt_hf.scores import hardware, mean, versions
 from hpt_hf.threat import ThreatModel
 from hpt_hf.train import load_clip, run
+from hpt_hf.transfer import matrix, means
 from hpt_hf.zero_shot import ZeroShotCLIP
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +94,7 @@ def compare(method: str, args, file: Path) -> None:
 
     def measured(model: ZeroShotCLIP, sets, limit: int) -> dict:
         start = time.time()
-        scores = [evaluate(model, s, attack, name=method, limit=limit) for s in sets]
+        scores = [evaluate(model, s, attack, name=method, limit=limit, probe=0) for s in sets]
         per_set = {s.dataset: [s.clean, s.robust] for s in scores}
         return mean(scores) | {"per_set": per_set, "evaluation_seconds": round(time.time() - start, 1)}
 
@@ -101,7 +103,10 @@ def compare(method: str, args, file: Path) -> None:
         student, proxy = load_clip(settings.model_name_or_path), load_clip(settings.proxy_name_or_path)
         record["runs"] = [measured(student, suite, args.limit)]
         record["proxy"] = measured(proxy, suite, args.limit)
-        record["proxy_on_student_adversarial"] = mean_transfer(student, proxy, suite, attack, limit=args.limit)
+        crossed = matrix({"student": student, "proxy": proxy}, suite, attack, sources=["student"], limit=args.limit)
+        record["proxy_on_student_adversarial"] = {
+            k: means(crossed)["student", "proxy"][k] for k in ("clean", "adversarial", "kl")
+        }
         write_json(file, record)
         return
     validation = pictures(group.validation, True, VALIDATION)

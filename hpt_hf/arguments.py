@@ -90,15 +90,17 @@ class RecipeTrainingArguments(TrainingArguments):
 
 
 @dataclass
-class EvaluateArguments:
-    """What `recipes/evaluate.py` measures."""
+class PictureArguments:
+    """Which labelled pictures, how many, under which attack's ball and protocol: what all that measures asks."""
 
-    model: str = field(metadata={"help": "folder or Hub id"})
-    output: str = field(metadata={"help": "folder for scores/*.json and report.md"})
+    output: str = field(metadata={"help": "folder for scores/*.json, report.md and report.html"})
     data: list[str] | None = field(
-        default=None, metadata={"help": "parquet files, image folders, Hub ids, lab:<task> or real:<set>"}
+        default=None,
+        metadata={"help": "names of hpt_hf.sets, parquet files, image folders, shards, Hub ids, lab:<task> or real:<set>"},
     )
-    suite: Literal["lab", "real"] | None = field(default=None, metadata={"help": "a named list of zero-shot sets"})
+    suite: Literal["lab", "real", "zero-shot-17"] | None = field(
+        default=None, metadata={"help": "a named list of zero-shot sets"}
+    )
     data_dir: str | None = field(default=None, metadata={"help": "the folder of the real suite"})
     split: str = "test"
     image_column: str | None = None
@@ -107,19 +109,60 @@ class EvaluateArguments:
     classes_file: str | None = None
     templates: list[str] | None = None
     on_corrupt: Literal["error", "skip"] = "error"
-    attacks: list[str] = field(
-        default_factory=lambda: ["pgd"],
-        metadata={"help": "pgd, cw, apgd-ce, apgd-t, square, or standard: the last three, worst case"},
-    )
-    steps: int | None = field(default=None, metadata={"help": "of every attack; left out: PGD and CW 20, APGD 100, Square 5000"})
     norm: Literal["linf", "l2"] = "linf"
-    eps: str = "1/255"
-    resolution: Literal["input", "native"] = field(
+    protocol: Literal["input", "native"] = field(
         default="input", metadata={"help": "eps counts on the model's pixels, or on the picture's own"}
     )
     limit: int | None = field(default=None, metadata={"help": "a fixed random sample of so many pictures of each set"})
     batch_size: int = 128
     seed: int = 0
+
+
+@dataclass
+class EvaluateArguments(PictureArguments):
+    """What `recipes/evaluate.py` measures."""
+
+    model: str = field(default="", metadata={"help": "folder or Hub id"})
+    model_revision: str | None = None
+    attacks: list[str] = field(
+        default_factory=lambda: ["pgd"],
+        metadata={"help": "pgd, cw, apgd-ce, apgd-t, square, or standard: the last three, worst case"},
+    )
+    steps: int | None = field(default=None, metadata={"help": "of every attack; left out: PGD and CW 20, APGD 100, Square 5000"})
+    eps: list[str] = field(default_factory=lambda: ["1/255"], metadata={"help": "radii; several draw a curve"})
+    target: str | None = field(
+        default=None, metadata={"help": "the class every picture shall be taken for; left out: any wrong one"}
+    )
+    probe: int = field(default=24, metadata={"help": "pictures that the checks look at; 0: no checks"})
+    baseline: str | None = field(
+        default=None,
+        metadata={"help": "an undefended model the attack must break; left out: what the model was trained from, if known"},
+    )
+
+
+@dataclass
+class TransferArguments(PictureArguments):
+    """What `recipes/transfer.py` measures: every model on pictures attacked for others."""
+
+    models: list[str] = field(default_factory=list, metadata={"help": "folders or Hub ids"})
+    student: str | None = field(
+        default=None, metadata={"help": "pre-flight: attack only for this one, and rank the models as its proxies"}
+    )
+    steps: int | None = field(default=None, metadata={"help": "of PGD; left out: 20"})
+    eps: str = "1/255"
+
+
+@dataclass
+class VerifyArguments:
+    """What `recipes/verify.py` measures again."""
+
+    model: str = field(metadata={"help": "folder or Hub id, with its Scores in scores/"})
+    model_revision: str | None = None
+    scores: str | None = field(default=None, metadata={"help": "folder of Score files; left out: scores/ beside the model"})
+    data_dir: str | None = field(default=None, metadata={"help": "the folder of the real suite, if it lies elsewhere now"})
+    limit: int | None = field(default=None, metadata={"help": "only so many of the Scores' pictures, at random"})
+    seed: int | None = field(default=None, metadata={"help": "other random starts than the Scores'"})
+    batch_size: int = 128
 
 
 # What a recipe is parsed into.

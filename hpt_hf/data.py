@@ -5,11 +5,15 @@ Whatever a picture's mode (grey, palette, CMYK, 16 bit, transparent), a batch ho
 
 from __future__ import annotations
 
+import base64
+import difflib
+import glob
 import hashlib
 import io
 import json
+import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -36,7 +40,7 @@ class DatasetSpec:
         split, revision, config: of a Hub id or folder.
         image, label: column names; None: found by type, and an error if two would fit.
         classes: names in label order, if the features have none; or a dict from the features' names (WordNet ids, say) to better ones.
-        templates: prompts with `{}` for the name.
+        templates: prompts with `{}` for the name; None: those the data brings along, else the paper's.
     """
 
     path: str
@@ -46,7 +50,7 @@ class DatasetSpec:
     image: str | None = None
     label: str | None = None
     classes: tuple[str, ...] | dict[str, str] | None = None
-    templates: tuple[str, ...] = (TEMPLATE,)
+    templates: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -57,6 +61,7 @@ class LabelledPictures:
     classes: tuple[str, ...]
     templates: tuple[str, ...] = (TEMPLATE,)
     name: str = "data"
+    source: dict = field(default_factory=dict)  # how to open them again, as JSON: path, split, revision …
     kept: Sequence[int] | None = None  # row numbers; None for all
     skipped: list[tuple[int, str]] = field(default_factory=list)
 
@@ -87,6 +92,24 @@ class LabelledPictures:
     @property
     def labelled(self) -> bool:
         return self.rows.labels is not None
+
+    def without_class(self, name: str | None) -> LabelledPictures:
+        """All pictures but those of one class: what an attack towards that class can be run on. None: all.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        if name is None:
+            return self
+        if name not in self.classes:
+            near = difflib.get_close_matches(name, self.classes, n=3)
+            raise ValueError(
+                f"{name!r} is none of the {len(self.classes)} classes of {self.name}"
+                + (f"; did you mean {' or '.join(near)}?" if near else "")
+            )
+        number = self.classes.index(name)
+        ids = [self.row_id(i) for i in range(len(self))]
+        return replace(self, kept=[i for i in ids if self.rows.labels[i] != number])
 
     def without_unreadable(self) -> LabelledPictures:
         """Read every picture once and leave out those that cannot be.
@@ -124,9 +147,13 @@ def load_pictures(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labe
         raise ValueError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'")
     if isinstance(spec, str):
         spec = DatasetSpec(spec)
-    check_templates(spec.templates)
-    path = Path(spec.path)
-    if path.is_dir() and not any(path.rglob("*.parquet")):
+    path, templates = Path(spec.path), spec.templates
+    check_templates(templates or (TEMPLATE,))
+    if path.is_dir() and (list(path.glob("*/*.tar")) or list(path.glob("*.tar"))):
+        rows, names, own = _webdataset(path, spec)
+        templates, name = templates or own, path.name
+        check_templates(templates or (TEMPLATE,))
+    elif path.is_dir() and not any(path.rglob("*.parquet")):
         # A folder called "train" beside others called "car" and "bus" is a class and not a split.
         splits = {f.name for f in path.iterdir() if f.is_dir()} <= {spec.split, *SPLIT_FOLDERS}
         rows, names = _image_folder(path / spec.split if splits and (path / spec.split).is_dir() else path)
@@ -145,7 +172,8 @@ def load_pictures(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labe
     if len(rows) == 0:
         raise ValueError(f"{spec.path} (split {spec.split}) holds no pictures")
     _check_labels(rows, classes, spec.path)
-    pictures = LabelledPictures(rows, tuple(classes), tuple(spec.templates), name)
+    source = {k: v for k, v in asdict(spec).items() if v is not None}
+    pictures = LabelledPictures(rows, tuple(classes), tuple(templates or (TEMPLATE,)), name, source)
     return pictures.without_unreadable() if on_corrupt == "skip" else pictures
 
 
@@ -208,14 +236,22 @@ def _table(spec: DatasetSpec) -> tuple[_Table, tuple[str, ...] | None]:
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{path} is not a parquet file: give a parquet file, a folder of them, an image folder or a Hub id")
-        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        table = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
     elif path.is_dir():
-        splits = datasets.load_dataset(str(path))
-        if split not in splits and len(splits) > 1:
+        wanted = split.split("+")  # as `datasets` writes a union
+        # The Hub's own names say which files are wanted. A README might speak of splits that were not downloaded, and all would be unpacked.
+        named = {s: sorted(path.rglob(f"{s}-*-of-*.parquet")) for s in wanted}
+        if all(named.values()) and len({f.parent for files in named.values() for f in files}) == 1:
+            named = {s: [glob.escape(str(f)) for f in files] for s, files in named.items()}
+            splits = datasets.load_dataset("parquet", data_files=named)
+        else:
+            splits = datasets.load_dataset(str(path))
+        if not set(wanted) <= set(splits) and max(len(splits), len(wanted)) > 1:
             raise ValueError(
                 f"{path} has no split {split!r}; it has {', '.join(splits)}: choose one with --split (--dataset_split in a recipe)"
             )
-        table = splits[split] if split in splits else next(iter(splits.values()))
+        chosen = [splits[s] for s in wanted] if set(wanted) <= set(splits) else list(splits.values())
+        table = datasets.concatenate_datasets(chosen)
     elif path.is_absolute() or spec.path.startswith(".") or spec.path.count("/") != 1:
         raise FileNotFoundError(f"no data at {spec.path}: neither a file nor a folder, and not a Hub id of the form owner/name")
     else:
@@ -231,6 +267,90 @@ def _table(spec: DatasetSpec) -> tuple[_Table, tuple[str, ...] | None]:
         names = tuple(sorted(set(table.unique(label)) - {None}))  # as with folders: alphabetical
         return _Table(table, image, label, names), names
     return _Table(table, image, label), names
+
+
+class _Shards:
+    """Pictures in tar files, each read where it lies: no cache that could answer for a shard since changed, and no second copy on the disk."""
+
+    def __init__(self, places: list[tuple[Path, str, int, int]], labels: list[int]):
+        self.places, self.labels = places, labels
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict:
+        shard, name, start, size = self.places[index]
+        with shard.open("rb") as file:
+            file.seek(start)
+            return {"image": file.read(size), "label": self.labels[index], "where": f"row {index} ({name} in {shard.name})"}
+
+
+def _webdataset(path: Path, spec: DatasetSpec) -> tuple[_Shards, tuple[str, ...] | None, tuple[str, ...] | None]:
+    """clip-benchmark's layout: `<split>/*.tar` of pictures with a `cls` member, and class names and templates (`{c}`) in text files beside.
+
+    `load_dataset(folder)` would read the one-line nshards.txt beside the shards as the data set.
+    """
+    folder = path / spec.split if (path / spec.split).is_dir() else path
+    shards = sorted(folder.glob("*.tar"), key=lambda f: (len(f.name), f.name))  # 2.tar before 10.tar
+    if not shards:
+        raise ValueError(
+            f"{path} has shards in {', '.join(sorted({f.parent.name for f in path.glob('*/*.tar')}))}, none for the split {spec.split!r}"
+        )
+    count = folder / "nshards.txt"
+    if count.is_file() and count.read_text().strip() != str(len(shards)):
+        raise ValueError(
+            f"{folder} holds {len(shards)} shards and its nshards.txt says {count.read_text().strip()!r}: the download is not complete"
+        )
+    places, labels = [], []
+    for shard in shards:
+        for place, label in _shard(shard, spec.image, spec.label or "cls"):
+            places.append(place)
+            labels.append(label)
+    names, templates = path / "classnames.txt", path / "zeroshot_classification_templates.txt"
+    names = read_classes(names) if names.is_file() else None
+    templates = templates.read_text(encoding="utf-8-sig").replace("{c}", "{}").splitlines() if templates.is_file() else ()
+    return _Shards(places, labels), names, tuple(t.strip() for t in templates if t.strip()) or None
+
+
+def _shard(shard: Path, image: str | None, label: str) -> list[tuple[tuple[Path, str, int, int], int]]:
+    """((shard, name, start, length), label) of every picture of one shard, in its order."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            members = archive.getmembers()
+            archive.fileobj.seek(archive.offset)
+            # tarfile takes whatever it cannot read behind the first member for the end; the end is a block of zeros.
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it ends in the middle")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"the shard {shard} cannot be read ({error}): delete it and download it again") from None
+    for member in members:
+        folder, _, name = member.name.rpartition("/")
+        key, _, kind = name.partition(".")
+        if not member.isreg() or not key or not kind:
+            continue
+        sample = samples.setdefault(f"{folder}/{key}", {})
+        if kind.lower() in sample:
+            raise ValueError(f"the shard {shard} has {member.name} twice")
+        sample[kind.lower()] = member
+    rows = []
+    with shard.open("rb") as file:
+        for sample in samples.values():
+            fits = [k for k in sample if k == image or image is None and f".{k}" in IMAGE_SUFFIXES]
+            if len(fits) != 1 or label not in sample:
+                raise ValueError(
+                    f"in the shard {shard}, {next(iter(sample.values())).name} and what belongs to it ({', '.join(sample)}) should be "
+                    f"one picture{f' called {image!r}' if image else ''} and its label, called {label!r}"
+                )
+            file.seek(sample[label].offset_data)
+            number = file.read(sample[label].size)
+            if not number.strip().isdigit():
+                raise ValueError(
+                    f"in the shard {shard}, {sample[label].name} should hold the number of a class, it holds {number[:40]!r}"
+                )
+            member = sample[fits[0]]
+            rows.append(((shard, member.name, member.offset_data, member.size), int(number)))
+    return rows
 
 
 def _column(table: datasets.Dataset, given: str | None, kind: type, what: str, path: str, *, required: bool = True) -> str | None:
@@ -281,7 +401,7 @@ def _reconcile(
                 f"the map of class names has no entry for {unknown[:5]}, {len(unknown)} of the {len(names)} classes of {path}"
             )
         return tuple(given[n] for n in names)
-    if set(names) <= set(given):
+    if set(names) <= set(given) and len(set(names)) == len(names):
         place = [list(given).index(n) for n in names]
         rows.labels = rows.labels and [None if v is None else place[v] for v in rows.labels]
         return given
@@ -289,22 +409,22 @@ def _reconcile(
         raise ValueError(
             f"{len(given)} class names were given and {path} has {len(names)} classes ({', '.join(names[:5])} …): give as many, in that order, or a list with all its names"
         )
-    logger.warning(
-        f"the classes of {path} are renamed in their order: "
-        + ", ".join(f"{a} -> {b}" for a, b in list(zip(names, given, strict=True))[:5])
-        + " …"
-    )
+    renamed = [f"{a} -> {b}" for a, b in zip(names, given, strict=True) if a != b]
+    logger.warning(f"{len(renamed)} of {len(names)} classes of {path} are renamed, in their order: {', '.join(renamed[:5])} …")
     return given
 
 
 def read_classes(file: str | Path) -> tuple[str, ...] | dict[str, str]:
-    """Class names from a text file, one a line, or a JSON list; or a JSON object from the data's names to those for the prompts."""
+    """Class names from a text file, one a line, or a JSON list; or a JSON object from the data's names to those for the prompts.
+
+    An empty line between others is the (refused) name of a class: left out it would give every name after it to another class.
+    """
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"no class names at {path}")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix != ".json":
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
+        return tuple(line.strip() for line in text.rstrip().splitlines())
     names = json.loads(text)
     return names if isinstance(names, dict) else tuple(names)
 
@@ -364,6 +484,13 @@ class Collate:
 def to_images(pixels: np.ndarray) -> Images:
     """uint8 (batch, height, width, 3) -> float32 (batch, 3, height, width) in [0, 1]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def to_png(image: torch.Tensor) -> str:
+    """(3, height, width) in [0, 1] -> PNG in base64."""
+    file = io.BytesIO()
+    Image.fromarray((image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def held_out(

@@ -1,77 +1,150 @@
-"""`recipes/evaluate.py`: clean and robust accuracy of any CLIP on any labelled pictures, as Scores and a table."""
+"""`recipes/evaluate.py`: clean and robust accuracy of any CLIP on any labelled pictures, as Scores with verdicts, a table and a page."""
 
 from __future__ import annotations
 
+import difflib
 import itertools
-import re
+import json
 import sys
 from pathlib import Path
 
-from hpt_hf.arguments import EvaluateArguments, RecipeError, parse
-from hpt_hf.evaluation import EvaluationAttack, Score, evaluate
-from hpt_hf.lab.suite import LAB_SUITE, open_pictures, real_suite
-from hpt_hf.report import score_table, write_json
+from hpt_hf.arguments import EvaluateArguments, PictureArguments, RecipeError, parse
+from hpt_hf.data import DatasetSpec, LabelledPictures
+from hpt_hf.evaluation import EvaluationAttack, evaluate, processes
+from hpt_hf.lab.suite import LAB_SUITE, lab_pictures, open_pictures, real_suite
+from hpt_hf.page import write_page
+from hpt_hf.report import progress, write_json
+from hpt_hf.scores import Score
+from hpt_hf.sets import SETS, open_set
 from hpt_hf.threat import ThreatModel
 from hpt_hf.train import dataset_spec, load_clip
+from hpt_hf.zero_shot import ZeroShotCLIP
 
 
 def run(args: EvaluateArguments) -> list[Score]:
-    """Evaluate, writing each Score as soon as it stands."""
+    """Evaluate, writing each Score as soon as it stands; then report.md and report.html of all Scores in the folder."""
+    if not args.model:
+        raise RecipeError("say what to evaluate: --model FOLDER or --model owner/name")
+    if args.probe < 0:
+        raise RecipeError(f"--probe {args.probe}: expected at least 0 pictures")
+    attacks = [
+        EvaluationAttack(ThreatModel(args.norm, eps), name, args.steps, args.protocol, args.seed, args.target)
+        for name in dict.fromkeys(args.attacks)
+        for eps in dict.fromkeys(args.eps)
+    ]
+    model = on_device(load_clip(args.model, args.model_revision))
+    source = args.baseline or trained_from(args.model)
+    baseline = on_device(load_clip(source)) if source else None
+    sets = open_sets(args)
+    for pictures in sets:
+        pictures.without_class(args.target)  # a target that the last one lacks should not cost the hours of the others
+    scores: list[Score] = []
+    for attack, pictures in itertools.product(attacks, sets):
+        score = evaluate(
+            model,
+            pictures,
+            attack,
+            name=args.model,
+            revision=args.model_revision,
+            batch_size=args.batch_size,
+            limit=args.limit,
+            probe=args.probe,
+            baseline=baseline,
+            folder=args.output,
+        )
+        scores.append(score)
+        if processes().is_main_process:
+            write_json(Path(args.output) / "scores" / score.file_name, score.to_json())
+            doubts = f": {', '.join(s['name'] for s in score.suspicions)}" if score.suspicions else ""
+            progress(
+                f"{score.dataset}: clean {score.clean:.1f}%, robust {score.robust:.1f}% ({score.interval[0]:.1f}–{score.interval[1]:.1f}) "
+                f"under {attack} at {attack.threat}, n = {score.n}, {score.verdict}{doubts}"
+            )
+    if processes().is_main_process:
+        write_page(args.output)
+    processes().wait_for_everyone()
+    return scores
+
+
+def on_device(model: ZeroShotCLIP) -> ZeroShotCLIP:
+    return model.to(processes().device)
+
+
+def trained_from(model: str) -> str | None:
+    """What a model of ours was fine-tuned from, if its record says so and it can be found: the natural undefended baseline."""
+    record = Path(model) / "train.json"
+    if not record.is_file():
+        return None
+    source = json.loads(record.read_text(encoding="utf-8"))["recipe"]["model_name_or_path"]
+    return source if source.startswith("lab:") or Path(source).is_dir() else None
+
+
+def open_sets(args: PictureArguments) -> list[LabelledPictures]:
+    """What --data or --suite names. All sets are opened before the first is attacked: a mistake in the last should not cost the hours of the others."""
     if bool(args.data) == bool(args.suite):
         raise RecipeError("say what to evaluate on: --data PATH … or --suite lab, one of them")
     if args.limit is not None and args.limit < 1:
         raise RecipeError(f"--limit {args.limit}: expected at least 1 picture")
-    threat = ThreatModel(args.norm, args.eps)
-    attacks = [EvaluationAttack(threat, name, args.steps, args.resolution, args.seed) for name in dict.fromkeys(args.attacks)]
-    paths = args.data or {"lab": LAB_SUITE, "real": real_suite()}[args.suite]
-    model = load_clip(args.model)
-    # All sets are opened before the first is attacked: a mistake in the last one should not cost the hours of the others.
-    sets = [
-        open_pictures(
-            dataset_spec(args, p, args.split),
-            training=False,
-            limit=args.limit,
-            data_dir=args.data_dir,
-            on_corrupt=args.on_corrupt,
-        )
-        for p in paths
-    ]
-    scores: list[Score] = []
-    for attack, pictures in itertools.product(attacks, sets):
-        score = evaluate(model, pictures, attack, name=args.model, batch_size=args.batch_size, limit=args.limit)
-        scores.append(score)
-        write_json(
-            Path(args.output) / "scores" / f"{_slug(pictures.name)}-{attack}-{_slug(score.eps)}.json",
-            score.to_json() | {"skipped": [r for _, r in pictures.skipped]},
-        )
-        print(
-            f"{pictures.name}: clean {score.clean:.1f}%, robust {score.robust:.1f}% ({score.interval[0]:.1f}–{score.interval[1]:.1f}) "
-            f"under {attack}, n = {score.n}",
-            file=sys.stderr,
-            flush=True,
-        )
-    head = f"# {args.model}\n\n{threat}, {args.resolution} resolution, 95% intervals (Wilson).\n\n"
-    table = tables(scores)
-    skipped = sum(len(p.skipped) for p in sets)
-    foot = f"\n{skipped} unreadable pictures were skipped; the Score files list them.\n" if skipped else ""
-    (Path(args.output) / "report.md").write_text(head + table + "\n" + foot, encoding="utf-8")
-    return scores
+    if args.batch_size < 1:
+        raise RecipeError(f"--batch_size {args.batch_size}: expected at least 1 picture")
+    suites = {"lab": LAB_SUITE, "real": real_suite(), "zero-shot-17": tuple(SETS)}
+    paths = args.data or suites[args.suite]
+    if args.suite and args.protocol == "native":
+        without = [p for p in paths if p in SETS and SETS[p].native is None]
+        paths = [p for p in paths if p not in without]
+        if without:
+            progress(f"left out, since the protocol 'native' has no known source for it: {', '.join(without)}")
+    # One process after the other: what the first puts into the cache the others find there.
+    with processes().main_process_first():
+        return [_open(args, path) for path in paths]
 
 
-def tables(scores: list[Score]) -> str:
-    """One table an attack: their numbers may not stand in one."""
-    attacks = dict.fromkeys(s.attack for s in scores)
-    return "\n\n".join(f"## {a}\n\n" + score_table([s.to_json() for s in scores if s.attack == a]) for a in attacks)
+def _open(args: PictureArguments, path: str) -> LabelledPictures:
+    named = path in SETS and not Path(path).exists()
+    if named or path.startswith(("lab:", "real:")):
+        given = [k for k in ("classes", "classes_file", "templates", "image_column", "label_column") if getattr(args, k)]
+        if given:
+            raise RecipeError(f"{path} comes with its own classes and prompts: leave out {', '.join('--' + g for g in given)}")
+    if named:
+        return open_set(path, args.protocol, on_corrupt=args.on_corrupt)
+    if not Path(path).exists() and "/" not in path:
+        known = (*SETS, *LAB_SUITE, *real_suite())
+        if ":" not in path:
+            near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
+            raise RecipeError(
+                f"no data at {path}: no file or folder, and no set of that name; "
+                + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(SETS)}, and lab:<task>, real:<set>")
+            )
+    spec = dataset_spec(args, path, args.split)
+    return open_pictures(spec, training=False, limit=args.limit, data_dir=args.data_dir, on_corrupt=args.on_corrupt)
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+def reopen(source: dict, *, data_dir: str | None = None, on_corrupt: str = "error") -> LabelledPictures:
+    """The pictures of a Score again, from its `source`.
+
+    Raises:
+        ValueError, OSError: they are not there any more.
+    """
+    source = {k: v for k, v in source.items() if k != "limit"}
+    if "set" in source:
+        return open_set(source["set"], source["protocol"], revision=source["revision"], on_corrupt=on_corrupt)
+    if "path" not in source:
+        raise ValueError(f"the Score does not say where its pictures came from ({source or 'no source'})")
+    if "path" not in source:
+        raise ValueError("its Score does not say where the pictures came from: they were handed over in memory")
+    path, folder = source["path"], data_dir or source.get("data_dir")
+    if path.startswith("lab:"):
+        return lab_pictures(path[4:], source["count"], faces=source["faces"], seed=source["seed"])
+    if path.startswith("real:"):
+        return open_pictures(DatasetSpec(path), training=source.get("split") == "train", data_dir=folder)
+    return open_pictures(DatasetSpec(**source), training=False, on_corrupt=on_corrupt)
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
         (args,) = parse((EvaluateArguments,), argv)
-        scores = run(args)
+        run(args)
     except (RecipeError, ValueError, OSError) as error:
         sys.exit(f"recipes/evaluate.py: {' '.join(str(error).split())}")
-    print(tables(scores))
+    if processes().is_main_process:
+        print((Path(args.output) / "report.md").read_text(encoding="utf-8"))

@@ -1,61 +1,70 @@
-"""Evaluation: clean and robust zero-shot accuracy of a model on a set, as Scores that carry their interval and their settings.
+"""Evaluation: clean and robust zero-shot accuracy of a model on a set, picture by picture, as Scores.
 
-Attacks run in float32 with random starts that hang on the picture, so a Score does not depend on batch size or device count.
+Attacks run in float32 with random starts that hang on the picture, so a Score does not depend on batch size or process count; a journal lets
+it go on after a kill. Every Score is checked (`hpt_hf.suspicions`).
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import math
-import platform
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from hpt_hf.attacks import cross_entropy, frozen, pgd
-from hpt_hf.data import Collate
-from hpt_hf.search import ATTACKS, STANDARD, even_steps, in_turn
-from hpt_hf.shapes import Images, Keys, Labels
+from hpt_hf.data import Collate, LabelledPictures, to_png
+from hpt_hf.journal import Journal
+from hpt_hf.report import write_json
+from hpt_hf.scores import Score, hardware, percent, versions, wilson
+from hpt_hf.search import ATTACKS, STANDARD, TARGETED, even_steps, in_turn
+from hpt_hf.shapes import Images, Keys, Labels, Logits
+from hpt_hf.suspicions import CHECKS, PROBE, Batch, Check, Probe
 from hpt_hf.threat import Noise, ThreatModel
-from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
+from hpt_hf.zero_shot import ZeroShotCLIP, digest, fingerprint
+
+PROTOCOLS = {
+    "input": "eps counts on the pixels the model reads; template ensembles and splits of clip-benchmark (FARE)",
+    "native": "eps counts on the picture's own pixels, which the model then resizes; one template, torchvision splits (TeCoA, PMG-AFT, HPT-GPD)",
+}
 
 
 @dataclass(frozen=True)
 class EvaluationAttack:
-    """An attack by the field's name, in a ball, on pixels of a stated resolution.
+    """An attack by the field's name, in a ball, under a protocol.
 
     Args:
         threat: the ball.
         name: a row of `hpt_hf.search.ATTACKS`, or `"standard"`: APGD-CE, APGD-T and Square, the worst case of the three.
         steps: gradient steps, or queries of Square; None: each attack's own number (PGD and CW 20, APGD 100, Square 5000).
-        resolution: `"input"`: eps counts on the pixels the model reads (FARE's protocol); `"native"`: on the picture's own, which the
-            model then resizes (TeCoA's and the paper's protocol).
+        protocol: a row of `PROTOCOLS`.
         seed: of the random starts.
+        target: the class that every picture shall be taken for; None: any wrong answer will do.
     """
 
     threat: ThreatModel
     name: str = "pgd"
     steps: int | None = None
-    resolution: str = "input"
+    protocol: str = "input"
     seed: int = 0
+    target: str | None = None
 
     def __post_init__(self) -> None:
-        known = (*ATTACKS, "standard")
+        known = (*ATTACKS, "standard") if self.target is None else tuple(TARGETED)
         if self.name not in known:
             near = difflib.get_close_matches(self.name, known, n=2)
             raise ValueError(
-                f"no attack is called {self.name!r}"
+                f"no attack {'towards a target ' * (self.target is not None)}is called {self.name!r}"
                 + (f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(known)}")
             )
-        if self.resolution not in ("input", "native"):
-            raise ValueError(
-                f"resolution={self.resolution!r}: expected 'input' (the model's size) or 'native' (the picture's own)"
-            )
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol={self.protocol!r}: expected " + " or ".join(f"{k!r} ({v})" for k, v in PROTOCOLS.items()))
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps}: expected at least 1")
 
@@ -63,6 +72,20 @@ class EvaluationAttack:
     def parts(self) -> tuple[str, ...]:
         """The attacks it consists of, in the order in which they run."""
         return STANDARD if self.name == "standard" else (self.name,)
+
+    @property
+    def native(self) -> bool:
+        return self.protocol == "native"
+
+    @property
+    def pgd_steps(self) -> int:
+        """Steps of `craft`."""
+        return self.steps or ATTACKS["pgd"][1]
+
+    @property
+    def robust_is(self) -> str:
+        goal = "on every iterate of the attack" if self.target is None else f"never taken for {self.target!r} on any iterate"
+        return f"right on the clean picture and {goal}"
 
     def notes(self, classes: int) -> tuple[str, ...]:
         """What a reader must know of this attack on so many classes."""
@@ -73,11 +96,14 @@ class EvaluationAttack:
         return ()
 
     def breaks(self, model: ZeroShotCLIP, images: Images, keys: Keys, labels: Labels) -> tuple[Images, torch.Tensor]:
-        """(perturbed images, which of them are answered wrongly): a picture is lost at the first query that is."""
+        """(perturbed images, (batch,) which of `parts` broke each; -1: it stands). A picture is lost at the first query that succeeds."""
+        attacks, goals = (
+            (ATTACKS, labels) if self.target is None else (TARGETED, torch.full_like(labels, model.classes.index(self.target)))
+        )
 
         def part(name):
-            attack, steps = ATTACKS[name]
-            return lambda x, rows, noise: attack(logits_fn, x, labels[rows], self.threat, self.steps or steps, noise)
+            attack, steps = attacks[name]
+            return lambda x, rows, noise: attack(logits_fn, x, goals[rows], self.threat, self.steps or steps, noise)
 
         def logits_fn(x):
             return model.classify(x).logits
@@ -90,61 +116,20 @@ class EvaluationAttack:
 
         What stops at its first success is as weak as its source allows, so transfer needs the whole length.
         """
-        steps = self.steps or ATTACKS["pgd"][1]
         with frozen(model):
             return pgd(
                 lambda perturbed: cross_entropy(model.classify(perturbed).logits, labels),
                 images,
                 self.threat,
-                steps=steps,
-                step_size=even_steps(steps, self.threat).step_size,
+                steps=self.pgd_steps,
+                step_size=even_steps(self.pgd_steps, self.threat).step_size,
                 noise=Noise(keys, self.seed),
             )
 
     def __str__(self) -> str:
-        """`pgd-20`, `apgd-ce-100`, `standard`: the name, with the number of steps where it is one."""
+        """`pgd-20`, `apgd-ce-100`, `standard`, `pgd-20 towards cat`: the name, with the number of steps where it is one."""
         steps = self.steps or (None if self.name == "standard" else ATTACKS[self.name][1])
-        return self.name if steps is None else f"{self.name}-{steps}"
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracies of one model on one set under one attack, in percent, with all that is needed to measure them again."""
-
-    model: str
-    fingerprint: str
-    dataset: str
-    classes: int
-    templates: tuple[str, ...]
-    n: int
-    rows: str  # digest of the pictures, in order
-    attack: str
-    norm: str
-    eps: str
-    protocol: str
-    seed: int
-    clean: float
-    robust: float
-    clean_interval: tuple[float, float]
-    interval: tuple[float, float]
-    notes: tuple[str, ...] = ()
-    robust_is: str = "right on the clean picture and on every iterate of the attack"
-    seconds: float = 0.0
-    versions: dict[str, str] = field(default_factory=dict)
-    hardware: str = ""
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% interval of a proportion, in percent (Wilson 1927): honest near 0 and 100, where n p (1 - p) is not."""
-    if n == 0:
-        return (0.0, 100.0)
-    p = right / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (round(100 * max(0.0, centre - half), 2), round(100 * min(1.0, centre + half), 2))
+        return (self.name if steps is None else f"{self.name}-{steps}") + (f" towards {self.target}" if self.target else "")
 
 
 def sample(size: int, limit: int | None) -> list[int]:
@@ -154,54 +139,121 @@ def sample(size: int, limit: int | None) -> list[int]:
     return sorted(np.random.default_rng(0).permutation(size)[:limit].tolist())
 
 
-def batches(pictures, collate: Collate, batch_size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-    """The set in order, in batches; at native resolution a batch ends where the picture size changes."""
+def batches(
+    pictures: LabelledPictures, collate: Collate, batch_size: int, limit: int | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The set in order, in batches with their `indices`; at native resolution a batch ends where the picture size changes."""
     rows: list[dict] = []
+    indices: list[int] = []
     for index in sample(len(pictures), limit):
         row = pictures[index]
         if rows and (len(rows) == batch_size or (collate.native and row["image"].size != rows[0]["image"].size)):
-            yield collate(rows)
-            rows = []
+            yield collate(rows) | {"indices": torch.tensor(indices)}
+            rows, indices = [], []
         rows.append(row)
+        indices.append(index)
     if rows:
-        yield collate(rows)
+        yield collate(rows) | {"indices": torch.tensor(indices)}
+
+
+def processes() -> PartialState:
+    """The processes of a launch. Without an accelerator, accelerate takes each for the only one unless told `cpu`."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+WRONG, STANDS = -2, -1
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Per picture, in the order of the set: was the model right, and a digest of what it was asked."""
+    """Per picture, in the order of the set: its index and label, and how it ended: `WRONG` when clean, `STANDS`, or the part that broke it."""
 
-    clean: torch.Tensor
-    robust: torch.Tensor
+    indices: torch.Tensor
+    labels: torch.Tensor
+    ends: torch.Tensor
     rows: str
+    outside: int
     seconds: float
+    examples: list[dict]  # of broken pictures, see `example`
+
+    @property
+    def clean(self) -> torch.Tensor:
+        return self.ends != WRONG
+
+    @property
+    def robust(self) -> torch.Tensor:
+        return self.ends == STANDS
 
 
 @torch.no_grad()
 def answer(
-    model: ZeroShotCLIP, pictures, attack: EvaluationAttack, *, batch_size: int = 128, limit: int | None = None
+    model: ZeroShotCLIP,
+    pictures: LabelledPictures,
+    attack: EvaluationAttack,
+    *,
+    batch_size: int = 128,
+    limit: int | None = None,
+    journal: Journal | None = None,
 ) -> Answers:
-    """Run clean and attacked predictions. Pictures already wrong are not attacked: they cannot become right."""
-    start = time.time()
-    collate = Collate(model.processor, native=attack.resolution == "native")
-    device = model.logit_scale.device
-    clean, robust, keys = [], [], []
-    for batch in batches(pictures, collate, batch_size, limit):
-        keys.append(batch["keys"])
-        batch = {k: v.to(device) for k, v in batch.items()}
-        right = model.classify(batch["images"]).logits.argmax(1) == batch["labels"]
-        after = right.clone()
-        if right.any():
-            target = {k: v[right] for k, v in batch.items()}
-            perturbed, broken = attack.breaks(model, target["images"], target["keys"], target["labels"])
-            assert attack.threat.contains(perturbed, target["images"]).all(), (
-                "the attack left its ball: this is a defect of hpt_hf, please report it"
+    """Run clean and attacked predictions. Pictures already wrong are not attacked: they cannot become right.
+
+    The processes of a launch take turns at the batches, and every one returns all answers.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    state, journal = processes(), journal or Journal(None, {})
+    collate = Collate(model.processor, native=attack.native)
+    indices, labels, keys, mine = [], [], [], []
+    for number, batch in enumerate(batches(pictures, collate, batch_size, limit)):
+        for name, parts in (("indices", indices), ("labels", labels), ("keys", keys)):
+            parts.append(batch[name])
+        if number % state.num_processes == state.process_index:
+            # Named by its pictures and labels too: a set that was changed since is answered afresh.
+            name = f"batch {number} {fingerprint_rows(torch.cat([batch['keys'], batch['labels']]))}"
+            # Two batches have enough to show, also where the first is answered all wrong.
+            mine.append(
+                (number, journal.get(name) or journal.note(name, answer_batch(model, batch, attack, show=2 * (number < 2))))
             )
-            after[right] = ~broken
-        clean.append(right.cpu())
-        robust.append(after.cpu())
-    digest = fingerprint_rows(torch.cat(keys))
-    return Answers(torch.cat(clean), torch.cat(robust), digest, time.time() - start)
+    found = [finding for _, finding in sorted(gather_object(mine), key=lambda item: item[0])]
+    return Answers(
+        torch.cat(indices),
+        torch.cat(labels),
+        torch.tensor([end for finding in found for end in finding["ends"]]),
+        fingerprint_rows(torch.cat(keys)),
+        sum(finding["outside"] for finding in found),
+        sum(finding["seconds"] for finding in found),
+        [example for finding in found for example in finding["examples"]][:2],
+    )
+
+
+@torch.no_grad()
+def answer_batch(model: ZeroShotCLIP, batch: dict[str, torch.Tensor], attack: EvaluationAttack, *, show: int = 0) -> dict:
+    """`ends` of one batch, how many perturbed pictures lay `outside` the ball, seconds, and up to `show` broken pictures as `examples`."""
+    start = time.time()
+    batch = {k: v.to(model.logit_scale.device) for k, v in batch.items()}
+    logits = model.classify(batch["images"]).logits
+    if not logits.isfinite().all():
+        bad = batch["indices"][~logits.isfinite().all(1)].tolist()
+        raise ValueError(f"the model's logits are not finite on pictures {bad[:5]}: no accuracy of it means anything")
+    right = logits.argmax(1) == batch["labels"]
+    ends, outside, examples = torch.full_like(batch["labels"], WRONG), 0, []
+    if right.any():
+        images = batch["images"][right]
+        perturbed, ends[right] = attack.breaks(model, images, batch["keys"][right], batch["labels"][right])
+        outside = int((~attack.threat.contains(perturbed, images)).sum())
+        for i in (ends[right] >= 0).nonzero()[:show, 0].tolist():
+            examples.append(example(model, images[i], perturbed[i], int(batch["labels"][right][i])))
+    return {"ends": ends.tolist(), "outside": outside, "seconds": round(time.time() - start, 3), "examples": examples}
+
+
+def example(model: ZeroShotCLIP, image: torch.Tensor, perturbed: torch.Tensor, label: int) -> dict:
+    """A broken picture to show: clean, perturbation (its largest value made black or white) and attacked, as PNG in base64, and the answers."""
+    delta = perturbed - image
+    shown = {"clean": image, "perturbation": 0.5 + delta / (2 * delta.abs().max().clamp_min(1e-12)), "attacked": perturbed}
+    sure = model.classify(torch.stack([image, perturbed])).logits.softmax(1)
+    said = [f"{model.classes[int(p.argmax())]} ({100 * p.max():.0f}%)" for p in sure]
+    return {"truth": model.classes[label], "said": said[0], "said_attacked": said[1], **{k: to_png(v) for k, v in shown.items()}}
 
 
 def fingerprint_rows(keys: Keys) -> str:
@@ -211,106 +263,163 @@ def fingerprint_rows(keys: Keys) -> str:
 
 def evaluate(
     model: ZeroShotCLIP,
-    pictures,
+    pictures: LabelledPictures,
     attack: EvaluationAttack,
     *,
     name: str,
+    revision: str | None = None,
     batch_size: int = 128,
     limit: int | None = None,
+    probe: int = PROBE,
+    baseline: ZeroShotCLIP | None = None,
+    folder: str | Path | None = None,
 ) -> Score:
-    """Clean and robust accuracy of `model`, whose classes are set to the picture set's first.
+    """Clean and robust accuracy of `model`, whose classes are set to the picture set's first, and the checks of them.
 
     Args:
-        pictures: `hpt_hf.data.LabelledPictures`.
-        name: what the Score calls the model.
+        name, revision: what the Score calls the model.
         limit: a fixed random sample of so many pictures (`sample`); the recorded digest says which.
+        probe: how many pictures the checks look at; 0: no checks, and the verdict says so.
+        baseline: an undefended model; the checks ask that the attack breaks it.
+        folder: for `progress/`, the journals from which an evaluation that was killed goes on, and `gallery/`, pictures to show.
 
     Raises:
-        ValueError: the set has no labels.
+        ValueError: the set has no labels, it lacks the attack's target or all else, or logits that are not finite.
     """
     if not pictures.labelled:
         raise ValueError(f"{pictures.name} has no labels: accuracy cannot be measured on it")
-    model.eval()
-    model.set_classes(pictures.classes, pictures.templates)
-    answers = answer(model, pictures, attack, batch_size=batch_size, limit=limit)
-    n, clean, robust = len(answers.clean), int(answers.clean.sum()), int(answers.robust.sum())
-    return Score(
+    pictures = pictures.without_class(attack.target)
+    if not len(pictures):
+        raise ValueError(f"{pictures.name} holds no picture of another class than {attack.target!r}")
+    for one in (model, baseline):
+        if one is not None:
+            one.eval()
+            one.set_classes(pictures.classes, pictures.templates)
+    weights = fingerprint(model)
+    question = {
+        "model": [weights, model.config.to_json_string(), digest({"mean": model.mean, "std": model.std})],
+        "baseline": baseline and fingerprint(baseline),
+        "data": [pictures.name, *pictures.classes, *pictures.templates],
+        "attack": asdict(attack),
+        "sample": [len(pictures), limit, batch_size, probe],
+        "versions": versions(),
+    }
+    journal = Journal(folder and Path(folder) / "progress", question, processes().process_index)
+    answers = answer(model, pictures, attack, batch_size=batch_size, limit=limit, journal=journal)
+    checks = examine(model, pictures, attack, answers, probe=probe, baseline=baseline, journal=journal) if probe else []
+    n, clean, robust = len(answers.ends), int(answers.clean.sum()), int(answers.robust.sum())
+    raised = [c for c in checks if c.raised]
+    score = Score(
         model=name,
-        fingerprint=fingerprint(model),
+        fingerprint=weights,
+        revision=revision,
         dataset=pictures.name,
+        source=dict(pictures.source, limit=limit),
         classes=len(pictures.classes),
         templates=tuple(pictures.templates),
         n=n,
         rows=answers.rows,
         attack=str(attack),
+        steps=attack.steps,
         norm=attack.threat.norm,
         eps=str(attack.threat.eps),
-        protocol=attack.resolution,
+        protocol=attack.protocol,
         seed=attack.seed,
-        clean=round(100 * clean / n, 2),
-        robust=round(100 * robust / n, 2),
+        target=attack.target,
+        clean=percent(clean, n),
+        robust=percent(robust, n),
         clean_interval=wilson(clean, n),
         interval=wilson(robust, n),
+        robust_is=attack.robust_is,
+        parts={p: percent(int(((answers.ends == STANDS) | (answers.ends > i)).sum()), n) for i, p in enumerate(attack.parts)},
+        per_class=per_class(pictures, answers),
+        verdict="unchecked" if not checks else "suspicious" if raised else "clear",
+        suspicions=tuple(c.to_json() for c in raised),
+        checks=tuple(c.to_json() for c in checks),
         notes=attack.notes(len(pictures.classes)),
+        skipped=tuple(reason for _, reason in pictures.skipped),
         seconds=round(answers.seconds, 2),
         versions=versions(),
         hardware=hardware(),
     )
+    if folder is not None and processes().is_main_process:
+        write_json(Path(folder) / "gallery" / score.file_name, answers.examples)
+    return score
+
+
+def per_class(pictures: LabelledPictures, answers: Answers) -> dict[str, tuple[int, int, int]]:
+    """Class -> (pictures, right, robust), for the classes that have pictures."""
+    found = {}
+    for number, name in enumerate(pictures.classes):
+        own = answers.labels == number
+        if own.any():
+            found[name] = tuple(int((own & part).sum()) for part in (own, answers.clean, answers.robust))
+    return found
 
 
 @torch.no_grad()
-def transfer(
-    source: ZeroShotCLIP,
-    target: ZeroShotCLIP,
-    pictures,
+def examine(
+    model: ZeroShotCLIP,
+    pictures: LabelledPictures,
     attack: EvaluationAttack,
+    answers: Answers,
     *,
-    batch_size: int = 128,
-    limit: int | None = None,
-) -> dict[str, float]:
-    """Accuracy of `target` on clean pictures and on those crafted on `source`, in percent: proxy adversarial robustness (arXiv 2601.12865).
+    probe: int,
+    baseline: ZeroShotCLIP | None,
+    journal: Journal,
+) -> list[Check]:
+    """Run all checks on a few pictures. The processes of a launch share the checks."""
+    state = processes()
+    device, collate = model.logit_scale.device, Collate(model.processor, native=attack.native)
 
-    Also `kl`, the mean KL( p_target(x_adv) || p_target(x) ) in nats: near 0, HPT and GA are the same objective.
-    """
-    for model in (source, target):
-        model.eval()
-        model.set_classes(pictures.classes, pictures.templates)
-    collate = Collate(source.processor, native=attack.resolution == "native")
-    device = source.logit_scale.device
-    n, clean, adversarial, kl = 0, 0, 0, 0.0
-    for batch in batches(pictures, collate, batch_size, limit):
-        batch = {k: v.to(device) for k, v in batch.items()}
-        perturbed = attack.craft(source, batch["images"], batch["keys"], batch["labels"])
-        before, after = target.classify(batch["images"]).logits, target.classify(perturbed).logits
-        n += len(before)
-        clean += int((before.argmax(1) == batch["labels"]).sum())
-        adversarial += int((after.argmax(1) == batch["labels"]).sum())
-        log_after = after.log_softmax(1)
-        kl += float((log_after.exp() * (log_after - before.log_softmax(1))).sum())
-    return {"clean": 100 * clean / n, "adversarial": 100 * adversarial / n, "kl": kl / n, "n": n}
+    def batch(chosen: torch.Tensor) -> Batch:
+        rows = [pictures[i] for i in answers.indices[chosen].tolist()]
+        # At native resolution one batch holds one size: that of the first.
+        rows = [r for r in rows if not collate.native or r["image"].size == rows[0]["image"].size]
+        if not rows:
+            side = model.image_size
+            return Batch(torch.zeros(0, 3, side, side, device=device), *(torch.zeros(0, dtype=torch.int64, device=device),) * 2)
+        found = {k: v.to(device) for k, v in collate(rows).items()}
+        return Batch(found["images"], found["keys"], found["labels"])
 
+    right, standing = (batch(_some(mask, probe)) for mask in (answers.clean, answers.robust))
 
-def mean_transfer(
-    source: ZeroShotCLIP, target: ZeroShotCLIP, sets: Sequence, attack: EvaluationAttack, **kwargs
-) -> dict[str, float]:
-    """`transfer`, as unweighted means over data sets."""
-    crossed = [transfer(source, target, pictures, attack, **kwargs) for pictures in sets]
-    return {key: sum(c[key] for c in crossed) / len(crossed) for key in ("clean", "adversarial", "kl")}
+    def undefended() -> tuple[int, int]:
+        some = batch(_some(torch.ones_like(answers.clean), 2 * probe))
+        known = baseline.classify(some.images).logits.argmax(1) == some.labels
+        _, by = attack.breaks(baseline, some.images[known], some.keys[known], some.labels[known])
+        return int(known.sum()), int((by < 0).sum())
 
+    def logits_fn(x: Images) -> Logits:
+        # No picture may be right, or none may stand, and the towers take no empty batch.
+        return model.classify(x).logits if len(x) else x.new_zeros(0, len(pictures.classes))
 
-def mean(scores: Sequence[Score]) -> dict[str, float]:
-    """Unweighted means over data sets, in percent."""
-    return {"clean": sum(s.clean for s in scores) / len(scores), "robust": sum(s.robust for s in scores) / len(scores)}
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "Pillow", "hpt_hf")}
-
-
-def hardware() -> str:
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    n = len(answers.ends)
+    seen = Probe(
+        model=model,
+        logits_fn=logits_fn,
+        standing=standing,
+        right=right,
+        threat=attack.threat,
+        seed=attack.seed,
+        clean=percent(int(answers.clean.sum()), n),
+        robust=percent(int(answers.robust.sum()), n),
+        n=n,
+        classes=len(pictures.classes),
+        outside=answers.outside,
+        broken_by={part: int((answers.ends == i).sum()) for i, part in enumerate(attack.parts)},
+        target=None if attack.target is None else pictures.classes.index(attack.target),
+        baseline=undefended if baseline is not None else None,
     )
-    return device
+    mine = []
+    for number, check in enumerate(CHECKS):
+        if number % state.num_processes == state.process_index:
+            name = f"check {check.__name__} {answers.rows} {fingerprint_rows(answers.labels)}"
+            mine.append((number, journal.get(name) or journal.note(name, check(seen).to_json())))
+    return [Check(**finding) for _, finding in sorted(gather_object(mine), key=lambda item: item[0])]
+
+
+def _some(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """The places of at most `count` pictures out of those chosen, spread at random, the same ones every time."""
+    places = mask.nonzero()[:, 0]
+    return places[torch.from_numpy(np.random.default_rng(1).permutation(len(places))[:count].copy())]

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from hpt_hf.scores import Score, mean
+
 
 def write_json(path: str | Path, value: object) -> Path:
-    """Write whole or not at all: a reader, or a full disk, never leaves half a file under the final name."""
+    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write whole or not at all: a reader, or a full disk, never leaves half a file under the final name.
+
+    Raises:
+        OSError: it could not be written; the message says what and why, and nothing half-written is left.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"{path} could not be written ({error.strerror}); what stood there before still does"
+        ) from error
     return path
 
 
@@ -26,7 +44,7 @@ def progress(message: str) -> None:
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; numbers are right-aligned and shown with one decimal."""
-    rows = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    rows = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(str(h)), *(len(r[i]) for r in rows), 3) for i, h in enumerate(header)]
     lines = ["| " + " | ".join(str(h).ljust(w) for h, w in zip(header, widths, strict=True)) + " |"]
     lines += ["|" + "|".join(("-" * (w + 1) + ":") if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"]
@@ -37,42 +55,55 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def score_table(scores: Sequence[Mapping]) -> str:
-    """One row a Score, with intervals; the last row is the unweighted mean of the sets.
+def score_table(scores: Sequence[Score]) -> str:
+    """One row a Score, with intervals and verdict; the last rows are each model's unweighted mean over the sets.
 
     Raises:
-        ValueError: Scores of different protocols, attacks or threats: their numbers may not stand in one table.
+        ValueError: no Scores, or Scores of different protocols, attacks or threats: their numbers may not stand in one table.
     """
-    kinds = {(s["protocol"], s["attack"], s["norm"], s["eps"]) for s in scores}
+    if not scores:
+        raise ValueError("no Scores: there is nothing to make a table of")
+    kinds = {s.question for s in scores}
     if len(kinds) > 1:
         raise ValueError(
             f"one table holds one protocol, attack and threat, these Scores have {sorted(kinds)}: make a table of each"
         )
+    models = list(dict.fromkeys((s.model, s.fingerprint) for s in scores))
     rows = [
         (
-            s["dataset"],
-            s["n"],
-            s["classes"],
-            s["clean"],
-            "{:.1f}–{:.1f}".format(*s["clean_interval"]),
-            s["robust"],
-            "{:.1f}–{:.1f}".format(*s["interval"]),
+            s.dataset,
+            s.model,
+            s.n,
+            s.classes,
+            s.clean,
+            "{:.1f}–{:.1f}".format(*s.clean_interval),
+            s.robust,
+            "{:.1f}–{:.1f}".format(*s.interval),
+            s.verdict,
         )
         for s in scores
     ]
-    count = len(scores)
-    rows.append(
-        (
-            "mean",
-            sum(s["n"] for s in scores),
-            "",
-            sum(s["clean"] for s in scores) / count,
-            "",
-            sum(s["robust"] for s in scores) / count,
-            "",
+    for model in models:
+        part = [s for s in scores if (s.model, s.fingerprint) == model]
+        doubted = sum(s.verdict == "suspicious" for s in part)
+        means = mean(part)
+        rows.append(
+            (
+                "mean",
+                model[0],
+                sum(s.n for s in part),
+                "",
+                means["clean"],
+                "",
+                means["robust"],
+                "",
+                f"{doubted} suspicious" if doubted else "",
+            )
         )
-    )
-    return markdown(("data set", "n", "classes", "clean %", "95%", "robust %", "95%"), rows)
+    header = ("data set", "model", "n", "classes", "clean %", "95%", "robust %", "95%", "verdict")
+    if len(models) == 1:  # its name stands in the heading
+        header, *rows = ((row[0], *row[2:]) for row in (header, *rows))
+    return markdown(header, rows)
 
 
 def story(summary: Mapping, examples: Sequence, path: str | Path) -> Path:

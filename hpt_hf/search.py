@@ -81,15 +81,29 @@ def search(
             x = state["x"].detach().requires_grad_(strategy.gradients and not last)
             logits = logits_fn(x)
             reached = goal.reached(logits, rows)
-            found[rows], broken[rows] = x.detach(), reached
-            if last or reached.all():
+            fallen = bool(reached.any())
+            if fallen or last:
+                found[rows], broken[rows] = x.detach(), reached
+            if last or (fallen and reached.all()):
                 break
-            standing = ~reached
-            loss = goal.loss(logits[standing], rows[standing])
-            seen = Seen(loss.detach(), torch.autograd.grad(loss.sum(), x)[0][standing] if strategy.gradients else None)
-            rows, state = rows[standing], {name: value[standing] for name, value in state.items()}
-            state = strategy.advance(query, state, seen, images[rows], threat, replace(noise, keys=noise.keys[rows]))
+            loss = goal.loss(logits, rows)
+            # The gradient is asked for before the fallen leave: each image's own, so theirs disturb nobody.
+            seen = Seen(loss.detach(), pixel_gradient(loss, x) if strategy.gradients else None)
+            if fallen:
+                standing = ~reached
+                rows, images = rows[standing], images[standing]
+                noise = replace(noise, keys=noise.keys[standing])
+                state = {name: value[standing] for name, value in state.items()}
+                seen = Seen(*(None if v is None else v[standing] for v in seen))
+            state = strategy.advance(query, state, seen, images, threat, noise)
     return found, broken
+
+
+def pixel_gradient(loss: torch.Tensor, images: Images) -> Images:
+    """d loss / d images, where `loss` holds one number for some of the images; zeros where the model is cut off from its pixels, so that such a model can be measured too."""
+    if not loss.requires_grad:
+        return torch.zeros_like(images)
+    return torch.autograd.grad(loss.sum(), images, allow_unused=True, materialize_grads=True)[0].detach()
 
 
 # --- goals --------------------------------------------------------------------------------------------------------------
@@ -125,12 +139,13 @@ class WrongTowards:
 
 @dataclass(frozen=True)
 class ChosenAnswer:
-    """One chosen answer for every image, by lowering its cross-entropy."""
+    """One chosen answer for every image, by lowering a loss of (logits, target)."""
 
     targets: Labels
+    loss_fn: Callable[[Logits, Labels], PerExample]
 
     def loss(self, logits: Logits, rows: torch.Tensor) -> PerExample:
-        return logits.log_softmax(1).gather(1, self.targets[rows][:, None])[:, 0]
+        return -self.loss_fn(logits, self.targets[rows])
 
     def reached(self, logits: Logits, rows: torch.Tensor) -> torch.Tensor:
         return logits.argmax(1) == self.targets[rows]
@@ -326,11 +341,20 @@ LogitsFn = Callable[[Images], Logits]
 Outcome = tuple[Images, torch.Tensor]
 
 
-def untargeted(loss_fn: Callable[[Logits, Labels], PerExample], strategy: Callable[[int, ThreatModel], Strategy]):
-    """The attack that raises `loss_fn` until the answer is wrong, by the strategy made of (steps, threat)."""
+def any_answer(loss_fn: Callable[[Logits, Labels], PerExample], strategy: Callable[[int, ThreatModel], Strategy]):
+    """The attack that raises `loss_fn` of the labels until the answer is wrong, by the strategy made of (steps, threat)."""
 
     def attack(logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatModel, steps: int, noise: Noise) -> Outcome:
         return search(logits_fn, WrongAnswer(labels, loss_fn), images, threat, strategy(steps, threat), noise=noise)
+
+    return attack
+
+
+def one_answer(loss_fn: Callable[[Logits, Labels], PerExample], strategy: Callable[[int, ThreatModel], Strategy]):
+    """The attack that lowers `loss_fn` of the targets, given in the labels' place, until they are the answer."""
+
+    def attack(logits_fn: LogitsFn, images: Images, targets: Labels, threat: ThreatModel, steps: int, noise: Noise) -> Outcome:
+        return search(logits_fn, ChosenAnswer(targets, loss_fn), images, threat, strategy(steps, threat), noise=noise)
 
     return attack
 
@@ -366,24 +390,36 @@ def apgd_t(logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatMo
 
 
 def in_turn(parts: Sequence[Callable[[Images, torch.Tensor, Noise], Outcome]], images: Images, noise: Noise) -> Outcome:
-    """Attacks one after another, each on what those before it left standing: the worst case of all, image by image."""
+    """Attacks one after another, each on what those before it left standing: the worst case of all, image by image.
+
+    Returns:
+        Perturbed images, and (batch,) the number of the part that broke each; -1: it stands.
+    """
     images = checked(images, noise)
-    found, broken = images.clone(), torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    found, by = images.clone(), torch.full((len(images),), -1, device=images.device)
     for number, part in enumerate(parts):
-        rows = (~broken).nonzero()[:, 0]
+        rows = (by < 0).nonzero()[:, 0]
         if not len(rows):
             break
         own = replace(noise, keys=noise.keys[rows], draw=noise.draw + number * 1_000_003)
-        found[rows], broken[rows] = part(images[rows], rows, own)
-    return found, broken
+        found[rows], broken = part(images[rows], rows, own)
+        by[rows[broken]] = number
+    return found, by
 
 
-# name -> (attack, its steps unless said otherwise). `standard` is the worst case over the three, as AutoAttack without FAB.
+# name -> (loss, strategy, its steps unless said otherwise).
+_PLAIN: dict[str, tuple[Callable[[Logits, Labels], PerExample], Callable[[int, ThreatModel], Strategy], int]] = {
+    "pgd": (cross_entropy, even_steps, 20),
+    "cw": (margin, even_steps, 20),  # Carlini & Wagner's loss (2017)
+    "apgd-ce": (cross_entropy, lambda steps, _: APGD(steps), 100),
+    "square": (margin, lambda steps, _: Square(steps), 5000),
+}
+# name -> (attack, its steps). `standard` is the worst case over the three, as AutoAttack without FAB.
 ATTACKS: dict[str, tuple[Callable[..., Outcome], int]] = {
-    "pgd": (untargeted(cross_entropy, even_steps), 20),
-    "cw": (untargeted(margin, even_steps), 20),  # Carlini & Wagner's loss (2017)
-    "apgd-ce": (untargeted(cross_entropy, lambda steps, _: APGD(steps)), 100),
+    **{name: (any_answer(loss_fn, strategy), steps) for name, (loss_fn, strategy, steps) in _PLAIN.items()},
     "apgd-t": (apgd_t, 100),
-    "square": (untargeted(margin, lambda steps, _: Square(steps)), 5000),
+}
+TARGETED: dict[str, tuple[Callable[..., Outcome], int]] = {
+    name: (one_answer(loss_fn, strategy), steps) for name, (loss_fn, strategy, steps) in _PLAIN.items()
 }
 STANDARD = ("apgd-ce", "apgd-t", "square")

@@ -13,15 +13,15 @@ from transformers.utils import logging
 
 from hpt_hf.arguments import RECIPE, DataArguments, MethodArguments, RecipeError, RecipeTrainingArguments, parse
 from hpt_hf.data import Collate, DatasetSpec, held_out, read_classes
-from hpt_hf.evaluation import hardware, versions
 from hpt_hf.hub import export
 from hpt_hf.lab.suite import WEIGHTS, open_pictures
 from hpt_hf.objectives import OBJECTIVES, Divergence, Objective
 from hpt_hf.report import write_json
 from hpt_hf.schedule import Schedule
+from hpt_hf.scores import hardware, versions
 from hpt_hf.threat import ThreatModel, parse_eps
 from hpt_hf.trainer import HPTTrainer, TrainingAttack
-from hpt_hf.zero_shot import TEMPLATE, ZeroShotCLIP
+from hpt_hf.zero_shot import ZeroShotCLIP
 
 logger = logging.get_logger("hpt_hf.train")
 
@@ -36,7 +36,7 @@ def dataset_spec(args, path: str, split: str, *, revision: str | None = None) ->
     if args.classes and args.classes_file:
         raise RecipeError("both --classes and --classes_file name the classes: give one of them")
     classes = read_classes(args.classes_file) if args.classes_file else tuple(args.classes) if args.classes else None
-    templates = tuple(args.templates) if args.templates else (TEMPLATE,)
+    templates = tuple(args.templates) if args.templates else None
     return DatasetSpec(
         path,
         split=split,

@@ -32,6 +32,7 @@ from hpt_hf.data import Collate, LabelledPictures  # noqa: E402
 from hpt_hf.lab.pretrain import new_clip, new_processor, train_tokenizer  # noqa: E402
 from hpt_hf.objectives import OBJECTIVES, Divergence  # noqa: E402
 from hpt_hf.schedule import Schedule  # noqa: E402
+from hpt_hf.scores import Score, percent, wilson  # noqa: E402
 from hpt_hf.threat import ThreatModel  # noqa: E402
 from hpt_hf.trainer import HPTTrainer, TrainingAttack  # noqa: E402
 from hpt_hf.zero_shot import ZeroShotCLIP  # noqa: E402
@@ -182,3 +183,41 @@ def write_image_folder(folder, pictures) -> str:
         place.mkdir(parents=True, exist_ok=True)
         row["image"].save(place / f"{index:03d}.png")
     return str(folder)
+
+
+def make_score(**changes) -> Score:
+    """A Score that no model was asked for: by default 60 of 100 pictures right, 40 robust. Its percentages follow from `per_class`."""
+    per_class = changes.get("per_class", {"cat": (50, 40, 30), "dog": (50, 20, 10)})
+    n, right, robust = (sum(counts) for counts in zip(*per_class.values(), strict=True))
+    settings = {
+        "model": "models/ours",
+        "fingerprint": "0123456789abcdef",
+        "revision": None,
+        "dataset": "cats",
+        "source": {"path": "pictures/cats", "split": "test", "limit": None},
+        "classes": len(per_class),
+        "templates": ("a photo of a {}",),
+        "n": n,
+        "rows": "fedcba9876543210",
+        "attack": "pgd-20",
+        "steps": None,
+        "norm": "linf",
+        "eps": "1/255",
+        "protocol": "input",
+        "seed": 0,
+        "target": None,
+        "clean": percent(right, n),
+        "robust": percent(robust, n),
+        "clean_interval": wilson(right, n),
+        "interval": wilson(robust, n),
+        "robust_is": "right on the clean picture and on every iterate of the attack",
+        "parts": {"pgd": percent(robust, n)},
+        "per_class": per_class,
+        "verdict": "unchecked",
+        "suspicions": (),
+        "checks": (),
+        "seconds": 1.5,
+        "versions": {"torch": "2", "hpt_hf": "0.1.0"},
+        "hardware": "a CPU",
+    }
+    return Score(**(settings | changes))

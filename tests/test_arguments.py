@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from conftest import make_pictures, write_image_folder
+from conftest import Rows, make_pictures, write_image_folder
 
 from hpt_hf import evaluate, train
 from hpt_hf.arguments import (
@@ -22,7 +22,9 @@ from hpt_hf.arguments import (
     RecipeTrainingArguments,
     parse,
 )
+from hpt_hf.data import LabelledPictures
 from hpt_hf.objectives import OBJECTIVES
+from hpt_hf.scores import read_scores
 from hpt_hf.train import build_schedule, dataset_spec
 
 ROOT = Path(__file__).parent.parent
@@ -178,7 +180,7 @@ def test_options_of_the_method_reach_every_phase(tmp_path):
 
 
 def test_classes_are_named_once(tmp_path):
-    (tmp_path / "names.txt").write_text("cat\n\n  red car \n")
+    (tmp_path / "names.txt").write_text("cat\n  red car \n\n")
     data = read(tmp_path, "--classes_file", str(tmp_path / "names.txt"))[0]
     with pytest.raises(RecipeError, match="both --classes and --classes_file"):
         dataset_spec(data, "x", "train")
@@ -292,9 +294,26 @@ EVALUATE = {
     "both": (["--data", "x", "--suite", "lab"], "one of them"),
     "no data": (["--data", "/nowhere/pictures"], "no data at /nowhere/pictures"),
     "limit": (["--data", "x", "--limit", "0"], "--limit 0: expected at least 1 picture"),
-    "eps": (["--data", "x", "--eps", "4"], "did you mean '4/255'?"),
+    "batch size": (["--data", "x", "--batch_size", "0"], "--batch_size 0: expected at least 1 picture"),
+    "probe": (["--data", "x", "--probe", "-1"], "--probe -1: expected at least 0 pictures"),
+    "eps": (["--data", "x", "--eps", "1/255", "4"], "did you mean '4/255'?"),
     "attack": (["--data", "x", "--attacks", "apgd"], "no attack is called 'apgd'; did you mean pgd or apgd-t?"),
+    "second attack": (["--data", "x", "--attacks", "pgd", "sqare"], "no attack is called 'sqare'; did you mean square?"),
     "steps": (["--data", "x", "--steps", "0"], "steps=0: expected at least 1"),
+    "protocol": (["--data", "x", "--protocol", "full"], "invalid choice: 'full'"),
+    "old flag": (["--data", "x", "--resolution", "native"], "unknown key --resolution"),
+    "set": (["--data", "cifar11"], "no set of that name; did you mean cifar10 or cifar100"),
+    "no set near": (["--data", "zzzz"], "there are cifar10, cifar100, "),
+    "task": (["--data", "lab:digit"], "the lab has no task 'digit'; it has digits"),
+    "real": (["--data", "real:digits"], "real:digits lies in a folder of real pictures: give it with --data_dir"),
+    "classes of a set": (["--data", "pets", "--classes", "a", "b"], "its own classes and prompts: leave out --classes"),
+    "more of a set": (
+        ["--suite", "zero-shot-17", "--templates", "{}", "--label_column", "y"],
+        "cifar10 comes with its own classes and prompts: leave out --templates, --label_column",
+    ),
+    "classes of a task": (["--data", "lab:digits", "--classes", "a", "b"], "lab:digits comes with its own classes and prompts"),
+    "target": (["--data", "lab:dice", "lab:digits", "--target", "zz"], "'zz' is none of the 6 classes of lab:dice"),
+    "target of an attack": (["--data", "x", "--attacks", "standard", "--target", "a"], "no attack towards a target is called"),
 }
 
 
@@ -316,12 +335,57 @@ def test_all_sets_are_opened_before_the_first_is_attacked(tmp_path, student_path
 
 def test_evaluate_arguments_and_what_it_writes(tmp_path, student_path, capsys):
     data = write_image_folder(tmp_path / "data", make_pictures(10))
-    evaluate.main(["--model", student_path, "--output", str(tmp_path / "scores"), "--data", data, "--steps", "3", "--limit", "7"])
+    evaluate.main(
+        [
+            "--model",
+            student_path,
+            "--output",
+            str(tmp_path / "scores"),
+            "--data",
+            data,
+            "--steps",
+            "3",
+            "--limit",
+            "7",
+            "--probe",
+            "3",
+        ]
+    )
     assert len(list((tmp_path / "scores" / "scores").glob("*.json"))) == 1 and (tmp_path / "scores" / "report.md").is_file()
     out = capsys.readouterr()
-    assert "n = 7" in out.err and out.out.startswith("## pgd-3\n\n|")
+    report = (tmp_path / "scores" / "report.md").read_text()
+    assert "n = 7" in out.err and out.out == report + "\n" and report.startswith(f"# {Path(student_path).name}\n")
+    assert (
+        "\n## pgd-3, linf 1/255, protocol “input”, 7 pictures a set\n\n| data set" in report
+        and (tmp_path / "scores" / "report.html").is_file()
+    )
     (args,) = parse((EvaluateArguments,), ["--model", "m", "--output", "o"])
-    assert (args.attacks, args.steps, args.resolution, args.seed) == (["pgd"], None, "input", 0)
+    assert (args.attacks, args.eps, args.steps, args.protocol, args.seed) == (["pgd"], ["1/255"], None, "input", 0)
+
+
+def test_each_attack_at_each_radius_is_a_score_of_each_set_once(tmp_path, student_path, capsys):
+    data = [write_image_folder(tmp_path / name, make_pictures(5)) for name in ("one", "two")]
+    asked = ["--attacks", "pgd", "cw", "pgd", "--eps", "2/255", "1/255", "--steps", "1", "--probe", "0", "--seed", "3"]
+    scores = evaluate.run(
+        parse((EvaluateArguments,), ["--model", student_path, "--output", str(tmp_path / "o"), "--data", *data, *asked])[0]
+    )
+    told = [(s.attack, s.eps, s.dataset, s.seed, s.verdict) for s in scores]
+    assert told == [(a, e, d, 3, "unchecked") for a in ("pgd-1", "cw-1") for e in ("2/255", "1/255") for d in ("one", "two")]
+    assert sorted(read_scores(tmp_path / "o" / "scores"), key=repr) == sorted(scores, key=repr)
+
+
+def test_a_target_that_the_last_set_lacks_stops_before_the_first_is_attacked(tmp_path, student_path, monkeypatch):
+    data = [write_image_folder(tmp_path / name, pictures) for name, pictures in (("one", make_pictures(5)), ("two", few()))]
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("an attack ran"))
+    with pytest.raises(SystemExit, match="'cat' is none of the 2 classes of two"):
+        evaluate.main(["--model", student_path, "--output", str(tmp_path / "o"), "--data", *data, "--target", "cat"])
+    assert not (tmp_path / "o").exists()
+
+
+def few():
+    """Pictures of two classes, neither of them a cat."""
+    whole = make_pictures(10)
+    return LabelledPictures(Rows([whole[i]["image"] for i in (1, 2, 6, 7)], [0, 1, 0, 1]), ("dog", "house"), name="few")
 
 
 @pytest.mark.multiprocess

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import tarfile
 
 import datasets
 import numpy as np
@@ -11,7 +13,8 @@ from conftest import CLASSES, Rows, make_pictures
 from PIL import Image
 from transformers import AutoProcessor
 
-from hpt_hf.data import Collate, DatasetSpec, LabelledPictures, held_out, image_key, load_pictures, read_classes, to_rgb
+from hpt_hf.data import Collate, DatasetSpec, LabelledPictures, held_out, image_key, load_pictures, read_classes, to_png, to_rgb
+from hpt_hf.zero_shot import TEMPLATE
 
 NAMES = ("cat", "dog", "house")
 
@@ -515,3 +518,299 @@ def test_nothing_held_out_and_everything_held_out():
 def test_rows_in_memory_are_pictures_too():
     pictures = LabelledPictures(Rows([noise(), encode(noise(seed=1))], [0, 1]), CLASSES)
     assert len(pictures) == 2 and pictures.labelled and pictures[1]["image"].mode == "RGB"
+
+
+# --- tar shards, as clip-benchmark lays them out
+
+
+def write_tar(file, members):
+    """`members`: (name, content) in order, as webdataset's writer leaves them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file
+
+
+def samples(*rows, kind="png", start=0):
+    """(encoded picture, label) -> the two members of each, called as clip-benchmark calls them."""
+    return [m for i, (p, y) in enumerate(rows, start) for m in ((f"s{i:07d}.{kind}", p), (f"s{i:07d}.cls", f"{y}\n".encode()))]
+
+
+def write_shards(folder, *shards, split="test", names="cat\ndog\nhouse\n", templates=None):
+    """A repository of clip-benchmark: `shards` are lists of members. -> DatasetSpec"""
+    for number, members in enumerate(shards):
+        write_tar(folder / split / f"{number}.tar", members)
+    (folder / split / "nshards.txt").write_text(f"{len(shards)}\n")
+    if names is not None:
+        (folder / "classnames.txt").write_text(names, encoding="utf-8")
+    if templates is not None:
+        (folder / "zeroshot_classification_templates.txt").write_text(templates, encoding="utf-8")
+    return DatasetSpec(str(folder), split=split)
+
+
+def read(spec, **options):
+    pictures = load_pictures(spec, **options)
+    return [(pictures[i]["label"], pictures[i]["image"].getpixel((0, 0))) for i in range(len(pictures))]
+
+
+def one(colour, label, **options):
+    return samples((encode(plain(colour)), label), **options)
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpg", "png"])
+def test_a_single_shard_is_read_as_pictures_and_not_as_the_text_beside_it(tmp_path, kind):
+    how = {"webp": ("WEBP", {"lossless": True}), "jpg": ("JPEG", {"quality": 100}), "png": ("PNG", {})}[kind]
+    colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
+    rows = [(encode(plain(c, (16, 16)), how[0], **how[1]), y) for c, y in zip(colours, (2, 0, 1), strict=True)]
+    spec = write_shards(tmp_path / "wds_cats", samples(*rows, kind=kind), templates="a photo of a {c}.\na {c}\n")
+    pictures = load_pictures(spec)
+    assert (pictures.name, pictures.classes, len(pictures)) == ("wds_cats", NAMES, 3)
+    assert pictures.templates == ("a photo of a {}.", "a {}")
+    for (label, colour), expected in zip(read(spec), zip((2, 0, 1), colours, strict=True), strict=True):
+        assert label == expected[0] and np.abs(np.subtract(colour, expected[1])).max() < 8
+    assert pictures.source == {"path": str(tmp_path / "wds_cats"), "split": "test"}
+
+
+def test_shards_are_counted_in_numbers_and_rows_keep_their_order(tmp_path):
+    rows = [((i, 0, 0), i % 3) for i in range(22)]
+    shards = [[m for j in (0, 1) for m in one(*rows[2 * k + j], start=j)] for k in range(11)]
+    spec = write_shards(tmp_path / "set", *shards)
+    assert read(spec) == [(y, c) for c, y in rows]  # by name, 10.tar would come before 2.tar
+
+
+def test_shards_bring_templates_unless_others_are_given(tmp_path):
+    bare = write_shards(tmp_path / "bare", one("red", 0))
+    own = write_shards(tmp_path / "own", one("red", 0), templates="\n a {c} of {braces}\n\n")
+    assert load_pictures(bare).templates == (TEMPLATE,)
+    assert load_pictures(own).templates == ("a {} of {braces}",)
+    assert load_pictures(DatasetSpec(own.path, "test", templates=("my {}",))).templates == ("my {}",)
+
+
+@pytest.mark.parametrize("template", ["a {c} beside a {c}", "a photo", "a {}, a {c}"])
+def test_a_template_of_the_shards_without_one_place_is_refused_before_any_work(tmp_path, template):
+    spec = write_shards(tmp_path / "set", one("red", 0), templates=template)
+    with pytest.raises(ValueError, match="exactly once"):
+        load_pictures(spec)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("cat\ndog\n", "1 labels.*row 1 has label 2.*2 classes"),
+        ("cat\ndog\ncat\n", "classes 0 and 2 are both called 'cat'"),
+        ("cat\n\nhouse\n", "class 1 has the name ''"),  # left out, it would call the house's pictures by the next name
+        ("", "there are 0 classes"),
+        (None, "names no classes"),
+    ],
+)
+def test_a_class_list_that_does_not_fit_the_shards_is_refused(tmp_path, names, message):
+    spec = write_shards(tmp_path / "set", [*one("red", 0), *one("blue", 2, start=1)], names=names)
+    with pytest.raises(ValueError, match=message):
+        load_pictures(spec)
+
+
+def test_shards_without_a_class_list_take_a_given_one(tmp_path):
+    spec = write_shards(tmp_path / "set", [*one("red", 0), *one("blue", 2, start=1)], names=None)
+    given = DatasetSpec(spec.path, "test", classes=NAMES)
+    assert load_pictures(given).classes == NAMES and read(given) == [(0, RGB[0]), (2, RGB[2])]
+
+
+def test_an_empty_line_never_moves_the_names_after_it(tmp_path):
+    spec = write_shards(tmp_path / "set", one("red", 0), names="\ufeffcat\r\ndog\r\n\r\n")  # as Windows writes it
+    assert load_pictures(spec).classes == ("cat", "dog")
+    (tmp_path / "names.txt").write_text("cat\n\nhouse\n\n", encoding="utf-8")
+    assert read_classes(tmp_path / "names.txt") == ("cat", "", "house")  # which load_pictures refuses
+
+
+@pytest.mark.parametrize("said", ["3\n", "many"])
+def test_shards_that_are_missing_are_counted(tmp_path, said):
+    spec = write_shards(tmp_path / "set", one("red", 0), one("blue", 1))
+    (tmp_path / "set" / "test" / "nshards.txt").write_text(said)
+    with pytest.raises(ValueError, match=f"holds 2 shards.*says '{said.strip()}'.*not complete"):
+        load_pictures(spec)
+
+
+def test_a_damaged_shard_is_named_wherever_it_ends(tmp_path):
+    """tarfile itself takes most of these for a shorter archive."""
+    spec = write_shards(tmp_path / "set", one("red", 0), [*one("blue", 1), *one("lime", 2, start=1)])
+    shard = tmp_path / "set" / "test" / "1.tar"
+    whole = shard.read_bytes()
+    assert len(read(spec)) == 3
+    for end in (*range(0, 4096, 256), 4096 + 100):
+        shard.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r"1\.tar cannot be read .*delete it and download it again"):
+            load_pictures(spec)
+    for content in (b"<html>404</html>" * 99, whole[:2048] + b"x" * 512 + whole[2560:]):
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match=r"1\.tar cannot be read"):
+            load_pictures(spec)
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(ValueError, match=r"1\.tar cannot be read"):
+        load_pictures(spec)
+
+
+def test_a_damaged_picture_in_a_sound_shard_names_its_row_or_is_skipped(tmp_path):
+    rows = [(encode(plain("red")), 2), (damaged(), 1), (encode(plain("blue")), 0)]
+    spec = write_shards(tmp_path / "set", samples(*rows))
+    with pytest.raises(ValueError, match=r"^row 1 \(s0000001\.png in 0\.tar\) of set cannot be read .*--on_corrupt skip"):
+        load_pictures(spec)[1]
+    kept = load_pictures(spec, on_corrupt="skip")
+    assert [r for r, _ in kept.skipped] == [1] and "s0000001.png in 0.tar" in kept.skipped[0][1]
+    assert read(spec, on_corrupt="skip") == [(2, RGB[0]), (0, RGB[2])]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([*one("red", 0), ("s0000001.png", b"x")], r"0\.tar, s0000001\.png .*\(png\).*label, called 'cls'"),
+        ([("s0000000.cls", b"0\n")], r"0\.tar, s0000000\.cls .*\(cls\) should be one picture"),
+        ([*one("red", 0), ("s0000000.jpg", b"x")], r"s0000000\.png .*\(png, cls, jpg\) should be one picture"),
+        ([*one("red", 0), *one("red", 0)], r"0\.tar has s0000000\.png twice"),
+        ([("s0.png", b"x"), ("s0.cls", b"cat")], r"s0\.cls should hold the number of a class, it holds b'cat'"),
+        ([("s0.png", b"x"), ("s0.cls", b"-1")], r"s0\.cls should hold the number"),
+        ([("s0.png", b"x"), ("s0.cls", b"")], r"s0\.cls should hold the number"),
+        ([], "holds no pictures"),
+    ],
+)
+def test_a_sample_that_is_not_one_picture_with_one_label_is_named(tmp_path, members, message):
+    with pytest.raises(ValueError, match=message):
+        load_pictures(write_shards(tmp_path / "set", members))
+
+
+def test_shards_of_several_kinds_and_with_other_members_are_read(tmp_path):
+    """`load_dataset` would refuse the first shard and leave the second's pictures empty."""
+    webp = encode(plain("red"), "WEBP", lossless=True)
+    mixed = [
+        *samples((webp, 0), kind="webp"),
+        *one("lime", 1, start=1),
+        ("s0000001.json", b"{}"),
+        ("notes", b"x"),
+        ("._s0000001.png", b"x"),
+    ]
+    nested = [("./deep.er/a.b/S1.PNG", encode(plain("blue"))), ("./deep.er/a.b/S1.cls", b" 2 \r\n")]
+    spec = write_shards(tmp_path / "set [1]", mixed, [], nested)
+    assert read(spec) == [(0, RGB[0]), (1, (0, 255, 0)), (2, RGB[2])]
+    assert read(DatasetSpec(write_parquet(tmp_path / "x [1].parquet", three(), [0, 1, 2]))) == list(enumerate(RGB))
+
+
+def test_other_members_can_be_named_as_picture_and_label(tmp_path):
+    red, blue = encode(plain("red")), encode(plain("blue"))
+    members = [("a.png", red), ("a.mask.png", blue), ("a.jpg", blue), ("a.fine", b"1"), ("a.cls", b"0")]
+    write_shards(tmp_path / "set", members)
+    for image, label, expected in (("png", None, (0, RGB[0])), ("mask.png", "fine", (1, RGB[2]))):
+        assert read(DatasetSpec(str(tmp_path / "set"), "test", image=image, label=label)) == [expected]
+
+
+def test_a_split_of_shards_that_is_not_there_lists_those_that_are(tmp_path):
+    write_shards(tmp_path / "set", one("red", 0), split="test")
+    write_shards(tmp_path / "set", one("blue", 1), split="train")
+    assert read(DatasetSpec(str(tmp_path / "set"), "train")) == [(1, RGB[2])]
+    with pytest.raises(ValueError, match="shards in test, train, none for the split 'valid'"):
+        load_pictures(DatasetSpec(str(tmp_path / "set"), "valid"))
+
+
+def test_a_shard_that_changed_under_its_name_is_read_anew(tmp_path):
+    spec = write_shards(tmp_path / "set", one("red", 0))
+    shard = tmp_path / "set" / "test" / "0.tar"
+    time = shard.stat().st_mtime_ns
+    assert read(spec) == [(0, RGB[0])]
+    write_tar(shard, one("blue", 1))
+    os.utime(shard, ns=(time, time))  # rsync -t, or a copy within the clock's resolution
+    assert read(spec) == [(1, RGB[2])]
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+def test_reading_leaves_the_data_s_folder_as_it_was(tmp_path, kind):
+    folder = tmp_path / "set"
+    if kind == "shards":
+        spec = write_shards(folder, one("red", 0))
+    else:
+        spec = DatasetSpec(str(folder))
+        write_parquet(folder / "train.parquet", three(), [0, 1, 2])
+    files = sorted(folder.rglob("*"))
+    for place in (*files, folder):
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    try:
+        assert read(spec)[0] == (0, RGB[0])
+        assert sorted(folder.rglob("*")) == files
+    finally:
+        for place in (folder, *files):
+            place.chmod(0o755)
+    assert kind == "parquet" or not (tmp_path / "cache").exists()  # shards are not copied anywhere
+
+
+# --- unions, renaming, leaving out
+
+
+def test_a_union_of_splits_is_read_in_the_order_asked_for(tmp_path):
+    for number, split in enumerate(("train", "validation", "test")):
+        write_parquet(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet", [three()[number]], [number])
+
+    def union(split):
+        return read(DatasetSpec(str(tmp_path / "set"), split))
+
+    assert union("train+validation+test") == list(enumerate(RGB)) and union("test+train") == [(2, RGB[2]), (0, RGB[0])]
+    assert union("test") == [(2, RGB[2])]
+    with pytest.raises(ValueError, match="no split 'train\\+dev'; it has .*train"):
+        union("train+dev")
+
+
+def test_a_union_is_never_taken_for_the_only_split_there_is(tmp_path):
+    write_parquet(tmp_path / "set" / "train-00000-of-00001.parquet", three(), [0, 1, 2])
+    assert len(load_pictures(DatasetSpec(str(tmp_path / "set"), "test"))) == 3  # one split needs no name
+    with pytest.raises(ValueError, match="no split 'train\\+test'; it has train"):
+        load_pictures(DatasetSpec(str(tmp_path / "set"), "train+test"))
+
+
+def test_a_card_that_speaks_of_splits_not_downloaded_is_no_hindrance(tmp_path):
+    """What the Hub's cache holds after `load_dataset` of the whole and `snapshot_download` of a part."""
+    write_parquet(tmp_path / "set" / "data" / "valid-00000-of-00001-70d52db3c749a935.parquet", three(), [0, 1, 2])
+    card = "splits: [{name: train, num_bytes: 9, num_examples: 9}, {name: valid, num_bytes: 9, num_examples: 3}]"
+    configs = (
+        "configs: [{config_name: default, data_files: [{split: train, path: data/train-*}, {split: valid, path: data/valid-*}]}]"
+    )
+    (tmp_path / "set" / "README.md").write_text(f"---\ndataset_info: {{{card}}}\n{configs}\n---\n")
+    assert read(DatasetSpec(str(tmp_path / "set"), "valid")) == list(enumerate(RGB))
+
+
+def test_names_that_occur_twice_never_merge_two_classes(tmp_path):
+    """ImageNet has two sunglasses in clip-benchmark's list. Matched by name, the second would become the first."""
+    twice = "cat\nsunglasses\nsunglasses\n"
+    spec = write_shards(tmp_path / "set", [m for i in range(3) for m in one(RGB[i], i, start=i)], names=twice)
+    with pytest.raises(ValueError, match="classes 1 and 2 are both called 'sunglasses'"):
+        load_pictures(spec)
+    for given in (("cat", "sunglass", "sunglasses"), ("sunglasses", "cat", "sunglass")):  # the second renames in order as well
+        renamed = DatasetSpec(spec.path, "test", classes=given)
+        assert load_pictures(renamed).classes == given and read(renamed) == list(enumerate(RGB))
+    for given, message in (
+        (("cat", "sunglasses", "sunglass", "dog"), "4 class names were given.*has 3 classes"),
+        ({"cat": "a cat", "sunglasses": "shades"}, "classes 1 and 2 are both called 'shades'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_pictures(DatasetSpec(spec.path, "test", classes=given))
+
+
+def test_leaving_out_a_class_keeps_rows_labels_and_names_of_the_others(tmp_path):
+    red, green, blue = three()
+    file = write_parquet(tmp_path / "set.parquet", [red, damaged(), green, blue, red], [0, 0, 1, 2, 1])
+    pictures = load_pictures(file, on_corrupt="skip")
+    rest = pictures.without_class("cat")
+    assert [rest.row_id(i) for i in range(len(rest))] == [2, 3, 4] and [rest[i]["label"] for i in range(3)] == [1, 2, 1]
+    assert (rest.classes, rest.skipped, rest.source) == (pictures.classes, pictures.skipped, pictures.source)
+    assert len(pictures) == 4  # the original is as it was
+    assert pictures.without_class(None) is pictures and len(rest.without_class("dog").without_class("house")) == 0
+    with pytest.raises(ValueError, match="'hose' is none of the 3 classes of set; did you mean house"):
+        pictures.without_class("hose")
+
+
+def test_a_picture_as_png_is_the_pixels_it_shows():
+    import base64
+
+    pixels = torch.arange(12, dtype=torch.float32).view(3, 2, 2) / 255
+    image = Image.open(io.BytesIO(base64.b64decode(to_png(pixels + 0.4 / 255))))
+    assert np.array_equal(np.asarray(image), (pixels * 255).round().byte().permute(1, 2, 0).numpy())
+    assert Image.open(io.BytesIO(base64.b64decode(to_png(pixels - 1)))).getextrema() == ((0, 0),) * 3

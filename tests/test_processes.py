@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -141,6 +142,83 @@ def test_the_recipe_runs_on_two_processes_and_exports_once(tmp_path, student_pat
     exported = [load_file(tmp_path / f"out{c}" / "model.safetensors") for c in (1, 2)]
     assert largest_difference(*exported) < 1e-6
     assert largest_difference(exported[0], load_file(Path(student_path) / "model.safetensors")) > 1e-4
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, trained) -> tuple[list[str], Path, Path]:
+    """The flags of an evaluation, and the folders that one process and two processes filled."""
+    from conftest import write_image_folder
+
+    from hpt_hf.evaluate import main
+
+    folder = tmp_path_factory.mktemp("evaluated")
+    trained.save_pretrained(folder / "model")
+    data = write_image_folder(folder / "data", make_pictures())
+    flags = f"--attacks apgd-ce square --steps 20 --probe 4 --batch_size 8 --eps 16/255 --model {folder / 'model'} --data {data}"
+    main([*flags.split(), "--output", str(folder / "one")])
+    script = str(Path(__file__).parent.parent / "recipes" / "evaluate.py")
+    launch(2, script, *flags.split(), "--output", str(folder / "two"))
+    return flags.split(), folder / "one", folder / "two"
+
+
+def findings(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """Question -> rank -> the names of what it found, in order."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for file in sorted((folder / "progress").iterdir()):
+        question, rank = file.stem.split("-")
+        found.setdefault(question, {})[rank] = [json.loads(line)["name"] for line in file.read_text().splitlines()]
+    return found
+
+
+def results(folder: Path) -> dict[str, str]:
+    """What an evaluation leaves for its reader, the seconds it took apart."""
+    files = [*folder.glob("scores/*"), *folder.glob("gallery/*"), folder / "report.md", folder / "report.html"]
+    seconds = r'"seconds": [\d.]+|[\d.]+ s on '
+    return {str(f.relative_to(folder)): re.sub(seconds, "", f.read_text()) for f in files}
+
+
+def test_two_processes_evaluate_as_one(evaluated):
+    _, one, two = evaluated
+    ours, theirs = results(two), results(one)
+    for name in theirs:
+        assert ours[name].splitlines() == theirs[name].splitlines(), name
+    assert ours.keys() == theirs.keys() and len(theirs) == 6
+    robust = [json.loads(f.read_text())["robust"] for f in (two / "scores").iterdir()]
+    assert any(0 < value < 100 for value in robust), "an attack that does all or nothing proves nothing"
+
+
+def test_each_process_answered_some_of_the_batches_and_none_was_answered_twice(evaluated):
+    _, one, two = evaluated
+    alone, shared = findings(one), findings(two)
+    assert alone.keys() == shared.keys() and len(shared) == 2
+    for question, ranks in shared.items():
+        assert list(alone[question]) == ["0"] and list(ranks) == ["0", "1"]
+        batches = [[name for name in names if name.startswith("batch ")] for names in ranks.values()]
+        assert [len(b) for b in batches] == [3, 2] and all(len(n) > len(b) for n, b in zip(ranks.values(), batches, strict=True))
+        assert sorted(ranks["0"] + ranks["1"]) == sorted(alone[question]["0"])
+
+
+def test_a_run_begun_by_two_processes_goes_on_with_one(evaluated, tmp_path, monkeypatch):
+    """Both journals are cut off in the middle, one of them in the middle of a line."""
+    from hpt_hf import evaluation
+    from hpt_hf.evaluate import main
+
+    flags, one, two = evaluated
+    (tmp_path / "progress").mkdir()
+    left = 0
+    for file in (two / "progress").iterdir():
+        lines = file.read_bytes().splitlines(keepends=True)
+        keep = 2 if file.stem.endswith("-0") else 1
+        (tmp_path / "progress" / file.name).write_bytes(b"".join(lines[:keep]) + lines[keep][:-9])
+        left += keep
+    answered, answer_batch = [], evaluation.answer_batch
+    monkeypatch.setattr(evaluation, "answer_batch", lambda *a, **k: answered.append(a[1]) or answer_batch(*a, **k))
+    main([*flags, "--output", str(tmp_path)])
+    assert left == 6 and len(answered) == 10 - left
+    assert results(tmp_path) == results(one)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,19 @@
-"""Proves that a report is whole or absent, mixes nothing that may not be compared, and states intervals that are right."""
+"""Proves that a report is whole or absent, says why it could not be written, and mixes nothing that may not be compared."""
 
+from __future__ import annotations
+
+import errno
 import json
-import math
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_score
 from PIL import Image
 
-from hpt_hf.evaluation import Score, mean, wilson
-from hpt_hf.report import markdown, score_table, story, write_json
-
-
-def score(**changes):
-    settings = {
-        "model": "m",
-        "fingerprint": "f",
-        "dataset": "cats",
-        "classes": 5,
-        "templates": ("{}",),
-        "n": 100,
-        "rows": "r",
-        "attack": "pgd-20",
-        "norm": "linf",
-        "eps": "1/255",
-        "protocol": "input",
-        "seed": 0,
-        "clean": 60.0,
-        "robust": 40.0,
-        "clean_interval": (50.2, 69.1),
-        "interval": (30.9, 49.8),
-    }
-    return Score(**(settings | changes))
-
+from hpt_hf.report import markdown, score_table, story, write_json, write_text
+from hpt_hf.scores import mean
 
 # --- files
 
@@ -44,48 +24,65 @@ def test_json_is_read_back_as_it_was_in_a_folder_that_is_made(tmp_path):
     assert json.loads(file.read_text(encoding="utf-8")) == value and [f.name for f in file.parent.iterdir()] == ["score.json"]
 
 
-def full_disk(monkeypatch):
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_at_write(monkeypatch):
     write = Path.write_text
 
     def half(self, text, **options):
         write(self, text[: len(text) // 2], **options)
-        raise OSError(28, "No space left on device")
+        raise NO_SPACE
 
     monkeypatch.setattr(Path, "write_text", half)
 
 
-def no_rename(monkeypatch):
+def full_at_replace(monkeypatch):
     def refuse(*_):
-        raise PermissionError
+        raise NO_SPACE
 
     monkeypatch.setattr(os, "replace", refuse)
 
 
-@pytest.mark.parametrize("trouble", [full_disk, no_rename])
+@pytest.mark.parametrize("trouble", [full_at_write, full_at_replace])
 @pytest.mark.parametrize("before", [None, {"old": 1}])
-def test_a_failed_write_leaves_the_old_file_or_none(tmp_path, monkeypatch, trouble, before):
+def test_a_failed_write_leaves_the_old_file_or_none_and_says_so(tmp_path, monkeypatch, trouble, before):
     file = tmp_path / "score.json"
     if before is not None:
         write_json(file, before)
     trouble(monkeypatch)
-    with pytest.raises(OSError):
-        write_json(file, {"new": list(range(1000))})
-    assert (json.loads(file.read_text()) if file.exists() else None) == before
+    for write, value in ((write_json, {"new": list(range(1000))}), (write_text, "new" * 1000)):
+        with pytest.raises(OSError) as error:
+            write(file, value)
+        assert error.value.errno == errno.ENOSPC and error.value.__cause__ is NO_SPACE
+        assert f"{file} could not be written (No space left on device)" in str(error.value)
+        assert [f.name for f in tmp_path.iterdir()] == ([] if before is None else ["score.json"]), "nothing half-written is left"
+        assert before is None or json.loads(file.read_text()) == before
     monkeypatch.undo()
-    assert json.loads(write_json(file, {"new": 2}).read_text()) == {"new": 2}  # and the next attempt succeeds
+    assert json.loads(write_json(file, {"new": 2}).read_text()) == {"new": 2}, "and the next attempt succeeds"
+
+
+def test_a_full_disk_stops_even_the_clean_up_without_hiding_what_happened(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    full_at_write(monkeypatch)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="score.json could not be written .No space left"):
+        write_text(tmp_path / "score.json", "text")
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"file/score.json could not be written"):
+        write_text(tmp_path / "file" / "score.json", "text")
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_what_json_cannot_say_is_an_error_before_any_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "score.json", {"bad": object()})
     assert not list(tmp_path.iterdir())
-
-
-def test_a_score_survives_its_file(tmp_path):
-    one = score()
-    again = json.loads(write_json(tmp_path / "s.json", one.to_json()).read_text())
-    assert score_table([again]) == score_table([one.to_json()])
-    assert again["clean"] == one.clean and tuple(again["interval"]) == one.interval
 
 
 # --- tables
@@ -104,17 +101,45 @@ def test_markdown_is_a_table_of_equal_lines():
         markdown(("name", "value"), [("one cell",)])
 
 
-def test_a_score_table_shows_each_set_and_the_unweighted_mean():
+def rows_of(table: str) -> list[list[str]]:
+    """Header, then one list of cells a row."""
+    header, _, *rows = cells(table)
+    assert all(len(row) == len(header) for row in rows)
+    return [header, *rows]
+
+
+DOUBT = {"verdict": "suspicious", "suspicions": ({"name": "restarts", "raised": True, "seen": "2 of 3"},)}
+
+
+def test_a_score_table_shows_each_set_with_its_verdict_and_the_unweighted_mean():
     scores = [
-        score(dataset="cats", n=10, clean=60.0, robust=40.0),
-        score(dataset="dogs", n=1000, clean=20.0, robust=0.0, clean_interval=(17.6, 22.6), interval=(0.0, 0.38)),
+        make_score(dataset="cats", per_class={"a": (5, 3, 2), "b": (5, 3, 2)}),
+        make_score(dataset="dogs", per_class={"a": (1000, 200, 0)}, **DOUBT),
+        make_score(dataset="mice", per_class={"a": (10, 10, 8)}, verdict="clear"),
     ]
-    header, _, *rows = cells(score_table([s.to_json() for s in scores]))
-    table = [dict(zip(header, row, strict=True)) for row in rows]
-    assert [row["data set"] for row in table] == ["cats", "dogs", "mean"]
-    assert rows[1] == ["dogs", "1000", "5", "20.0", "17.6–22.6", "0.0", "0.0–0.4"]
-    assert (table[2]["clean %"], table[2]["robust %"], table[2]["n"]) == ("40.0", "20.0", "1010")
-    assert mean(scores) == {"clean": 40.0, "robust": 20.0}
+    header, *rows = rows_of(score_table(scores))
+    assert header == ["data set", "n", "classes", "clean %", "95%", "robust %", "95%", "verdict"], "one model: no column for it"
+    assert [row[0] for row in rows] == ["cats", "dogs", "mice", "mean"]
+    assert rows[1] == ["dogs", "1000", "1", "20.0", "17.6–22.6", "0.0", "0.0–0.4", "suspicious"]
+    assert [row[-1] for row in rows] == ["unchecked", "suspicious", "clear", "1 suspicious"]
+    means = mean(scores)
+    assert rows[3][:-1] == ["mean", "1020", "", f"{means['clean']:.1f}", "", f"{means['robust']:.1f}", ""]
+    assert means == {"clean": 60.0, "robust": pytest.approx(40.0)}
+    assert rows_of(score_table(scores[:1]))[-1][-1] == "", "nothing is doubted"
+
+
+def test_several_models_have_a_column_and_a_mean_each():
+    """Also two of one name: other weights are another model."""
+    scores = [
+        make_score(model=model, fingerprint=weights, dataset=data, per_class={"a": (100, right, right // 2)})
+        for model, weights, rights in (("ours", "1", (80, 60)), ("theirs", "2", (40, 20)), ("ours", "3", (20, 0)))
+        for data, right in zip(("cats", "dogs"), rights, strict=True)
+    ]
+    header, *rows = rows_of(score_table(scores))
+    assert header[:3] == ["data set", "model", "n"]
+    assert [row[:2] for row in rows] == [[s.dataset, s.model] for s in scores] + [["mean", m] for m in ("ours", "theirs", "ours")]
+    assert [(row[4], row[6]) for row in rows[6:]] == [("70.0", "35.0"), ("30.0", "15.0"), ("10.0", "5.0")]
+    assert [row[2] for row in rows[6:]] == ["200", "200", "200"]
 
 
 @pytest.mark.parametrize(
@@ -122,49 +147,14 @@ def test_a_score_table_shows_each_set_and_the_unweighted_mean():
     [("protocol", "native"), ("attack", "pgd-10"), ("attack", "cw-20"), ("norm", "l2"), ("eps", "2/255")],
 )
 def test_a_table_of_what_may_not_be_compared_is_refused(field, other):
-    assert score_table([score().to_json(), score(dataset="dogs").to_json()])
+    assert score_table([make_score(), make_score(dataset="dogs")])
     with pytest.raises(ValueError, match=f"one protocol, attack and threat.*{other}"):
-        score_table([score().to_json(), score(**{field: other}).to_json()])
+        score_table([make_score(), make_score(**{field: other})])
 
 
-# --- intervals
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [  # R: binom::binom.wilson
-        (0, 10, 0.0, 27.75),
-        (10, 10, 72.25, 100.0),
-        (5, 10, 23.66, 76.34),
-        (1, 100, 0.18, 5.45),
-        (400, 1000, 37.01, 43.07),
-    ],
-)
-def test_wilson_gives_the_published_numbers(right, n, low, high):
-    assert wilson(right, n) == pytest.approx((low, high), abs=0.006)
-
-
-@pytest.mark.parametrize("n", [1, 7, 100, 1000, 50_000])
-def test_wilson_bounds_are_the_proportions_just_rejected(n):
-    """By definition: at a bound p, the observed share lies z standard errors of p away."""
-    for right in {0, 1, n // 3, n // 2, n - 1, n}:
-        bounds = wilson(right, n)
-        assert 0 <= bounds[0] <= 100 * right / n <= bounds[1] <= 100
-        for p in (b / 100 for b in bounds):
-            if 0 < p < 1:
-                # Rounded to 0.01 points: as far as a bound may have moved by that, so may the distance.
-                reach = 1.959964 * math.sqrt(p * (1 - p) / n)
-                slack = 6e-5 * (1 + 1.959964 * abs(1 - 2 * p) / (2 * math.sqrt(p * (1 - p) * n)))
-                assert abs(abs(right / n - p) - reach) <= slack
-
-
-def test_wilson_is_symmetric_narrows_with_n_and_knows_nothing_of_nothing():
-    assert wilson(0, 0) == (0.0, 100.0)
-    for right, n in ((3, 10), (1, 50)):
-        low, high = wilson(right, n)
-        assert wilson(n - right, n) == pytest.approx((100 - high, 100 - low), abs=0.011)
-    widths = [np.diff(wilson(4 * 10**k, 10 * 10**k))[0] for k in range(4)]
-    assert widths == sorted(widths, reverse=True) and widths[0] > 10 * widths[3]
+def test_a_table_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no Scores"):
+        score_table([])
 
 
 # --- the picture

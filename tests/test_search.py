@@ -736,8 +736,8 @@ def test_attacks_in_turn_break_what_any_part_breaks_of_what_stands():
 
         return attack
 
-    found, broken = in_turn([part(n) for n in range(4)], images, Noise(keys, 9, draw=2))
-    assert broken.tolist() == [True, False, False, True, True, True, True, False]
+    found, who = in_turn([part(n) for n in range(4)], images, Noise(keys, 9, draw=2))
+    assert who.tolist() == [0, -1, -1, 0, 1, 1, 3, -1]
     assert [rows for _, rows, _ in shown] == [list(range(8)), [1, 2, 4, 5, 6, 7], [1, 2, 6, 7], [1, 2, 6, 7]]
     by = torch.tensor([1, 4, 4, 1, 2, 2, 4, 4])  # who broke it, or came last
     torch.testing.assert_close(found, images + 0.001 * by[:, None, None, None])
@@ -750,8 +750,8 @@ def test_attacks_in_turn_end_when_nothing_stands():
 
     images = grey(3)
     all_broken = lambda x, rows, noise: (x, torch.ones(len(x), dtype=torch.bool))  # noqa: E731
-    found, broken = in_turn([all_broken, refuse], images, Noise(torch.arange(3)))
-    assert broken.all() and torch.equal(found, images)
+    found, who = in_turn([all_broken, refuse], images, Noise(torch.arange(3)))
+    assert who.tolist() == [0, 0, 0] and torch.equal(found, images)
     none = Noise(torch.empty(0, dtype=torch.int64))
     assert in_turn([refuse], images[:0], none)[1].shape == (0,)
 
@@ -763,7 +763,9 @@ def test_a_chosen_answer_is_what_the_search_is_for(trained, batch, strategy):
     targets = (labels + torch.arange(len(labels)) // len(CLASSES)) % len(CLASSES)
     logits_fn = Asked(lambda x: trained.classify(x).logits)
     with frozen(trained):
-        found, broken = search(logits_fn, ChosenAnswer(targets), images, threat, strategy, noise=Noise(batch["keys"]))
+        found, broken = search(
+            logits_fn, ChosenAnswer(targets, cross_entropy), images, threat, strategy, noise=Noise(batch["keys"])
+        )
     with torch.no_grad():
         before, after = (trained.classify(x).logits for x in (images, found))
     assert torch.equal(after.argmax(1) == targets, broken) and threat.contains(found, images).all()
@@ -784,7 +786,7 @@ def test_a_goal_keeps_to_the_rows_that_it_is_asked_about(goal):
     chosen = {
         "wrong": WrongAnswer(labels, margin),
         "towards": WrongTowards(labels, targets),
-        "chosen": ChosenAnswer(targets),
+        "chosen": ChosenAnswer(targets, cross_entropy),
     }[goal]
     everything = torch.arange(9)
     torch.testing.assert_close(chosen.loss(logits[rows], rows), chosen.loss(logits, everything)[rows])

@@ -1,5 +1,6 @@
 """Proves that the evaluator is plain CLIP: the same logits, the same files on disk, and the text tower read once."""
 
+import copy
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import (
     BertConfig,
     BertModel,
     CLIPModel,
+    CLIPVisionModel,
     CLIPVisionModelWithProjection,
     pipeline,
 )
@@ -368,3 +370,34 @@ def test_two_architectures_share_nothing_but_the_interface(student, proxy, tmp_p
     assert not torch.allclose(student(images).logits, proxy(images).logits, atol=0.1)
     twin = save_tiny_clip(tmp_path, patch_size=8, seed=1)
     assert fingerprint(ZeroShotCLIP.load(twin)) == fingerprint(student)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_short_cuts_change_no_gradient(student_path, train):
+    """The last layer for the class token alone, patches as a matrix product: the stock model's features and the gradients of pixels and weights."""
+    ours, stock = ZeroShotCLIP.load(student_path).train(train), CLIPModel.from_pretrained(student_path).train(train)
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    results = []
+    for model in (ours, stock):
+        x = images.clone().requires_grad_(True)
+        features = model.get_image_features(pixel_values=x).pooler_output
+        features.sin().sum().backward()
+        grads = {n: p.grad for n, p in model.vision_model.named_parameters()}
+        results.append((features.detach(), x.grad, grads))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+    assert len(results[0][2]) > 30 and results[0][1].abs().max() > 1e-3
+    for name, gradient in results[1][2].items():
+        torch.testing.assert_close(results[0][2][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_short_cuts_survive_a_copy_and_leave_the_checkpoint_plain(student_path, tmp_path):
+    model = ZeroShotCLIP.load(student_path)
+    images = torch.rand(2, 3, 32, 32)
+    twin = copy.deepcopy(model)
+    assert type(twin.vision_model.encoder.layers[-1]).__name__ == "_ClassTokenLayer"
+    assert torch.equal(*(m.vision_model(pixel_values=images).pooler_output for m in (model, twin)))
+    model.save_pretrained(tmp_path)
+    stock = CLIPVisionModel.from_pretrained(tmp_path)
+    assert stock(pixel_values=images).last_hidden_state.shape[1] == 17
+    torch.testing.assert_close(stock(pixel_values=images).pooler_output, model.vision_model(pixel_values=images).pooler_output)

@@ -18,12 +18,14 @@ from transformers.utils import logging
 
 from hpt_hf.arguments import RECIPE, parse
 from hpt_hf.data import Collate
-from hpt_hf.evaluation import EvaluationAttack, evaluate, mean, mean_transfer
+from hpt_hf.evaluation import EvaluationAttack, evaluate
 from hpt_hf.lab.glyphs import TEMPLATE
 from hpt_hf.lab.suite import LAB_SUITE, lab_pictures
 from hpt_hf.report import markdown, progress, story, write_json
+from hpt_hf.scores import mean
 from hpt_hf.threat import ThreatModel
 from hpt_hf.train import load_clip, run
+from hpt_hf.transfer import matrix, means
 from hpt_hf.zero_shot import ZeroShotCLIP
 
 NAMES = {
@@ -61,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     mark = time.time()
     scores = {"vanilla": measure(student, tasks, attack, "vanilla"), "proxy": measure(proxy, tasks, attack, "proxy")}
-    phenomenon = {k: round(v, 2) for k, v in mean_transfer(student, proxy, tasks, attack).items()}
+    crossed = matrix({"student": student, "proxy": proxy}, tasks, attack, sources=["student"])
+    phenomenon = {k: round(means(crossed)["student", "proxy"][k], 2) for k in ("clean", "adversarial", "kl")}
     kept = 100 * phenomenon["adversarial"] / phenomenon["clean"]
     progress(
         f"   The proxy keeps {phenomenon['adversarial']:.1f} of its {phenomenon['clean']:.1f}% ({kept:.0f}%) on pictures that fool the student."
@@ -89,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     progress("3. Evaluation of the three on the same tasks")
     for method, model in models.items():
         mark = time.time()
-        scores[method] = measure(model, tasks, attack, method)
+        # The checks cost more than the attack: they are run for the model that the reader takes along.
+        checks = {"probe": 12, "baseline": student} if method == "hpt_gpd" else {}
+        scores[method] = measure(model, tasks, attack, method, **checks)
         seconds[f"evaluate {method}"] = time.time() - mark
 
     summary = {
@@ -101,7 +106,14 @@ def main(argv: list[str] | None = None) -> None:
             key: {
                 **{k: round(v, 2) for k, v in mean(part).items()},
                 "per_task": {
-                    s.dataset.removeprefix("lab:"): {"clean": s.clean, "robust": s.robust, "interval": s.interval} for s in part
+                    s.dataset.removeprefix("lab:"): {
+                        "clean": s.clean,
+                        "robust": s.robust,
+                        "interval": s.interval,
+                        "verdict": s.verdict,
+                        "suspicions": [d["name"] for d in s.suspicions],
+                    }
+                    for s in part
                 },
             }
             for key, part in scores.items()
@@ -151,14 +163,22 @@ def overrides(config: str, method: str) -> list[str]:
     return ["--method", method, "--num_train_epochs", str(epochs), "--learning_rate", str(tuned.learning_rate)]
 
 
-def measure(model: ZeroShotCLIP, tasks, attack: EvaluationAttack, name: str):
+def measure(
+    model: ZeroShotCLIP, tasks, attack: EvaluationAttack, name: str, *, probe: int = 0, baseline: ZeroShotCLIP | None = None
+):
     scores = []
     for number, pictures in enumerate(tasks):
-        scores.append(evaluate(model, pictures, attack, name=name))
+        scores.append(evaluate(model, pictures, attack, name=name, probe=probe, baseline=baseline))
         if sys.stderr.isatty():
             print(f"\r   {NAMES[name]}: {number + 1} of {len(tasks)} tasks", end="", file=sys.stderr, flush=True)
     summary = mean(scores)
-    progress(f"\r   {NAMES[name]}: clean {summary['clean']:.1f}%, robust {summary['robust']:.1f}%      ")
+    doubts = [f"{s.dataset} ({', '.join(d['name'] for d in s.suspicions)})" for s in scores if s.suspicions]
+    verdict = (
+        f"; checks raised on {len(doubts)} of {len(scores)} tasks: {', '.join(doubts)}"
+        if doubts
+        else "; all checks clear" * bool(probe)
+    )
+    progress(f"\r   {NAMES[name]}: clean {summary['clean']:.1f}%, robust {summary['robust']:.1f}%{verdict}      ")
     return scores
 
 

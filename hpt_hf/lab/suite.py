@@ -68,7 +68,8 @@ def lab_pictures(name: str, count: int, *, faces: str, seed: int = 0) -> Labelle
             classes += task_classes(task)
     else:
         classes, pairs = task_classes(name), task_rows(name, count, seed=seed, faces=faces)
-    return LabelledPictures(_Rows(pairs), classes, (TEMPLATE,), f"lab:{name}")
+    source = {"path": f"lab:{name}", "count": count, "faces": faces, "seed": seed}
+    return LabelledPictures(_Rows(pairs), classes, (TEMPLATE,), f"lab:{name}", source)
 
 
 def open_pictures(
@@ -125,6 +126,7 @@ def real_pictures(name: str, folder: str, *, training: bool) -> LabelledPictures
         path = _file(folder, f"{name}-{split}.parquet")
         pictures = load_pictures(DatasetSpec(str(path), templates=(TEMPLATE,)))
         pictures.name = f"real:{name}"
+        pictures.source = {"path": f"real:{name}", "split": split, "data_dir": str(folder)}
         pictures.classes = tuple(_spoken(name, c) for c in pictures.classes)
         return pictures
     vendor, _, subset = name.partition(" ")
@@ -148,7 +150,8 @@ def real_pictures(name: str, folder: str, *, training: bool) -> LabelledPictures
         index = {c: i for i, c in enumerate(classes)}
         pairs = [(image, index[caption]) for image, caption in rows]
     check_classes(classes)
-    return LabelledPictures(_Rows([(to_rgb(i), label) for i, label in pairs]), classes, (TEMPLATE,), f"real:{name}")
+    source = {"path": f"real:{name}", "data_dir": str(folder)}
+    return LabelledPictures(_Rows([(to_rgb(i), label) for i, label in pairs]), classes, (TEMPLATE,), f"real:{name}", source)
 
 
 def captioned_rows(folder: str | Path):

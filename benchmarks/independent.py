@@ -1,0 +1,163 @@
+"""Our attacks against an independent implementation of them: pyautoattack, by AutoAttack's own authors (`pip install -e '.[attack]'`).
+
+The same checkpoint, pictures and balls, one after the other in one run: robust accuracy and seconds of each attack, and of the three in turn
+(`standard`). AutoAttack's own standard has FAB-T between APGD-T and Square; it is run too, and its time stands apart. Ours asks `ZeroShotCLIP`,
+theirs what anybody has: the stock `CLIPModel`, class prompts embedded once, nothing that needs a gradient but the pixels.
+
+    python benchmarks/independent.py --model outputs/quickstart/model --limit 100 --output docs/results/independent.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPModel
+
+from hpt_hf.attacks import frozen
+from hpt_hf.data import Collate
+from hpt_hf.evaluation import EvaluationAttack
+from hpt_hf.lab.suite import LAB_SUITE, lab_pictures
+from hpt_hf.report import markdown, progress, write_json
+from hpt_hf.scores import hardware, versions
+from hpt_hf.threat import ThreatModel
+from hpt_hf.train import load_clip
+from hpt_hf.zero_shot import ZeroShotCLIP
+
+PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
+OURS = ("apgd-ce", "apgd-t", "square")
+
+
+class Stock(torch.nn.Module):
+    """Pixels in [0, 1] at the model's size -> logits, by transformers' own class."""
+
+    def __init__(self, folder, ours: ZeroShotCLIP):
+        super().__init__()
+        self.clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        self.ours = [ours]  # in a list: no module of this one
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        ours = self.ours[0]
+        embeds = self.clip.get_image_features(pixel_values=(images - ours.mean) / ours.std).pooler_output
+        return self.clip.logit_scale.exp() * F.normalize(embeds, dim=-1) @ ours.class_embeds.T
+
+
+def independent(stock: Stock, batch: dict, threat: ThreatModel, parts) -> dict[str, tuple[int, float]]:
+    """part -> (pictures that still stand, seconds), each part on what those before it left."""
+    from pyautoattack import AutoAttack
+
+    classes = len(stock.ours[0].classes)
+    images, labels, found = batch["images"], batch["labels"], {}
+    for part in parts:
+        attack = AutoAttack(
+            stock,
+            device="cpu",
+            eps=threat.radius,
+            norm={"linf": "Linf", "l2": "L2"}[threat.norm],
+            seed=0,
+            version="custom",
+            attacks=[part],
+        )
+        attack.apgd.n_restarts = 1  # as in its version "standard"
+        attack.apgd_targeted.n_restarts = attack.fab.n_restarts = 1
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
+        start = time.time()
+        if len(images):
+            adversarial = attack.run_standard_evaluation(images, labels, batch_size=len(images))[0]
+        seconds = time.time() - start
+        if len(images):
+            with torch.no_grad():
+                stands = stock(adversarial).argmax(1) == labels
+            images, labels = images[stands], labels[stands]
+        found[part] = (len(images), seconds)
+    return found
+
+
+def ours(model: ZeroShotCLIP, batch: dict, threat: ThreatModel, parts) -> dict[str, tuple[int, float]]:
+    images, keys, labels, found = batch["images"], batch["keys"], batch["labels"], {}
+    for part in parts:
+        start = time.time()
+        if len(images):
+            with torch.no_grad():
+                _, by = EvaluationAttack(threat, part).breaks(model, images, keys, labels)
+            images, keys, labels = images[by < 0], keys[by < 0], labels[by < 0]
+        found[part] = (len(images), time.time() - start)
+    return found
+
+
+def compare(model: ZeroShotCLIP, stock: Stock, tasks, threat: ThreatModel, limit: int) -> dict:
+    """Standing pictures and seconds over all tasks: in turn, and of every attack that is not the first also alone on all right pictures."""
+    total = {"n": 0, "clean": 0, "ours": {}, "independent": {}}
+
+    def add(who: str, found: dict[str, tuple[int, float]], prefix: str = "") -> None:
+        for part, (standing, seconds) in found.items():
+            old = total[who].setdefault(prefix + part, [0, 0.0])
+            total[who][prefix + part] = [old[0] + standing, old[1] + seconds]
+
+    for task in tasks:
+        pictures = lab_pictures(task.removeprefix("lab:"), limit, faces="test", seed=2)
+        model.set_classes(pictures.classes, pictures.templates)
+        batch = Collate(model.processor)([pictures[i] for i in range(len(pictures))])
+        with torch.no_grad():
+            right = model.classify(batch["images"]).logits.argmax(1) == batch["labels"]
+        total["n"] += len(right)
+        total["clean"] += int(right.sum())
+        batch = {k: v[right] for k, v in batch.items()}
+        with frozen(model):
+            add("ours", ours(model, batch, threat, OURS))
+            add("independent", independent(stock, batch, threat, PARTS))
+            add("ours", ours(model, batch, threat, ["apgd-t"]), "alone ")
+            add("independent", independent(stock, batch, threat, ["apgd-t"]), "alone ")
+        standing = {who: total[who]["square"][0] for who in ("ours", "independent")}
+        progress(
+            f"{threat} {task}: of {total['n']} pictures stand {standing['ours']} (ours), {standing['independent']} (independent)"
+        )
+    return total
+
+
+def table(result: dict) -> str:
+    rows = []
+    for eps, total in result["eps"].items():
+        for part in ("apgd-ce", "alone apgd-t", "apgd-t", "fab-t", "square"):
+            name = {
+                "alone apgd-t": "APGD-T alone",
+                "apgd-t": "… then APGD-T",
+                "fab-t": "… then FAB-T",
+                "square": "… then Square",
+            }.get(part, "APGD-CE")
+            mine, theirs = (total[who].get(part) for who in ("ours", "independent"))
+            shown = [f"{100 * one[0] / total['n']:.2f}" if one else "" for one in (mine, theirs)]
+            rows.append((eps, name, *shown, *(f"{one[1]:.0f}" if one else "" for one in (mine, theirs))))
+        seconds = [
+            sum(total[who][p][1] for p in parts) for who, parts in (("ours", OURS), ("independent", OURS), ("independent", PARTS))
+        ]
+        rows.append((eps, "standard, seconds", "", "", f"{seconds[0]:.0f}", f"{seconds[1]:.0f} ({seconds[2]:.0f} with FAB-T)"))
+    header = ("eps", f"attack, {result['n']} pictures", "ours: robust %", "independent: robust %", "ours: s", "independent: s")
+    return markdown(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="outputs/quickstart/model")
+    parser.add_argument("--tasks", nargs="+", default=list(LAB_SUITE))
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--norm", default="linf")
+    parser.add_argument("--eps", nargs="+", default=["3/255", "6/255", "9/255"])
+    parser.add_argument("--output", type=Path, default=Path("outputs/independent.json"))
+    args = parser.parse_args()
+    model = load_clip(args.model)
+    stock = Stock(args.model, model)
+    result = {"model": args.model, "norm": args.norm, "tasks": args.tasks, "limit": args.limit, "eps": {}}
+    result |= {"versions": versions() | {"pyautoattack": "0.2.0"}, "hardware": hardware()}
+    for eps in args.eps:
+        result["eps"][eps] = compare(model, stock, args.tasks, ThreatModel(args.norm, eps), args.limit)
+        result["n"] = result["eps"][eps]["n"]
+        write_json(args.output, result)
+        print(table(result))
+
+
+if __name__ == "__main__":
+    main()
