@@ -19,16 +19,18 @@ from transformers import CLIPModel
 
 from hpt_hf.attacks import frozen
 from hpt_hf.data import Collate
+from hpt_hf.evaluate import on_device
 from hpt_hf.evaluation import EvaluationAttack
 from hpt_hf.lab.suite import LAB_SUITE, lab_pictures
 from hpt_hf.report import markdown, progress, write_json
 from hpt_hf.scores import hardware, versions
+from hpt_hf.search import STANDARD
 from hpt_hf.threat import ThreatModel
 from hpt_hf.train import load_clip
 from hpt_hf.zero_shot import ZeroShotCLIP
 
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
-OURS = ("apgd-ce", "apgd-t", "square")
+OURS = tuple(STANDARD)
 
 
 class Stock(torch.nn.Module):
@@ -82,7 +84,7 @@ def ours(model: ZeroShotCLIP, batch: dict, threat: ThreatModel, parts) -> dict[s
         start = time.time()
         if len(images):
             with torch.no_grad():
-                _, by = EvaluationAttack(threat, part).breaks(model, images, keys, labels)
+                _, by = EvaluationAttack(threat, part, STANDARD[part]).breaks(model, images, keys, labels)
             images, keys, labels = images[by < 0], keys[by < 0], labels[by < 0]
         found[part] = (len(images), time.time() - start)
     return found
@@ -148,7 +150,7 @@ def main() -> None:
     parser.add_argument("--eps", nargs="+", default=["3/255", "6/255", "9/255"])
     parser.add_argument("--output", type=Path, default=Path("outputs/independent.json"))
     args = parser.parse_args()
-    model = load_clip(args.model)
+    model = on_device(load_clip(args.model))
     stock = Stock(args.model, model)
     result = {"model": args.model, "norm": args.norm, "tasks": args.tasks, "limit": args.limit, "eps": {}}
     result |= {"versions": versions() | {"pyautoattack": "0.2.0"}, "hardware": hardware()}

@@ -42,7 +42,7 @@ class EvaluationAttack:
     Args:
         threat: the ball.
         name: a row of `hpt_hf.search.ATTACKS`, or `"standard"`: APGD-CE, APGD-T and Square, the worst case of the three.
-        steps: gradient steps, or queries of Square; None: each attack's own number (PGD and CW 20, APGD 100, Square 5000).
+        steps: gradient steps, or queries of Square; None: each attack's own number (PGD and CW 20, APGD 100, Square 5000, in `standard` 1000).
         protocol: a row of `PROTOCOLS`.
         seed: of the random starts.
         target: the class that every picture shall be taken for; None: any wrong answer will do.
@@ -71,7 +71,7 @@ class EvaluationAttack:
     @property
     def parts(self) -> tuple[str, ...]:
         """The attacks it consists of, in the order in which they run."""
-        return STANDARD if self.name == "standard" else (self.name,)
+        return tuple(STANDARD) if self.name == "standard" else (self.name,)
 
     @property
     def native(self) -> bool:
@@ -102,8 +102,9 @@ class EvaluationAttack:
         )
 
         def part(name):
-            attack, steps = attacks[name]
-            return lambda x, rows, noise: attack(logits_fn, x, goals[rows], self.threat, self.steps or steps, noise)
+            attack, own = attacks[name]
+            steps = self.steps or (STANDARD[name] if self.name == "standard" else own)
+            return lambda x, rows, noise: attack(logits_fn, x, goals[rows], self.threat, steps, noise)
 
         def logits_fn(x):
             return model.classify(x).logits

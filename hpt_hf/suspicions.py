@@ -194,7 +194,7 @@ def restarts(probe: Probe) -> Check:
 def other_loss(probe: Probe) -> Check:
     """The margin or the targeted DLR loss breaks what was left: the gradient that was followed is weak, or points past the nearest boundary."""
     broken, what = probe.falls(probe.standing, "cw", 50), "fall to CW-50"
-    if probe.target is None:
+    if probe.target is None and "apgd-t" not in probe.broken_by:  # what stands after it has withstood it
         broken, what = broken | probe.falls(probe.standing, "apgd-t", 30), "fall to CW-50 or APGD-T-30"
     return probe.stronger("other_loss", broken, what)
 

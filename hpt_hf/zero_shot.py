@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.utils import cached_file
 
 from hpt_hf.shapes import Images, InputImages, ZeroShotOutput
 
@@ -85,6 +86,7 @@ class ZeroShotCLIP(CLIPModel):
 
     processor: CLIPProcessor | None = None
     classes: tuple[str, ...] = ()
+    revision: str | None = None  # the Hub's commit it was loaded from, whatever branch or tag was asked for
 
     def __init__(self, config: CLIPConfig):
         super().__init__(config)
@@ -106,15 +108,19 @@ class ZeroShotCLIP(CLIPModel):
         if not path.exists() and (path.is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")):
             raise ValueError(f"no model at {source}: the folder does not exist (and it is not a Hub id of the form owner/name)")
         try:
-            found = CLIPConfig.get_config_dict(source, revision=revision, **kwargs)[0].get("model_type")
+            config = CLIPConfig.get_config_dict(source, revision=revision, **kwargs)[0]
         except OSError as error:  # offline, transformers' own message does not say what it looked for
             raise OSError(f"no CLIP could be loaded from {source}: {error}") from error
-        if found != "clip":  # transformers would only warn, and fill a whole CLIP with random weights
-            raise ValueError(f"{source} holds a model of type {found!r}: expected 'clip', with both towers (CLIPModel)")
+        if config.get("model_type") != "clip":  # transformers would only warn, and fill a whole CLIP with random weights
+            raise ValueError(
+                f"{source} holds a model of type {config.get('model_type')!r}: expected 'clip', with both towers (CLIPModel)"
+            )
         # dtype: the default is the checkpoint's own, and a half-precision model weakens every attack.
         model = cls.from_pretrained(source, revision=revision, dtype=torch.float32, **kwargs)
         # backend: torchvision's bicubic differs from Pillow's by up to 2/255, more than some threat models.
-        processor = AutoProcessor.from_pretrained(source, revision=revision, backend="pil")
+        processor = AutoProcessor.from_pretrained(source, revision=revision, backend="pil", **kwargs)
+        file = Path(cached_file(source, "config.json", revision=revision, **kwargs))
+        model.revision = file.parent.name if file.parent.parent.name == "snapshots" else None  # so the Hub's cache is laid out
         return model.attach(processor).eval()
 
     def attach(self, processor: CLIPProcessor) -> ZeroShotCLIP:

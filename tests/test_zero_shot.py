@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -401,3 +402,15 @@ def test_the_short_cuts_survive_a_copy_and_leave_the_checkpoint_plain(student_pa
     stock = CLIPVisionModel.from_pretrained(tmp_path)
     assert stock(pixel_values=images).last_hidden_state.shape[1] == 17
     torch.testing.assert_close(stock(pixel_values=images).pooler_output, model.vision_model(pixel_values=images).pooler_output)
+
+
+def test_a_model_from_the_hub_knows_its_commit(student_path, tmp_path):
+    """From the Hub's own cache, laid out as its client lays it out: a branch is resolved to the commit it stands for."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    place = tmp_path / "models--owner--name"
+    shutil.copytree(student_path, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    model = ZeroShotCLIP.load("owner/name", cache_dir=tmp_path)
+    assert model.revision == commit and ZeroShotCLIP.load(student_path).revision is None
+    assert fingerprint(model) == fingerprint(ZeroShotCLIP.load(student_path))
