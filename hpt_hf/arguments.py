@@ -129,7 +129,7 @@ class EvaluateArguments(PictureArguments):
         metadata={"help": "pgd, cw, apgd-ce, apgd-t, square, or standard: the last three, worst case"},
     )
     steps: int | None = field(
-        default=None, metadata={"help": "of every attack; left out: PGD and CW 20, APGD 100, Square 5000, in standard 1000"}
+        default=None, metadata={"help": "of every attack; left out: PGD and CW 20, APGD 100, Square 5000, in standard 500"}
     )
     eps: list[str] = field(default_factory=lambda: ["1/255"], metadata={"help": "radii; several draw a curve"})
     target: str | None = field(

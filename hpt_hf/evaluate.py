@@ -14,7 +14,7 @@ from hpt_hf.evaluation import EvaluationAttack, evaluate, processes
 from hpt_hf.lab.suite import LAB_SUITE, lab_pictures, open_pictures, real_suite
 from hpt_hf.page import write_page
 from hpt_hf.report import progress, write_json
-from hpt_hf.scores import Score
+from hpt_hf.scores import Score, read_scores
 from hpt_hf.sets import SETS, open_set
 from hpt_hf.threat import ThreatModel
 from hpt_hf.train import dataset_spec, load_clip
@@ -27,6 +27,7 @@ def run(args: EvaluateArguments) -> list[Score]:
         raise RecipeError("say what to evaluate: --model FOLDER or --model owner/name")
     if args.probe < 0:
         raise RecipeError(f"--probe {args.probe}: expected at least 0 pictures")
+    read_scores(Path(args.output) / "scores")  # what the report cannot read should not cost the hours before it
     attacks = [
         EvaluationAttack(ThreatModel(args.norm, eps), name, args.steps, args.protocol, args.seed, args.target)
         for name in dict.fromkeys(args.attacks)

@@ -7,6 +7,7 @@ bit, in float32 and in float64 arithmetic alike; `contains` is the check.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -131,15 +132,25 @@ class ThreatModel:
             return gradient.sign()
         return gradient / l2_norm(gradient).clamp_min(1e-12)
 
-    def project(self, perturbed: Images, images: Images) -> Images:
-        """The nearest point of the ball around `images` within [0, 1]; for l-2 the nearest of the ball, then clipped, as usual."""
+    def corners(self, images: Images) -> dict[str, Images]:
+        """`low` and `high`, the ends of each pixel's range, for l-inf; empty for l-2. To be handed to `project`, which works them out otherwise."""
+        if self.norm != "linf":
+            return {}
+        # Bounds are rounded inwards: x + eps in float32 may lie one bit outside.
+        exact_low, exact_high = images.double() - self.radius, images.double() + self.radius
+        low, high = exact_low.float(), exact_high.float()
+        low = torch.where(low.double() < exact_low, torch.nextafter(low, torch.full_like(low, math.inf)), low)
+        high = torch.where(high.double() > exact_high, torch.nextafter(high, torch.full_like(high, -math.inf)), high)
+        return {"low": low.clamp_min(0), "high": high.clamp_max(1)}
+
+    def project(self, perturbed: Images, images: Images, corners: Mapping[str, Images] | None = None) -> Images:
+        """The nearest point of the ball around `images` within [0, 1]; for l-2 the nearest of the ball, then clipped, as usual.
+
+        `corners`: of these images, from whoever has them already.
+        """
         if self.norm == "linf":
-            # Bounds are rounded inwards: x + eps in float32 may lie one bit outside.
-            exact_low, exact_high = images.double() - self.radius, images.double() + self.radius
-            low, high = exact_low.float(), exact_high.float()
-            low = torch.where(low.double() < exact_low, torch.nextafter(low, torch.full_like(low, math.inf)), low)
-            high = torch.where(high.double() > exact_high, torch.nextafter(high, torch.full_like(high, -math.inf)), high)
-            return torch.minimum(torch.maximum(perturbed, low.clamp_min(0)), high.clamp_max(1))
+            corners = corners or self.corners(images)
+            return torch.minimum(torch.maximum(perturbed, corners["low"]), corners["high"])
         # In float64, each pixel rounded towards the clean one: however small the ball, no rounding leaves it. A hair inside, so that
         # a norm taken in float32 agrees.
         delta = perturbed.double() - images.double()

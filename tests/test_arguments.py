@@ -402,3 +402,13 @@ def test_the_script_itself_says_one_line_and_fails(good, tmp_path):
         out, err = process.communicate(timeout=200)
         assert process.returncode == 1 and out == "" and says in one_line(err)
     assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_a_score_of_another_version_in_the_folder_stops_the_evaluation_before_it_begins(tmp_path, student_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_clip", lambda *_: pytest.fail("nothing may be computed"))
+    old = tmp_path / "out" / "scores" / "old.json"
+    old.parent.mkdir(parents=True)
+    old.write_text('{"robust": 1.0, "versions": {"hpt_hf": "0.0.9"}}')
+    with pytest.raises(SystemExit, match="old.json was written by hpt_hf 0.0.9 in format 1, this version reads format 2"):
+        evaluate.main(["--model", student_path, "--data", "lab:digits", "--output", str(tmp_path / "out")])
+    assert [f.name for f in (tmp_path / "out").rglob("*") if f.is_file()] == ["old.json"]
