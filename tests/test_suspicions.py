@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -524,3 +525,10 @@ FAULTS = {int(name.split("_")[1]): test for name, test in list(globals().items()
 def test_the_fields_faults_of_evaluation_are_not_ours(number, trained, monkeypatch):
     """Numbers as in the brief's list of twelve; those of training (3, 4, 6, 11, 12) have their tests beside the trainer's."""
     FAULTS[number](trained, monkeypatch)
+
+
+def test_every_check_has_its_paragraph_and_no_paragraph_speaks_of_another():
+    text = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    paragraphs = {part.splitlines()[0]: " ".join(part.splitlines()[1:]) for part in text.split("\n### ")[1:]}
+    assert list(paragraphs) == NAMES
+    assert all("Raised " in p and len(p) > 100 for p in paragraphs.values())
