@@ -91,13 +91,13 @@ def ours(model: ZeroShotCLIP, batch: dict, threat: ThreatModel, parts) -> dict[s
 
 
 def compare(model: ZeroShotCLIP, stock: Stock, tasks, threat: ThreatModel, limit: int) -> dict:
-    """Standing pictures and seconds over all tasks: in turn, and of every attack that is not the first also alone on all right pictures."""
+    """Standing pictures and seconds over all tasks, part by part."""
     total = {"n": 0, "clean": 0, "ours": {}, "independent": {}}
 
-    def add(who: str, found: dict[str, tuple[int, float]], prefix: str = "") -> None:
+    def add(who: str, found: dict[str, tuple[int, float]]) -> None:
         for part, (standing, seconds) in found.items():
-            old = total[who].setdefault(prefix + part, [0, 0.0])
-            total[who][prefix + part] = [old[0] + standing, old[1] + seconds]
+            old = total[who].setdefault(part, [0, 0.0])
+            total[who][part] = [old[0] + standing, round(old[1] + seconds, 2)]
 
     for task in tasks:
         pictures = lab_pictures(task.removeprefix("lab:"), limit, faces="test", seed=2)
@@ -111,8 +111,6 @@ def compare(model: ZeroShotCLIP, stock: Stock, tasks, threat: ThreatModel, limit
         with frozen(model):
             add("ours", ours(model, batch, threat, OURS))
             add("independent", independent(stock, batch, threat, PARTS))
-            add("ours", ours(model, batch, threat, ["apgd-t"]), "alone ")
-            add("independent", independent(stock, batch, threat, ["apgd-t"]), "alone ")
         standing = {who: total[who]["square"][0] for who in ("ours", "independent")}
         progress(
             f"{threat} {task}: of {total['n']} pictures stand {standing['ours']} (ours), {standing['independent']} (independent)"
@@ -123,13 +121,7 @@ def compare(model: ZeroShotCLIP, stock: Stock, tasks, threat: ThreatModel, limit
 def table(result: dict) -> str:
     rows = []
     for eps, total in result["eps"].items():
-        for part in ("apgd-ce", "alone apgd-t", "apgd-t", "fab-t", "square"):
-            name = {
-                "alone apgd-t": "APGD-T alone",
-                "apgd-t": "… then APGD-T",
-                "fab-t": "… then FAB-T",
-                "square": "… then Square",
-            }.get(part, "APGD-CE")
+        for part, name in zip(PARTS, ("APGD-CE", "… then APGD-T", "… then FAB-T", "… then Square"), strict=True):
             mine, theirs = (total[who].get(part) for who in ("ours", "independent"))
             shown = [f"{100 * one[0] / total['n']:.2f}" if one else "" for one in (mine, theirs)]
             rows.append((eps, name, *shown, *(f"{one[1]:.0f}" if one else "" for one in (mine, theirs))))
