@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import compare
+import independent
 import pytest
 
 from hpt_hf.lab.quickstart import result_table
+from hpt_hf.report import markdown
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,3 +43,28 @@ def test_results_show_the_comparisons_own_tables(group, sets):
     assert missing(compare.table(results), "docs/results.md") == []
     assert missing(compare.rate_table(results), "docs/results.md") == []
     assert len(compare.table(results).splitlines()) == 2 + len(results) + 2
+
+
+def test_evaluation_shows_the_comparison_with_the_independent_implementation():
+    runs = json.loads((ROOT / "docs" / "results" / "independent.json").read_text())
+    for run in runs:
+        assert missing(independent.table(run), "docs/evaluation.md") == []
+        for total in run["eps"].values():
+            ours, theirs = (total[who]["square"][0] for who in ("ours", "independent"))
+            assert 100 * abs(ours - theirs) / total["n"] <= 0.5, "another implementation of the same attacks, the same accuracy"
+    assert len({eps for run in runs for eps in run["eps"]}) == 3
+
+
+def strict_table(strict: dict) -> str:
+    rows = [
+        (name, s["clean"], s["robust"], "{:.1f}–{:.1f}".format(*s["interval"]), *s["parts"].values(), s["verdict"])
+        for name, s in strict["sets"].items()
+    ]
+    header = ("task", "clean %", "robust %", "95%", "after APGD-CE", "after APGD-T", "after Square", "verdict")
+    return markdown(header, [*rows, ("mean", strict["mean"]["clean"], strict["mean"]["robust"], "", "", "", "", "")])
+
+
+def test_results_show_the_strict_evaluation():
+    strict = json.loads((ROOT / "docs" / "results" / "strict.json").read_text())
+    assert len(strict["sets"]) == 12 and {s["n"] for s in strict["sets"].values()} == {200}
+    assert missing(strict_table(strict), "docs/results.md") == []
