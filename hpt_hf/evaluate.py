@@ -111,14 +111,12 @@ def _open(args: PictureArguments, path: str) -> LabelledPictures:
             raise RecipeError(f"{path} comes with its own classes and prompts: leave out {', '.join('--' + g for g in given)}")
     if named:
         return open_set(path, args.protocol, on_corrupt=args.on_corrupt)
-    if not Path(path).exists() and "/" not in path:
-        known = (*SETS, *LAB_SUITE, *real_suite())
-        if ":" not in path:
-            near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
-            raise RecipeError(
-                f"no data at {path}: no file or folder, and no set of that name; "
-                + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(SETS)}, and lab:<task>, real:<set>")
-            )
+    if not Path(path).exists() and "/" not in path and ":" not in path:
+        near = difflib.get_close_matches(path, (*SETS, *LAB_SUITE, *real_suite()), n=3, cutoff=0.5)
+        raise RecipeError(
+            f"no data at {path}: no file or folder, and no set of that name; "
+            + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(SETS)}, and lab:<task>, real:<set>")
+        )
     spec = dataset_spec(args, path, args.split)
     return open_pictures(spec, training=False, limit=args.limit, data_dir=args.data_dir, on_corrupt=args.on_corrupt)
 

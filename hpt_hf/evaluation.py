@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,15 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+def shared(tasks: Iterable[tuple[str, Callable[[], dict]]], journal: Journal) -> list[dict]:
+    """What each of the named tasks finds, in their order, to every process. They take turns, and what the journal knows is not done again."""
+    state, mine = processes(), []
+    for number, (name, task) in enumerate(tasks):
+        if number % state.num_processes == state.process_index:
+            mine.append((number, journal.get(name) or journal.note(name, task())))
+    return [finding for _, finding in sorted(gather_object(mine), key=lambda item: item[0])]
+
+
 WRONG, STANDS = -2, -1
 
 
@@ -203,20 +213,19 @@ def answer(
     Raises:
         ValueError: logits that are not finite.
     """
-    state, journal = processes(), journal or Journal(None, {})
     collate = Collate(model.processor, native=attack.native)
-    indices, labels, keys, mine = [], [], [], []
-    for number, batch in enumerate(batches(pictures, collate, batch_size, limit)):
-        for name, parts in (("indices", indices), ("labels", labels), ("keys", keys)):
-            parts.append(batch[name])
-        if number % state.num_processes == state.process_index:
+    indices, labels, keys = [], [], []
+
+    def tasks():
+        for number, batch in enumerate(batches(pictures, collate, batch_size, limit)):
+            for name, parts in (("indices", indices), ("labels", labels), ("keys", keys)):
+                parts.append(batch[name])
             # Named by its pictures and labels too: a set that was changed since is answered afresh.
             name = f"batch {number} {fingerprint_rows(torch.cat([batch['keys'], batch['labels']]))}"
             # Two batches have enough to show, also where the first is answered all wrong.
-            mine.append(
-                (number, journal.get(name) or journal.note(name, answer_batch(model, batch, attack, show=2 * (number < 2))))
-            )
-    found = [finding for _, finding in sorted(gather_object(mine), key=lambda item: item[0])]
+            yield name, partial(answer_batch, model, batch, attack, show=2 * (number < 2))
+
+    found = shared(tasks(), journal or Journal(None, {}))
     return Answers(
         torch.cat(indices),
         torch.cat(labels),
@@ -370,7 +379,6 @@ def examine(
     journal: Journal,
 ) -> list[Check]:
     """Run all checks on a few pictures. The processes of a launch share the checks."""
-    state = processes()
     device, collate = model.logit_scale.device, Collate(model.processor, native=attack.native)
 
     def batch(chosen: torch.Tensor) -> Batch:
@@ -415,12 +423,9 @@ def examine(
         target=None if attack.target is None else pictures.classes.index(attack.target),
         baseline=undefended if baseline is not None else None,
     )
-    mine = []
-    for number, check in enumerate(CHECKS):
-        if number % state.num_processes == state.process_index:
-            name = f"check {check.__name__} {answers.rows} {fingerprint_rows(answers.labels)}"
-            mine.append((number, journal.get(name) or journal.note(name, check(seen).to_json())))
-    return [Check(**finding) for _, finding in sorted(gather_object(mine), key=lambda item: item[0])]
+    rows = f"{answers.rows} {fingerprint_rows(answers.labels)}"
+    tasks = ((f"check {check.__name__} {rows}", lambda check=check: check(seen).to_json()) for check in CHECKS)
+    return [Check(**finding) for finding in shared(tasks, journal)]
 
 
 def _some(mask: torch.Tensor, count: int) -> torch.Tensor:

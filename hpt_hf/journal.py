@@ -33,8 +33,7 @@ class Journal:
             self.findings |= _whole_lines(file)
         self.file = folder / f"{digest}-{rank}.jsonl"
         if self.file.exists():  # a torn last line must not be continued
-            whole = [line for line in self.file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-            _replace(self.file, b"".join(whole))
+            os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
 
     def get(self, name: str) -> dict | None:
         return self.findings.get(name)
@@ -66,9 +65,3 @@ def _whole_lines(file: Path) -> dict[str, dict]:
             except (ValueError, KeyError, TypeError):
                 continue  # a disk that was full in the middle of a line: it is found again
     return found
-
-
-def _replace(file: Path, content: bytes) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, file)

@@ -46,7 +46,7 @@ class Score:
         attack, norm, eps, protocol, seed, target: the attack. `protocol` says on which pixels eps counts (`hpt_hf.evaluation.PROTOCOLS`).
         parts: robust accuracy after each of the attacks that ran in turn.
         per_class: class -> (pictures, right, robust), as counts.
-        verdict: `suspicions.VERDICTS`: were the checks run, and was one raised? `suspicions` holds those, `checks` all.
+        verdict: one of `VERDICTS`: were the checks run, and was one raised? `suspicions` holds those, `checks` all.
         skipped: pictures that could not be read and were left out.
         seconds: of computing, summed over processes.
     """

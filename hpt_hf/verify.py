@@ -15,7 +15,7 @@ from hpt_hf.report import markdown
 from hpt_hf.scores import Score, read_scores, wilson
 from hpt_hf.threat import ThreatModel
 from hpt_hf.train import load_clip
-from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
+from hpt_hf.zero_shot import ZeroShotCLIP
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def verify(
     """
     attack = EvaluationAttack(
         ThreatModel(score.norm, score.eps),
-        _name(score),
+        "standard" if len(score.parts) > 1 else next(iter(score.parts)),
         score.steps,
         score.protocol,
         score.seed if seed is None else seed,
@@ -65,7 +65,7 @@ def verify(
         ]
     same = again.rows == score.rows
     why = "" if same else f"on {again.n} other pictures than the Score's {score.n}"
-    if fingerprint(model) != score.fingerprint:
+    if again.fingerprint != score.fingerprint:
         why = "; ".join(filter(None, (why, "the weights are not those of the Score")))
     found = []
     for (figure, claimed, interval), (_, measured, new) in zip(_figures(score), _figures(again), strict=True):
@@ -78,13 +78,6 @@ def verify(
 
 def _figures(score: Score) -> tuple[tuple[str, float, tuple[float, float]], ...]:
     return ("clean", score.clean, score.clean_interval), ("robust", score.robust, score.interval)
-
-
-def _name(score: Score) -> str:
-    """`apgd-ce-100 towards cat` -> `apgd-ce`."""
-    name = score.attack.split(" towards ")[0]
-    head, _, tail = name.rpartition("-")
-    return head if tail.isdigit() else name
 
 
 def table(found: list[Finding]) -> str:
