@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 # With the CPU build of torch at hand: make TORCH="torch==2.13.0" quickstart
 TORCH  ?= torch==2.13.0
 
-.PHONY: quickstart smoke test test-all lint format clean
+.PHONY: quickstart smoke demo test-demo interop test test-all lint format clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("hpt_hf needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -21,11 +21,30 @@ quickstart: $(VENV)/.installed
 smoke: $(VENV)/.installed
 	$(RUN) -m hpt_hf.lab.quickstart --smoke --output outputs/smoke
 
+# In an environment of its own: gradio wants an older Pillow, whose resize rounds some of the lab's pictures otherwise, and Scores name their pictures by digest.
+.venv-demo/.installed: setup.py
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]' playwright
+	touch $@
+
+demo: .venv-demo/.installed
+	.venv-demo/bin/python recipes/demo.py
+
+test-demo: .venv-demo/.installed
+	.venv-demo/bin/python -m pytest tests/test_demo.py
+
 test: $(VENV)/.installed
 	$(RUN) -m pytest
 
 test-all: $(VENV)/.installed
 	$(RUN) -m pytest -m 'not gpu'
+
+# Parity with the open_clip package: it needs torchvision, and so torch's full build (6 GB), in an environment of its own.
+interop:
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' 'open_clip_torch>=3.3,<4'
+	.venv-interop/bin/python -m pytest tests/test_foreign.py
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

@@ -34,6 +34,8 @@ setup(
         # AutoAttack by its own authors, to compare our attacks with (benchmarks/independent.py).
         "attack": ["pyautoattack==0.2.0"],
         "track": ["tensorboard>=2.19"],
+        # recipes/demo.py
+        "demo": ["gradio>=6.31,<7"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "beartype>=0.20", "ruff>=0.12"],
     },
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],

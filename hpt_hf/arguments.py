@@ -6,7 +6,6 @@ error that names the nearest one. The seam to yaml and argparse.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from hpt_hf.words import did_you_mean
 
 METHODS = ("hpt", "hpt_gpd", "ga", "anchor_clean", "tecoa", "fare", "pmg_aft")
 Method = Literal["hpt", "hpt_gpd", "ga", "anchor_clean", "tecoa", "fare", "pmg_aft"]
@@ -73,6 +74,10 @@ class MethodArguments:
     restart: bool = field(default=True, metadata={"help": "hpt_gpd: the second stage begins from the vanilla weights"})
     held_out: float = field(default=0.0, metadata={"help": "share of the training data kept aside to choose settings on"})
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+    license: str | None = field(
+        default=None,
+        metadata={"help": "of the weights that come out, for the model card, as the Hub writes it: mit, apache-2.0 …"},
+    )
 
 
 @dataclass
@@ -87,6 +92,8 @@ class RecipeTrainingArguments(TrainingArguments):
     logging_steps: float = 20
     save_strategy: str = "no"
     dataloader_drop_last: bool = True
+    hub_strategy: str = "end"  # the finished model; every_save: each checkpoint on its way, too
+    hub_overwrite: bool = field(default=False, metadata={"help": "with --push_to_hub: replace a model that the repository holds"})
 
 
 @dataclass
@@ -155,29 +162,121 @@ class TransferArguments(PictureArguments):
 
 
 @dataclass
+class PushArguments:
+    """What `recipes/push.py` sends, and where to."""
+
+    model: str = field(metadata={"help": "the folder"})
+    repo_id: str = field(metadata={"help": "owner/name on the Hub, or name of one's own"})
+    revision: str | None = field(default=None, metadata={"help": "a branch, made if there is none; left out: main"})
+    private: bool | None = field(default=None, metadata={"help": "of a new repository; left out: what the account says"})
+    overwrite: bool = field(default=False, metadata={"help": "replace another model that stands there"})
+    scores: str | None = field(
+        default=None, metadata={"help": "folder of Scores measured on this model, to go along and into the card"}
+    )
+    message: str = "Robust CLIP, exported by hpt_hf"
+
+
+@dataclass
+class ConvertArguments:
+    """What `recipes/convert.py` reads and writes."""
+
+    model: str = field(metadata={"help": "folder or Hub id; with --base also a file of weights, in others' names"})
+    output: str = field(metadata={"help": "the folder to write"})
+    to: Literal["transformers", "open_clip", "vision_tower"] = "transformers"
+    base: str | None = field(
+        default=None,
+        metadata={"help": "the CLIP whose text tower, processor and tokenizer are taken where the checkpoint has none"},
+    )
+    model_revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the stored weights"})
+    max_shard_size: str = field(default="5GB", metadata={"help": "larger weights are split into several files"})
+    image_size: int | None = field(default=None, metadata={"help": "vision_tower: in pixels, as 336; left out: its own"})
+    license: str | None = field(default=None, metadata={"help": "of the weights, for the model card: mit, apache-2.0 …"})
+
+
+@dataclass
+class DialArguments:
+    """What `recipes/dial.py` measures between the original and the robust weights."""
+
+    model: str = field(metadata={"help": "the robust model: a folder or a Hub id"})
+    output: str = field(metadata={"help": "folder for front.json, front.svg and the chosen model"})
+    origin: str | None = field(default=None, metadata={"help": "what it was fine-tuned from; left out: what its train.json says"})
+    weights: list[float] = field(
+        default_factory=lambda: [round(0.1 * i, 1) for i in range(11)],
+        metadata={"help": "shares of the robust weights; 0 is the original, 1 the robust model"},
+    )
+    max_drop: float = field(
+        default=5.0, metadata={"help": "points of clean accuracy below the original's that may be paid for robustness"}
+    )
+    choose_on: list[str] | None = field(
+        default=None,
+        metadata={"help": "training data the model has not seen; left out: the slice that its training held out"},
+    )
+    report_on: list[str] | None = field(
+        default=None, metadata={"help": "test sets, measured for the picture, never for the choice"}
+    )
+    save: list[float] | None = field(default=None, metadata={"help": "points of the grid to export, beside the chosen one"})
+    push_to: str | None = field(
+        default=None, metadata={"help": "a repository on the Hub: every exported point becomes a revision, as w0.50"}
+    )
+    private: bool | None = None
+    overwrite: bool = False
+    data_dir: str | None = None
+    norm: Literal["linf", "l2"] | None = field(default=None, metadata={"help": "left out: as in training"})
+    eps: str | None = field(default=None, metadata={"help": "left out: as in training"})
+    attack: str = "pgd"
+    steps: int | None = None
+    limit: int | None = field(default=None, metadata={"help": "a fixed random sample of so many pictures of each set"})
+    batch_size: int = 128
+
+
+@dataclass
 class VerifyArguments:
     """What `recipes/verify.py` measures again."""
 
     model: str = field(metadata={"help": "folder or Hub id, with its Scores in scores/"})
     model_revision: str | None = None
     scores: str | None = field(default=None, metadata={"help": "folder of Score files; left out: scores/ beside the model"})
-    data_dir: str | None = field(default=None, metadata={"help": "the folder of the real suite, if it lies elsewhere now"})
+    data_dir: str | None = field(default=None, metadata={"help": "the folder that the Scores' files and folders lie in now"})
     limit: int | None = field(default=None, metadata={"help": "only so many of the Scores' pictures, at random"})
     seed: int | None = field(default=None, metadata={"help": "other random starts than the Scores'"})
     batch_size: int = 128
+
+
+@dataclass
+class DemoArguments:
+    """What `recipes/demo.py` shows, and to whom."""
+
+    models: list[str] | None = field(
+        default=None, metadata={"help": "robust models: folders or Hub ids; left out: outputs/quickstart/model"}
+    )
+    vanilla: str = field(default="lab:student", metadata={"help": "the undefended model they are compared with"})
+    port: int | None = field(default=None, metadata={"help": "left out: the first free one from 7860 on"})
+    host: str = field(default="127.0.0.1", metadata={"help": "0.0.0.0 shows the page to the whole network"})
+    share: bool = field(
+        default=False, metadata={"help": "a public link through gradio's servers: whoever has it computes on this machine"}
+    )
 
 
 # What a recipe is parsed into.
 RECIPE = (DataArguments, MethodArguments, RecipeTrainingArguments)
 
 
-def parse(types: tuple[type, ...], argv: list[str] | None = None):
+def parse(types: tuple[type, ...], argv: list[str] | None = None, *, positional: tuple[str, ...] = ()):
     """`--config recipe.yaml` and flags -> one instance of each type; flags win over the recipe.
+
+    Args:
+        positional: keys whose values may also stand first, without their names.
 
     Raises:
         RecipeError: missing file, unknown key, a value that does not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for place, name in enumerate(positional):
+        if len(argv) > 2 * place and not argv[2 * place].startswith("-"):
+            argv.insert(2 * place, f"--{name}")
+        else:
+            break
     argv = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
     # Abbreviations are off: with them, a mistyped key is taken for a longer one that begins the same way.
     parser = HfArgumentParser(types, allow_abbrev=False, prog=Path(sys.argv[0]).name)
@@ -206,8 +305,7 @@ def _fail(message: str):
 
 
 def _unknown(shown: str, name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"unknown key {shown}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help for the keys there are")
+    return f"unknown key {shown}{did_you_mean(name, known, 'see --help for the keys there are')}"
 
 
 def _recipe_to_argv(path: Path, known: set[str]) -> list[str]:

@@ -6,7 +6,6 @@ Whatever a picture's mode (grey, palette, CMYK, 16 bit, transparent), a batch ho
 from __future__ import annotations
 
 import base64
-import difflib
 import glob
 import hashlib
 import io
@@ -23,6 +22,7 @@ from PIL import Image, ImageOps
 from transformers.utils import logging
 
 from hpt_hf.shapes import Images
+from hpt_hf.words import did_you_mean
 from hpt_hf.zero_shot import TEMPLATE, check_classes, check_templates
 
 logger = logging.get_logger("hpt_hf.data")
@@ -102,10 +102,8 @@ class LabelledPictures:
         if name is None:
             return self
         if name not in self.classes:
-            near = difflib.get_close_matches(name, self.classes, n=3)
             raise ValueError(
-                f"{name!r} is none of the {len(self.classes)} classes of {self.name}"
-                + (f"; did you mean {' or '.join(near)}?" if near else "")
+                f"{name!r} is none of the {len(self.classes)} classes of {self.name}{did_you_mean(name, self.classes)}"
             )
         number = self.classes.index(name)
         ids = [self.row_id(i) for i in range(len(self))]
@@ -493,17 +491,15 @@ def to_png(image: torch.Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def held_out(
-    pictures: LabelledPictures, share: float, seed: int
-) -> tuple[torch.utils.data.Subset, torch.utils.data.Subset | None]:
+def held_out(pictures: LabelledPictures, share: float, seed: int) -> tuple[LabelledPictures, LabelledPictures | None]:
     """(training part, held-out slice): a fixed random share by seed, for choosing rates without looking at a test set."""
     if not 0 <= share < 1:
         raise ValueError(f"held_out={share}: expected a share of at least 0 and below 1")
     count = round(share * len(pictures))
     if count == 0:
-        return torch.utils.data.Subset(pictures, range(len(pictures))), None
+        return pictures, None
     if count >= len(pictures):
         raise ValueError(f"held_out={share} leaves none of the {len(pictures)} pictures for training")
     order = np.random.default_rng(seed).permutation(len(pictures)).tolist()
-    kept, aside = (torch.utils.data.Subset(pictures, sorted(part)) for part in (order[count:], order[:count]))
-    return kept, aside
+    kept, aside = (replace(pictures, kept=[pictures.row_id(i) for i in sorted(p)]) for p in (order[count:], order[:count]))
+    return kept, replace(aside, name=f"{pictures.name} (held out)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from hpt_hf.arguments import EvaluateArguments, PictureArguments, RecipeError, parse
 from hpt_hf.data import DatasetSpec, LabelledPictures
-from hpt_hf.evaluation import EvaluationAttack, evaluate, processes
+from hpt_hf.evaluation import EvaluationAttack, evaluate, finish, processes
 from hpt_hf.lab.suite import LAB_SUITE, lab_pictures, open_pictures, real_suite
 from hpt_hf.page import write_page
 from hpt_hf.report import progress, write_json
@@ -18,6 +17,7 @@ from hpt_hf.scores import Score, read_scores
 from hpt_hf.sets import SETS, open_set
 from hpt_hf.threat import ThreatModel
 from hpt_hf.train import dataset_spec, load_clip
+from hpt_hf.words import did_you_mean
 from hpt_hf.zero_shot import ZeroShotCLIP
 
 
@@ -79,8 +79,8 @@ def trained_from(model: str) -> str | None:
     record = Path(model) / "train.json"
     if not record.is_file():
         return None
-    source = json.loads(record.read_text(encoding="utf-8"))["recipe"]["model_name_or_path"]
-    return source if source.startswith("lab:") or Path(source).is_dir() else None
+    source = json.loads(record.read_text(encoding="utf-8")).get("recipe", {}).get("model_name_or_path", "")
+    return source if source.startswith("lab:") or (source and Path(source).is_dir()) else None
 
 
 def open_sets(args: PictureArguments) -> list[LabelledPictures]:
@@ -112,17 +112,17 @@ def _open(args: PictureArguments, path: str) -> LabelledPictures:
     if named:
         return open_set(path, args.protocol, on_corrupt=args.on_corrupt)
     if not Path(path).exists() and "/" not in path and ":" not in path:
-        near = difflib.get_close_matches(path, (*SETS, *LAB_SUITE, *real_suite()), n=3, cutoff=0.5)
+        known = (*SETS, *LAB_SUITE, *real_suite())
         raise RecipeError(
-            f"no data at {path}: no file or folder, and no set of that name; "
-            + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(SETS)}, and lab:<task>, real:<set>")
+            f"no data at {path}: no file or folder, and no set of that name"
+            + did_you_mean(path, known, f"there are {', '.join(SETS)}, and lab:<task>, real:<set>")
         )
     spec = dataset_spec(args, path, args.split)
     return open_pictures(spec, training=False, limit=args.limit, data_dir=args.data_dir, on_corrupt=args.on_corrupt)
 
 
 def reopen(source: dict, *, data_dir: str | None = None, on_corrupt: str = "error") -> LabelledPictures:
-    """The pictures of a Score again, from its `source`.
+    """The pictures of a Score again, from its `source`; what does not lie there any more is looked for by its name in `data_dir`.
 
     Raises:
         ValueError, OSError: they are not there any more.
@@ -137,6 +137,8 @@ def reopen(source: dict, *, data_dir: str | None = None, on_corrupt: str = "erro
         return lab_pictures(path[4:], source["count"], faces=source["faces"], seed=source["seed"])
     if path.startswith("real:"):
         return open_pictures(DatasetSpec(path), training=source.get("split") == "train", data_dir=folder)
+    if data_dir and not Path(path).exists() and (moved := Path(data_dir) / Path(path).name).exists():
+        source["path"] = str(moved)
     return open_pictures(DatasetSpec(**source), training=False, on_corrupt=on_corrupt)
 
 
@@ -148,3 +150,4 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"recipes/evaluate.py: {' '.join(str(error).split())}")
     if processes().is_main_process:
         print((Path(args.output) / "report.md").read_text(encoding="utf-8"))
+    finish()

@@ -6,7 +6,6 @@ it go on after a kill. Every Score is checked (`hpt_hf.suspicions`).
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,7 @@ from hpt_hf.search import ATTACKS, STANDARD, TARGETED, even_steps, in_turn
 from hpt_hf.shapes import Images, Keys, Labels, Logits
 from hpt_hf.suspicions import BASELINE, CHECKS, PROBE, Batch, Check, Probe
 from hpt_hf.threat import Noise, ThreatModel
+from hpt_hf.words import did_you_mean
 from hpt_hf.zero_shot import ZeroShotCLIP, digest, fingerprint
 
 PROTOCOLS = {
@@ -59,10 +59,9 @@ class EvaluationAttack:
     def __post_init__(self) -> None:
         known = (*ATTACKS, "standard") if self.target is None else tuple(TARGETED)
         if self.name not in known:
-            near = difflib.get_close_matches(self.name, known, n=2)
             raise ValueError(
                 f"no attack {'towards a target ' * (self.target is not None)}is called {self.name!r}"
-                + (f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(known)}")
+                + did_you_mean(self.name, known, f"there are {', '.join(known)}")
             )
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol={self.protocol!r}: expected " + " or ".join(f"{k!r} ({v})" for k, v in PROTOCOLS.items()))
@@ -161,6 +160,12 @@ def batches(
 def processes() -> PartialState:
     """The processes of a launch. Without an accelerator, accelerate takes each for the only one unless told `cpu`."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def finish() -> None:
+    """The end of a launch, together: a process that takes its group down while another still talks in it can be aborted by gloo's threads."""
+    processes().wait_for_everyone()
+    processes().destroy_process_group()
 
 
 def shared(tasks: Iterable[tuple[str, Callable[[], dict]]], journal: Journal) -> list[dict]:

@@ -168,3 +168,45 @@ def story(summary: Mapping, examples: Sequence, path: str | Path) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def front(points: Sequence[tuple], path: str | Path, *, titles: Sequence[str], attack: str) -> Path:
+    """Clean against robust accuracy along the dial, one panel for each kind of data that was measured; the chosen point is marked in all.
+
+    Args:
+        points: (weight, summary on the first kind, summary on the second or None, chosen); a summary holds clean, robust and their intervals or None.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [i for i in range(len(titles)) if points[0][1 + i]]
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.6 * len(shown), 4.6), layout="constrained", squeeze=False)
+    for axis, which in zip(axes[0], shown, strict=True):
+        parts = [p[1 + which] for p in points]
+        x, y = [p["clean"] for p in parts], [p["robust"] for p in parts]
+        axis.plot(x, y, color="#7f9fbf", zorder=1)
+        if parts[0]["clean_interval"]:
+            bars = {}
+            for key, centre, name in (("xerr", x, "clean_interval"), ("yerr", y, "robust_interval")):
+                bars[key] = [
+                    [max(0, c - p[name][0]) for c, p in zip(centre, parts, strict=True)],
+                    [max(0, p[name][1] - c) for c, p in zip(centre, parts, strict=True)],
+                ]
+            axis.errorbar(x, y, **bars, fmt="none", ecolor="#c9d3dd", elinewidth=1, zorder=0)
+        for (weight, *_, chosen), a, b in zip(points, x, y, strict=True):
+            axis.scatter(a, b, s=110 if chosen else 36, color="#d62728" if chosen else "#1f77b4", zorder=3)
+            label = f"{weight:g}" + " chosen" * chosen
+            axis.annotate(
+                label, (a, b), xytext=(6, 6), textcoords="offset points", color="#d62728" if chosen else "#444444", fontsize=8
+            )
+        axis.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %")
+        axis.set_title(titles[which], fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"share of the robust weights; {attack}", fontsize=10)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -172,6 +173,20 @@ def mean(scores: Sequence[Score]) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "Pillow", "hpt_hf")}
+
+
+def commit() -> str | None:
+    """The commit of this code, marked if files differ from it; None where it was installed without its history."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"],
+            cwd=root, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):  # no git, or not ours to read
+        return None
 
 
 def hardware() -> str:

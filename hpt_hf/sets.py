@@ -5,7 +5,6 @@ Ids and pins were collected from public code and stored Hub pages (docs/evaluati
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from hpt_hf.data import DatasetSpec, LabelledPictures, load_pictures, read_classes
+from hpt_hf.words import did_you_mean
 from hpt_hf.zero_shot import TEMPLATE
 
 
@@ -95,10 +95,7 @@ def open_set(name: str, protocol: str, *, revision: str | None = None, on_corrup
         OSError: it cannot be downloaded and is not in the cache.
     """
     if name not in SETS:
-        near = difflib.get_close_matches(name, SETS, n=3)
-        raise ValueError(
-            f"no set is called {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(SETS)}")
-        )
+        raise ValueError(f"no set is called {name!r}" + did_you_mean(name, SETS, f"there are {', '.join(SETS)}"))
     entry = SETS[name]
     source = entry.input if protocol == "input" else entry.native
     if source is None:

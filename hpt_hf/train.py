@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import time
-from pathlib import Path
 
 from transformers import set_seed
 from transformers.utils import logging
 
 from hpt_hf.arguments import RECIPE, DataArguments, MethodArguments, RecipeError, RecipeTrainingArguments, parse
 from hpt_hf.data import Collate, DatasetSpec, held_out, read_classes
-from hpt_hf.hub import export
+from hpt_hf.evaluation import finish
 from hpt_hf.lab.suite import WEIGHTS, open_pictures
 from hpt_hf.objectives import OBJECTIVES, Divergence, Objective
-from hpt_hf.report import write_json
 from hpt_hf.schedule import Schedule
-from hpt_hf.scores import hardware, versions
 from hpt_hf.threat import ThreatModel, parse_eps
 from hpt_hf.trainer import HPTTrainer, TrainingAttack
 from hpt_hf.zero_shot import ZeroShotCLIP
@@ -130,44 +126,22 @@ def build(
         train_dataset=train_part,
         eval_dataset=eval_part,
         data_collator=Collate(student.processor),
+        hub_overwrite=training.hub_overwrite,
     )
 
 
 def run(data: DataArguments, method: MethodArguments, training: RecipeTrainingArguments) -> dict:
     """Train, measure on the held-out slice, export to `output_dir`; returns what `train.json` records."""
     trainer = build(data, method, training)
-    start = time.time()
     trainer.train(resume_from_checkpoint=True if method.resume else None)
-    seconds = time.time() - start
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    record = {
+    record = trainer.record() | {
         "method": method.method,
         "recipe": {k: v for part in (data, method) for k, v in dataclasses.asdict(part).items()},
-        "steps": trainer.schedule.total_steps,
-        "learning_rate": training.learning_rate,
-        "batch": training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
-        "seed": training.seed,
-        "seconds": round(seconds, 1),
         "held_out": {k: v for k, v in metrics.items() if k.endswith("accuracy")},
-        "versions": versions(),
-        "hardware": hardware(),
     }
     if trainer.is_world_process_zero():
-        facts = {
-            "method": method.method,
-            "threat model in training": f"{method.norm}, eps {method.eps}, PGD-{method.attack_steps}",
-            "proxy": method.proxy_name_or_path or "none",
-            "training data": data.dataset,
-            "steps × batch": f"{record['steps']} × {record['batch']}",
-            "time": f"{seconds / 60:.1f} minutes on {record['hardware']}",
-        }
-        export(
-            trainer.accelerator.unwrap_model(trainer.model),
-            training.output_dir,
-            base_model=method.model_name_or_path,
-            facts=facts,
-        )
-        write_json(Path(training.output_dir) / "train.json", record)
+        trainer.export(**record)
     trainer.accelerator.wait_for_everyone()
     if training.push_to_hub:
         trainer.push_to_hub()
@@ -184,3 +158,4 @@ def main(argv: list[str] | None = None) -> None:
     if training.process_index == 0:
         slice_ = "".join(f", {k.removeprefix('eval_').replace('_', ' ')} {v:.1f}%" for k, v in record["held_out"].items())
         print(f"{method.method}: {record['steps']} steps in {record['seconds']:.0f} s{slice_} -> {training.output_dir}")
+    finish()

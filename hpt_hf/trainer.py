@@ -5,17 +5,23 @@ Few hooks and no formula: the loss is in `objectives.py`, the attack in `attacks
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import Trainer
-from transformers.trainer_utils import EvalPrediction, sort_checkpoints
+from transformers.trainer_utils import EvalPrediction, HubStrategy, sort_checkpoints
 from transformers.utils import logging
 
 from hpt_hf.attacks import frozen, pgd
+from hpt_hf.card import TRAINED, write_card
+from hpt_hf.data import LabelledPictures
+from hpt_hf.export import export
+from hpt_hf.hub import holds_model, open_repo, push, push_checkpoint
 from hpt_hf.objectives import Views
 from hpt_hf.schedule import PIVOT_FILE, GPDCallback, Schedule
+from hpt_hf.scores import commit, hardware, versions
 from hpt_hf.shapes import Images, Keys
 from hpt_hf.threat import Noise, ThreatModel
 from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
@@ -48,9 +54,10 @@ class HPTTrainer(Trainer):
         schedule: the phases.
         attack: how training images are attacked.
         proxy: a vanilla CLIP of another architecture with the same classes set, or None if no objective asks for one.
+        hub_overwrite: with `args.push_to_hub`, go on although the repository holds a model already.
 
     Raises:
-        ValueError: a reference is missing, class lists differ, or an objective needs labels that the data lacks.
+        ValueError: a reference is missing, class lists differ, an objective needs labels that the data lacks, or the repository holds a model.
     """
 
     # The loss is a mean over its micro-batch, so the Trainer must divide it by the accumulation steps.
@@ -64,8 +71,13 @@ class HPTTrainer(Trainer):
         schedule: Schedule,
         attack: TrainingAttack,
         proxy: ZeroShotCLIP | None = None,
+        hub_overwrite: bool = False,
         **kwargs,
     ):
+        if args.hub_token:  # the message must not repeat it
+            raise ValueError(
+                "hub_token would be stored in clear in training_args.bin: leave it out, and log in with `hf auth login` or set HF_TOKEN"
+            )
         if not student.classes:
             raise ValueError("the student has no classes: call student.set_classes(names, templates) first")
         needed = {r for phase in schedule.phases for r in phase.objective.references}
@@ -81,8 +93,10 @@ class HPTTrainer(Trainer):
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         args.max_steps = schedule.total_steps
-        self.schedule, self.attack = schedule, attack
+        self.schedule, self.attack, self.hub_overwrite = schedule, attack, hub_overwrite
         self.gpd = GPDCallback(schedule, student.freeze_text())
+        self._origins = {"student": _origin(student), "proxy": None if proxy is None else _origin(proxy)}
+        self._seconds, self._exported = 0.0, None
         kwargs.setdefault("compute_metrics", accuracies)
         super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
         # `.to`, not accelerator.prepare_model: that would make a later evaluate() skip preparing the student, in fp32 silently.
@@ -203,7 +217,11 @@ class HPTTrainer(Trainer):
             if not Path(resume_from_checkpoint).is_dir():
                 raise FileNotFoundError(f"no checkpoint at {resume_from_checkpoint}")
             self.gpd.load(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        start = time.time()
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            self._seconds += time.time() - start
 
     def _last_checkpoint(self) -> str:
         """The newest checkpoint that is whole: a run that was killed while saving left one that is not."""
@@ -230,6 +248,108 @@ class HPTTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def record(self) -> dict:
+        """How the model was made, as JSON: what `train.json` holds and the model card tells."""
+        args, data = self.args, self.train_dataset
+        return {
+            "method": "+".join(p.objective.name for p in self.schedule.phases),
+            **self._origins,
+            "dataset": data.name if isinstance(data, LabelledPictures) else type(data).__name__,
+            "pictures": len(data),
+            "classes": len(self.accelerator.unwrap_model(self.model).classes),
+            "phases": [
+                {
+                    "objective": p.objective.name,
+                    "steps": p.steps,
+                    "learning_rate": p.learning_rate,
+                    "warmup_steps": p.warmup_steps,
+                }
+                for p in self.schedule.phases
+            ],
+            "attack": {
+                "norm": self.attack.threat.norm,
+                "eps": self.attack.threat.eps,
+                "steps": self.attack.steps,
+                "step_size": self.attack.step_size,
+            },
+            "steps": self.schedule.total_steps,
+            "learning_rate": args.learning_rate,
+            "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "processes": args.world_size,
+            "seed": args.seed,
+            "seconds": round(self._seconds, 1),  # of this run; one that was resumed leaves out what came before
+            "versions": versions(),
+            "commit": commit(),
+            "hardware": hardware(),
+        }
+
+    def export(self, **record) -> Path:
+        """`output_dir` as a folder that `pipeline` opens, checked and with its card; `record` is added to what train.json tells."""
+        student = self.accelerator.unwrap_model(self.model)
+        self._exported = fingerprint(student)
+        return export(student, self.args.output_dir, records={TRAINED: self.record() | record})
+
+    def create_model_card(self) -> None:
+        if self.is_world_process_zero():
+            write_card(self.args.output_dir)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Before the hours of training: is there a token that may write to the repository, and is that free?"""
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        api, self.hub_model_id = open_repo(name, private=self.args.hub_private_repo if private is None else private, token=token)
+        taken = holds_model(api, self.hub_model_id, self.args.hub_revision)
+        if taken and not self.hub_overwrite:
+            raise ValueError(
+                f"{self.hub_model_id} holds a model already ({', '.join(taken[:3])}): choose another --hub_model_id or --hub_revision, or pass --hub_overwrite true "
+                "to replace it (its commits stay in the history). A resumed run that pushed checkpoints needs it, too"
+            )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> str | None:
+        """Export `output_dir` unless that is done, and upload what `hpt_hf.hub` lets out; always waits. Returns the commit's address.
+
+        The Trainer's own would send whatever lies there, `training_args.bin` included.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        if self._exported != fingerprint(self.accelerator.unwrap_model(self.model)):
+            self.export()
+        return push(
+            self.args.output_dir,
+            self.hub_model_id,
+            revision=revision or self.args.hub_revision,
+            message=commit_message,
+            overwrite=True,  # it was free, or may be replaced: `init_hf_repo` looked
+            token=token,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The Trainer's own would send `training_args.bin`, and from a thread whose files may be gone by then."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder = Path(checkpoint_folder)
+        paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        message = f"Training in progress, step {self.state.global_step}"
+        for path in (None, *filter(None, [paths.get(self.args.hub_strategy)])):
+            push_checkpoint(folder, self.hub_model_id, message=message, path=path, revision=self.args.hub_revision)
+
+
+def _origin(model: ZeroShotCLIP) -> dict:
+    """What a model was before training."""
+    return {"source": model.name_or_path, "revision": model.revision, "fingerprint": fingerprint(model)}
 
 
 def accuracies(prediction: EvalPrediction) -> dict[str, float]:

@@ -119,11 +119,8 @@ def run(args: VerifyArguments) -> list[Finding]:
 
 def main(argv: list[str] | None = None) -> None:
     """Exit 0 if every figure was measured and lies inside, else 1."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-"):
-        argv = ["--model", *argv]
     try:
-        (args,) = parse((VerifyArguments,), argv)
+        (args,) = parse((VerifyArguments,), argv, positional=("model",))
         found = run(args)
     except (RecipeError, ValueError, OSError) as error:
         sys.exit(f"recipes/verify.py: {' '.join(str(error).split())}")

@@ -7,16 +7,18 @@ are embedded once; resizing and normalisation happen inside, with the numbers of
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.utils import cached_file
 
-from hpt_hf.shapes import Images, InputImages, ZeroShotOutput
+from hpt_hf.shapes import Embeds, Images, InputImages, ZeroShotOutput
 
 TEMPLATE = "This is a photo of a {}"  # the paper's prompt
 
@@ -111,14 +113,49 @@ class ZeroShotCLIP(CLIPModel):
             config = CLIPConfig.get_config_dict(source, revision=revision, **kwargs)[0]
         except OSError as error:  # offline, transformers' own message does not say what it looked for
             raise OSError(f"no CLIP could be loaded from {source}: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"the config.json of {source} holds a {type(config).__name__}: expected the names and values of a CLIP"
+            )
         if config.get("model_type") != "clip":  # transformers would only warn, and fill a whole CLIP with random weights
             raise ValueError(
                 f"{source} holds a model of type {config.get('model_type')!r}: expected 'clip', with both towers (CLIPModel)"
             )
-        # dtype: the default is the checkpoint's own, and a half-precision model weakens every attack.
-        model = cls.from_pretrained(source, revision=revision, dtype=torch.float32, **kwargs)
+        try:
+            # dtype: the default is the checkpoint's own, and a half-precision model weakens every attack.
+            model, report = cls.from_pretrained(
+                source, revision=revision, dtype=torch.float32, output_loading_info=True, **kwargs
+            )
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+            raise ValueError(f"the weights of {source} cannot be used: {_why_not(error)}") from error
+        except OSError as error:
+            if error.errno is None:  # transformers' own: a file is missing, and the message says which
+                raise
+            raise ValueError(f"the weights of {source} cannot be used: a file is damaged or cannot be read ({error})") from error
+        if report["missing_keys"]:  # transformers only warns, and fills them with random numbers
+            absent = sorted(report["missing_keys"])
+            raise ValueError(
+                f"the weights of {source} lack {len(absent)} tensors of a whole CLIP, such as {', '.join(absent[:3])}: a checkpoint of one tower, "
+                "or of another code, is read by recipes/convert.py with --base"
+            )
+        beyond = sorted(k for k in report["unexpected_keys"] if not k.endswith("position_ids"))
+        if beyond:  # transformers leaves them out, and what is left is another model
+            raise ValueError(
+                f"the weights of {source} hold {len(beyond)} tensors that config.json has no place for, such as {', '.join(beyond[:3])}: they belong to another model"
+            )
         # backend: torchvision's bicubic differs from Pillow's by up to 2/255, more than some threat models.
-        processor = AutoProcessor.from_pretrained(source, revision=revision, backend="pil", **kwargs)
+        try:
+            processor = AutoProcessor.from_pretrained(source, revision=revision, backend="pil", **kwargs)
+        except OSError as error:
+            raise OSError(
+                f"{source} has weights but no processor that can be read: recipes/convert.py with --base adds that of the model it came from ({error})"
+            ) from error
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"the tokenizer or processor of {source} is damaged ({type(error).__name__}: {error})") from error
+        if len(processor.tokenizer) <= len(processor.tokenizer.all_special_ids):  # what transformers makes where there is no file
+            raise ValueError(
+                f"{source} has weights but no tokenizer: recipes/convert.py with --base adds that of the model it came from"
+            )
         file = Path(cached_file(source, "config.json", revision=revision, **kwargs))
         model.revision = file.parent.name if file.parent.parent.name == "snapshots" else None  # so the Hub's cache is laid out
         return model.attach(processor).eval()
@@ -182,12 +219,16 @@ class ZeroShotCLIP(CLIPModel):
         top, left = (target[0] - size) // 2, (target[1] - size) // 2
         return resized[..., top : top + size, left : left + size]
 
+    def embed_images(self, images: Images) -> Embeds:
+        """(batch, dim) embeddings, not normalised, float32 whatever the weights are."""
+        normalised = (self.fit(images) - self.mean) / self.std
+        return self.visual_projection(self.vision_model(pixel_values=normalised).pooler_output).float()
+
     def classify(self, images: Images) -> ZeroShotOutput:
         """Logits and embeds in the precision of the weights. Attacks call this: unlike `forward`, nothing wraps it in autocast."""
         if self.class_embeds.numel() == 0:
             raise RuntimeError("no classes yet: call set_classes(names, templates) before classifying")
-        normalised = (self.fit(images) - self.mean) / self.std
-        embeds = self.visual_projection(self.vision_model(pixel_values=normalised).pooler_output).float()
+        embeds = self.embed_images(images)
         # A hundredfold cosine in bfloat16 is wrong in its first decimal, so the head stays float32 under autocast.
         with torch.autocast(images.device.type, enabled=False):
             logits = self.logit_scale.exp() * F.normalize(embeds, dim=-1) @ self.class_embeds.T
@@ -213,6 +254,17 @@ class ZeroShotCLIP(CLIPModel):
             self.config.save_pretrained(save_directory)
             if self.processor is not None:
                 self.processor.save_pretrained(save_directory)
+
+
+def _why_not(error: Exception) -> str:
+    """In words, why a file of weights was refused."""
+    if isinstance(error, SafetensorError):
+        return f"the safetensors file is damaged or not one ({error}): download or export it again"
+    if isinstance(error, pickle.UnpicklingError):
+        return "they are a pickle that is damaged or holds more than tensors; what it holds was not run. Ask its author for safetensors"
+    if "ignore_mismatched_sizes" in str(error):
+        return "they do not have the shapes that config.json says: they belong to a CLIP of another architecture (the report above names the tensors)"
+    return str(error)
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

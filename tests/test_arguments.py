@@ -297,7 +297,7 @@ EVALUATE = {
     "batch size": (["--data", "x", "--batch_size", "0"], "--batch_size 0: expected at least 1 picture"),
     "probe": (["--data", "x", "--probe", "-1"], "--probe -1: expected at least 0 pictures"),
     "eps": (["--data", "x", "--eps", "1/255", "4"], "did you mean '4/255'?"),
-    "attack": (["--data", "x", "--attacks", "apgd"], "no attack is called 'apgd'; did you mean pgd or apgd-t?"),
+    "attack": (["--data", "x", "--attacks", "apgd"], "no attack is called 'apgd'; did you mean pgd or apgd-t or apgd-ce?"),
     "second attack": (["--data", "x", "--attacks", "pgd", "sqare"], "no attack is called 'sqare'; did you mean square?"),
     "steps": (["--data", "x", "--steps", "0"], "steps=0: expected at least 1"),
     "protocol": (["--data", "x", "--protocol", "full"], "invalid choice: 'full'"),

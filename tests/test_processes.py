@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import CLASSES, gpd_schedule, make_pictures, make_trainer, weights
 
+from hpt_hf.evaluation import finish
 from hpt_hf.zero_shot import ZeroShotCLIP
 
 pytestmark = pytest.mark.multiprocess
@@ -52,7 +53,7 @@ def train(folder: Path, student_path: str, proxy_path: str, batch_size: int) -> 
 def worker(folder: str, student_path: str, proxy_path: str) -> None:
     result = train(Path(folder) / "out", student_path, proxy_path, batch_size=4)
     torch.save(result, Path(folder) / f"rank{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    finish()
 
 
 def launch(count: int, *command: str) -> None:

@@ -1,8 +1,11 @@
 """Proves that the evaluator is plain CLIP: the same logits, the same files on disk, and the text tower read once."""
 
 import copy
+import io
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASSES, save_tiny_clip
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
@@ -288,8 +292,6 @@ def saved(student_path, tmp_path_factory):
 
 def test_the_saved_folder_is_a_plain_clip(saved):
     model, folder = saved
-    from pathlib import Path
-
     files = {p.name for p in Path(folder).iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= files and "processor_config.json" in files
     assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in files)
@@ -414,3 +416,166 @@ def test_a_model_from_the_hub_knows_its_commit(student_path, tmp_path):
     model = ZeroShotCLIP.load("owner/name", cache_dir=tmp_path)
     assert model.revision == commit and ZeroShotCLIP.load(student_path).revision is None
     assert fingerprint(model) == fingerprint(ZeroShotCLIP.load(student_path))
+
+
+# --- what cannot be loaded, and is said
+
+
+@pytest.fixture
+def folder(student_path, tmp_path):
+    """A copy of the student's folder, to spoil."""
+    return shutil.copytree(student_path, tmp_path / "model")
+
+
+def tensors(change):
+    def spoil(folder):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def keep(wanted):
+    """Only the tensors with one of these beginnings."""
+    return tensors(lambda s: [s.pop(name) for name in list(s) if not name.startswith(wanted)])
+
+
+def content(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:9000])
+
+
+def cut_shard(folder):
+    ZeroShotCLIP.load(folder).save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    content(min(folder.glob("model-*")).name, b"x" * 100)(folder)
+
+
+def config(**changes):
+    def spoil(folder):
+        said = json.loads((folder / "config.json").read_text())
+        said["vision_config"] |= changes
+        (folder / "config.json").write_text(json.dumps(said))
+
+    return spoil
+
+
+def without(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+LACKS = r"lack \d+ tensors of a whole CLIP, such as .*recipes/convert.py with --base"
+DAMAGED, SHAPES = (
+    "the safetensors file is damaged or not one",
+    "do not have the shapes that config.json says: .*another architecture",
+)
+NO_PROCESSOR, NO_TOKENIZER = (
+    "no processor that can be read: recipes/convert.py with --base",
+    "no tokenizer: recipes/convert.py with --base",
+)
+BROKEN = {
+    "one tensor is missing": (tensors(lambda s: s.pop("logit_scale")), "lack 1 tensors of a whole CLIP, such as logit_scale:"),
+    "the text tower is missing": (keep(("vision_model.", "visual_projection", "logit_scale")), LACKS),
+    "the vision tower is missing": (keep(("text_model.", "text_projection", "logit_scale")), LACKS),
+    "a layer is missing": (config(num_hidden_layers=3), "lack 16 tensors .*vision_model.encoder.layers.2"),
+    "names of other code": (tensors(lambda s: [s.update({f"module.{n}": s.pop(n)}) for n in list(s)]), LACKS),
+    "a layer too many": (config(num_hidden_layers=1), "vision_model.encoder.layers.1"),
+    "another width": (config(hidden_size=64), SHAPES),
+    "another patch": (config(patch_size=16), SHAPES),
+    "another image size": (config(image_size=64), SHAPES),
+    "another space": (tensors(lambda s: s.update({"visual_projection.weight": torch.zeros(12, 32)})), SHAPES),
+    "cut off": (cut, DAMAGED),
+    "empty": (content("model.safetensors", b""), DAMAGED),
+    "noise": (content("model.safetensors", np.random.default_rng(0).bytes(5000)), DAMAGED),
+    "a pointer of git-lfs": (
+        content("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        DAMAGED,
+    ),
+    "a pickle under that name": (content("model.safetensors", pickle.dumps({"a": 1})), DAMAGED),
+    "a damaged shard": (cut_shard, DAMAGED),
+    "no weights": (without("model.safetensors"), "no file named model.safetensors"),
+    "no processor": (without("processor_config.json"), NO_PROCESSOR),
+    "no processor and no tokenizer": (without("processor_config.json", "tokenizer.json", "tokenizer_config.json"), NO_PROCESSOR),
+    "a processor of nonsense": (content("processor_config.json", b"{"), NO_PROCESSOR),
+    "an empty processor": (content("processor_config.json", b"{}"), NO_PROCESSOR),
+    "no tokenizer": (without("tokenizer.json"), NO_TOKENIZER),
+    "no tokenizer and no config of it": (without("tokenizer.json", "tokenizer_config.json"), NO_TOKENIZER),
+    "an empty tokenizer": (content("tokenizer.json", b""), "tokenizer"),
+    "a tokenizer of nonsense": (content("tokenizer.json", b"{}"), "tokenizer"),
+    "a config of nonsense": (content("config.json", b"{"), "no CLIP could be loaded"),
+    "a config that is empty": (content("config.json", b"{}"), "a model of type None: expected 'clip'"),
+    "a config that is a list": (content("config.json", b"[]"), "config"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_folder_that_does_not_hold_a_whole_clip_is_refused(folder, what):
+    """Where transformers would fill in random numbers, leave out, or speak of something else."""
+    spoil, message = BROKEN[what]
+    spoil(folder)
+    with pytest.raises((ValueError, OSError), match=message) as raised:
+        ZeroShotCLIP.load(folder)
+    assert str(folder) in str(raised.value)
+
+
+def pickled(obj, **kwargs) -> bytes:
+    file = io.BytesIO()
+    torch.save(obj, file, **kwargs)
+    return file.getvalue()
+
+
+NOT_RUN = "a pickle that is damaged or holds more than tensors; what it holds was not run"
+PICKLES = {
+    "torch.save": lambda o: pickled(o),
+    "torch.save of old": lambda o: pickled(o, _use_new_zipfile_serialization=False),
+    "pickle": lambda o: pickle.dumps(o, protocol=2),
+    "pickle of old": lambda o: pickle.dumps(o, protocol=0),
+    "pickle of today": lambda o: pickle.dumps(o),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "a shard"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_is_never_run(folder, tmp_path, kind, name):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it-ran",)
+
+    state = load_file(folder / "model.safetensors")
+    data = PICKLES[kind]({**state, "evil": Evil()})
+    if kind.startswith("pickle"):  # or this would prove nothing
+        pickle.loads(data)
+        assert (tmp_path / "it-ran").exists()
+        (tmp_path / "it-ran").unlink()
+    (folder / "model.safetensors").unlink()
+    file = "pytorch_model.bin" if name == "pytorch_model.bin" else "pytorch_model-00001-of-00001.bin"
+    (folder / file).write_bytes(data)
+    if name == "a shard":
+        index = {"metadata": {}, "weight_map": dict.fromkeys(state, file)}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=NOT_RUN) as raised:
+        ZeroShotCLIP.load(folder)
+    assert not (tmp_path / "it-ran").exists() and str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("what", ["noise", "cut off", "empty", "a list"])
+def test_a_damaged_pickle_is_refused(folder, what):
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    data = {"noise": b"\x80\x02noise" * 40, "cut off": pickled(state)[:9000], "empty": b"", "a list": pickled([1, 2])}[what]
+    (folder / "pytorch_model.bin").write_bytes(data)
+    with pytest.raises(ValueError, match=f"the weights of {folder} cannot be used"):
+        ZeroShotCLIP.load(folder)
+
+
+def test_an_honest_pickle_of_tensors_is_the_same_model(folder, student_path):
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickled(state))
+    assert fingerprint(ZeroShotCLIP.load(folder)) == fingerprint(ZeroShotCLIP.load(student_path))

@@ -17,6 +17,7 @@ from transformers import pipeline
 from transformers.utils import logging
 
 from hpt_hf.arguments import RECIPE, parse
+from hpt_hf.card import write_card
 from hpt_hf.data import Collate
 from hpt_hf.evaluation import EvaluationAttack, evaluate
 from hpt_hf.lab.glyphs import TEMPLATE
@@ -130,6 +131,10 @@ def main(argv: list[str] | None = None) -> None:
                 args.output / "scores" / f"{score.model}-{score.dataset.removeprefix('lab:').replace(' ', '-')}.json",
                 score.to_json(),
             )
+    # The model that the reader takes along has its Scores beside it and in its card.
+    for score in scores["hpt_gpd"]:
+        write_json(args.output / "model" / "scores" / score.file_name, score.to_json())
+    write_card(args.output / "model")
     story(summary, examples({"vanilla": student, **models}, attack), args.output / "story.png")
     seconds["total"] = time.time() - start
     summary["seconds"] = {k: round(v, 1) for k, v in seconds.items()}
@@ -147,6 +152,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f'\npipeline("zero-shot-image-classification", model="{args.output / "model"}") on {args.output / "picture.png"} says:')
     for answer in said[:3]:
         print(f"  {answer['score']:6.1%}  {answer['label']}")
+    print(
+        f"\n{args.output / 'model' / 'README.md'} is its model card; `recipes/push.py {args.output / 'model'} owner/name` publishes it."
+    )
     print(f"\n{time.time() - start:.0f} s in all. Look at {args.output / 'story.png'} and {args.output / 'report.md'}.")
 
 

@@ -1,0 +1,274 @@
+"""One training step against the plain step that most released code takes, on full-size CLIPs with random weights, in one run.
+
+The plain step is written here as the field writes it (six of nine peers): every forward runs the text tower for all class prompts, padded to 77
+tokens; the attack calls `backward()`, which also computes the gradients of all weights; float32. Both steps get the same images, weights, noise and
+attack, and must reach the same adversarial images and loss. FLOPs are counted by torch; the machine's peak is that of a float32 matrix product.
+
+    python benchmarks/step.py --output outputs/bench
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPModel
+
+from hpt_hf.arguments import RecipeTrainingArguments
+from hpt_hf.data import Collate
+from hpt_hf.lab.pretrain import new_clip, new_processor, train_tokenizer
+from hpt_hf.objectives import OBJECTIVES
+from hpt_hf.report import markdown, progress, write_json
+from hpt_hf.schedule import Schedule
+from hpt_hf.scores import hardware, versions
+from hpt_hf.threat import Noise, ThreatModel
+from hpt_hf.trainer import HPTTrainer, TrainingAttack
+from hpt_hf.zero_shot import TEMPLATE, ZeroShotCLIP
+
+THREAT, STEPS, SEED, CONTEXT = ThreatModel("linf", "1/255"), 2, 0, 77
+TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+
+
+def names(count: int) -> list[str]:
+    """Class names of the usual length."""
+    return [f"thing {'abcdefghij'[i % 10]} {'abcdefghij'[i // 10 % 10]} {'abcdefghij'[i // 100]}" for i in range(count)]
+
+
+def make_models(folder: Path) -> None:
+    """ViT-B/32 (student) and ViT-B/16 (proxy) at 224 px, of CLIP's own sizes, random weights."""
+    tokenizer = train_tokenizer([w for n in names(1000) for w in f"{TEMPLATE.format(n)}".split()], vocab_size=600)
+    tokenizer.model_max_length = CONTEXT
+    for name, patch, seed in (("student", 32, 1), ("proxy", 16, 2)):
+        torch.manual_seed(seed)
+        model = new_clip(tokenizer, vision={**VISION, "patch_size": patch}, text=TEXT, image_size=224, projection_dim=512)
+        model.save_pretrained(folder / name)
+        new_processor(tokenizer, 224).save_pretrained(folder / name)
+
+
+def make_batch(size: int) -> dict[str, torch.Tensor]:
+    images = torch.rand(size, 3, 224, 224, generator=torch.Generator().manual_seed(SEED))
+    return {"images": images, "keys": torch.arange(size), "labels": torch.arange(size) % 10}
+
+
+class Ours:
+    """The step as `HPTTrainer` takes it."""
+
+    def __init__(self, folder: Path, classes: int):
+        student, proxy = (ZeroShotCLIP.load(folder / name).set_classes(names(classes)) for name in ("student", "proxy"))
+        arguments = RecipeTrainingArguments(output_dir=str(folder / "out"), use_cpu=True, seed=SEED, disable_tqdm=True)
+        schedule = Schedule.single(OBJECTIVES["hpt"], steps=10, learning_rate=1e-5)
+        data = [{} for _ in range(64)]
+        self.trainer = HPTTrainer(
+            student,
+            arguments,
+            schedule=schedule,
+            attack=TrainingAttack(THREAT, STEPS),
+            proxy=proxy,
+            train_dataset=data,
+            data_collator=Collate(student.processor),
+        )
+        self.trainer.create_optimizer_and_scheduler(10)
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+        trainer, kept = self.trainer, []
+        attack = trainer.attack
+        trainer.attack = lambda *a, **k: kept.append(attack(*a, **k)) or kept[0]
+        try:
+            loss = trainer.training_step(trainer.model, dict(batch))
+        finally:
+            trainer.attack = attack
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        return kept[0], float(loss)
+
+
+class Plain:
+    """The step as the field writes it, on transformers' own classes."""
+
+    def __init__(self, folder: Path, classes: int):
+        self.student, self.proxy = (
+            CLIPModel.from_pretrained(folder / name, dtype=torch.float32) for name in ("student", "proxy")
+        )
+        processor = ZeroShotCLIP.load(folder / "student").processor
+        prompts = [TEMPLATE.format(n) for n in names(classes)]
+        self.tokens = processor.tokenizer(prompts, padding="max_length", max_length=CONTEXT, return_tensors="pt")
+        self.mean, self.std = (
+            torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+        )
+        self.optimizer = torch.optim.SGD(
+            [p for n, p in self.student.named_parameters() if n.startswith("vision")], lr=1e-5, momentum=0.9
+        )
+
+    def logits(self, model: CLIPModel, images: torch.Tensor) -> torch.Tensor:
+        return model(**self.tokens, pixel_values=(images - self.mean) / self.std).logits_per_image
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+        images, labels = batch["images"], batch["labels"]
+        delta = (THREAT.random_start(images, Noise(batch["keys"], SEED, 0)) - images).requires_grad_(True)
+        for _ in range(STEPS):
+            F.cross_entropy(self.logits(self.student, images + delta), labels, reduction="sum").backward()
+            moved = (delta.detach() + THREAT.radius * delta.grad.sign()).clamp(-THREAT.radius, THREAT.radius)
+            delta = ((images + moved).clamp(0, 1) - images).requires_grad_(True)
+            self.student.zero_grad()
+        adversarial = (images + delta).detach()
+        with torch.no_grad():
+            teacher = self.logits(self.proxy, adversarial).log_softmax(1)
+        loss = F.kl_div(self.logits(self.student, adversarial).log_softmax(1), teacher, reduction="batchmean", log_target=True)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return adversarial, float(loss)
+
+
+STEPPERS = {"ours": Ours, "plain": Plain}
+
+
+def _measure(kind: str, folder: Path, classes: int, batch: int, repeats: int, warm_up: int, send) -> None:
+    """In a process of its own, so that its peak memory is its own: seconds of each step, FLOPs of one, peak memory, what the first step made."""
+    torch.set_num_threads(torch.get_num_threads())
+    start = time.perf_counter()
+    stepper = STEPPERS[kind](folder, classes)
+    prepared = time.perf_counter() - start
+    data = make_batch(batch)
+    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds, first = [], None
+    for number in range(warm_up + repeats):
+        start = time.perf_counter()
+        made = stepper(data)
+        if number >= warm_up:
+            seconds.append(time.perf_counter() - start)
+        first = first or made
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    send.send(
+        {
+            "seconds": seconds,
+            "prepared": prepared,
+            "peak_gib": peak,
+            "before_gib": idle,
+            "adversarial": first[0].numpy(),
+            "loss": first[1],
+        }
+    )
+
+
+def measure(kind: str, folder: Path, *, classes: int, batch: int, repeats: int, warm_up: int = 1) -> dict:
+    receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_measure, args=(kind, folder, classes, batch, repeats, warm_up, send)
+    )
+    process.start()
+    send.close()
+    try:
+        found = receive.recv()
+    except EOFError:
+        raise RuntimeError(f"the {kind} step at batch {batch} and {classes} classes died: exit code {process.exitcode}") from None
+    process.join()
+    progress(
+        f"{kind}, batch {batch}, {classes} classes: {', '.join(f'{s:.1f}' for s in found['seconds'])} s, peak {found['peak_gib']:.1f} GiB"
+    )
+    return found
+
+
+def count_flops(folder: Path, classes: int, batch: int) -> float:
+    """Floating-point operations of one of our steps, as torch counts them: two a multiply-add, of products, convolutions and attention."""
+    stepper, data = Ours(folder, classes), make_batch(batch)
+    # The kernel that is fastest here is one that torch's counter does not know; the plain one does the same products.
+    for model in (stepper.trainer.model, stepper.trainer.proxy):
+        model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        stepper(data)
+    return float(counter.get_total_flops())
+
+
+def matmul_peak(size: int = 4096, repeats: int = 5) -> list[float]:
+    """FLOP/s of a float32 matrix product, each repeat."""
+    a, b = torch.rand(size, size), torch.rand(size, size)
+    a @ b
+    rates = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        rates.append(2 * size**3 / (time.perf_counter() - start))
+    return rates
+
+
+def spread(values: list[float]) -> dict:
+    return {"value": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def ratio(top: list[float], bottom: list[float]) -> dict:
+    """Of the medians; low and high are the extremes over all pairs."""
+    return {
+        "value": statistics.median(top) / statistics.median(bottom),
+        "low": min(top) / max(bottom),
+        "high": max(top) / min(bottom),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5, help="steps of ours; the plain step, far slower, is taken twice")
+    parser.add_argument("--large", action="store_true", help="the ratio at batch 64, too (a quarter of an hour more)")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        make_models(folder)
+        peak = matmul_peak()
+        ours = {c: measure("ours", folder, classes=c, batch=args.batch, repeats=args.repeats) for c in (10, 200, 1000)}
+        peak += matmul_peak()
+        plain = measure("plain", folder, classes=200, batch=args.batch, repeats=2, warm_up=0)
+        flops = count_flops(folder, 200, args.batch)
+        large = None
+        if args.large:
+            large = {k: measure(k, folder, classes=200, batch=64, repeats=1, warm_up=0) for k in STEPPERS}
+    difference = float(abs(torch.from_numpy(plain["adversarial"]) - torch.from_numpy(ours[200]["adversarial"])).max())
+    moved = float(
+        (abs(torch.from_numpy(plain["adversarial"]) - torch.from_numpy(ours[200]["adversarial"])) > 1e-6).float().mean()
+    )
+    summary = {
+        "what": "ViT-B/32 student, ViT-B/16 proxy, 224 px, random weights, PGD-2, float32",
+        "batch": args.batch,
+        "step_ratio_200": ratio(plain["seconds"], ours[200]["seconds"]),
+        "class_growth_10_to_1000": ratio(ours[1000]["seconds"], ours[10]["seconds"]),
+        "matmul_share": spread([flops / s / statistics.median(peak) for s in ours[200]["seconds"]]),
+        "memory_ratio_200": {"value": ours[200]["peak_gib"] / plain["peak_gib"]},
+        "matmul_peak_gflops": spread([p / 1e9 for p in peak]),
+        "tflop_of_a_step": flops / 1e12,
+        "seconds": {"ours": {c: o["seconds"] for c, o in ours.items()}, "plain_200": plain["seconds"]},
+        "seconds_of_embedding_classes": {c: o["prepared"] for c, o in ours.items()},
+        "peak_gib": {"ours": {c: o["peak_gib"] for c, o in ours.items()}, "plain_200": plain["peak_gib"]},
+        "same": {
+            "largest_pixel_difference": difference,
+            "share_of_pixels_that_differ": moved,
+            "loss": [ours[200]["loss"], plain["loss"]],
+        },
+        "step_ratio_200_batch_64": large and ratio(large["plain"]["seconds"], large["ours"]["seconds"]),
+        "machine": hardware(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    write_json(args.output / "summary.json", summary)
+    keys = ("step_ratio_200", "class_growth_10_to_1000", "matmul_share", "memory_ratio_200")
+    print(
+        markdown(
+            ("figure", "value", "low", "high"),
+            [(k, *(f"{summary[k].get(p, summary[k]['value']):.3f}" for p in ("value", "low", "high"))) for k in keys],
+        )
+    )
+    print(json.dumps(summary["same"]))
+
+
+if __name__ == "__main__":
+    main()
