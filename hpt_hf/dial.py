@@ -6,6 +6,7 @@ not seen; test sets may be measured beside it and have no say.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -224,23 +225,24 @@ def _front(points: Sequence[Point], chosen: Point, rule: str, attack: Evaluation
     }
 
 
-def table(points: Sequence[Point], chosen: Point) -> str:
+def table(front: dict) -> str:
+    """front.json as a table."""
     rows = []
-    for point in points:
-        parts = [mean(part) for part in (point.chosen_on, point.reported) if part]
-        cells = [f"{part[k]:.1f}" for part in parts for k in ("clean", "robust")]
-        rows.append((f"{point.weight:.2f}" + " ← chosen" * (point is chosen), *cells))
-    header = ["weight", "held out: clean %", "robust %", *(["test: clean %", "robust %"] if points[0].reported else [])]
-    return markdown(header, rows)
+    for point in front["points"]:
+        parts = [part for part in (point["chosen_on"], point["reported"]) if part]
+        chosen = " ← chosen" * (point["weight"] == front["chosen"])
+        rows.append((f"{point['weight']:.2f}{chosen}", *(f"{part[k]:.1f}" for part in parts for k in ("clean", "robust"))))
+    test = ["test: clean %", "robust %"] if front["points"][0]["reported"] else []
+    return markdown(["weight", "held out: clean %", "robust %", *test], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
         (args,) = parse((DialArguments,), argv, positional=("model",))
-        points, chosen = run(args)
+        _, chosen = run(args)
     except (RecipeError, ValueError, OSError) as error:
         sys.exit(f"recipes/dial.py: {' '.join(str(error).split())}")
-    print(table(points, chosen))
+    print(table(json.loads((Path(args.output) / "front.json").read_text(encoding="utf-8"))))
     print(
         f"\n{Path(args.output) / f'w{chosen.weight:.2f}'} is the chosen model; {Path(args.output) / 'front.svg'} shows the front."
     )

@@ -9,6 +9,7 @@ import compare
 import independent
 import pytest
 
+from hpt_hf import dial
 from hpt_hf.lab.quickstart import result_table
 from hpt_hf.report import markdown
 
@@ -68,3 +69,9 @@ def test_results_show_the_strict_evaluation():
     strict = json.loads((ROOT / "docs" / "results" / "strict.json").read_text())
     assert len(strict["sets"]) == 12 and {s["n"] for s in strict["sets"].values()} == {200}
     assert missing(strict_table(strict), "docs/results.md") == []
+
+
+def test_results_show_the_dial():
+    front = json.loads((ROOT / "docs" / "results" / "dial.json").read_text())
+    assert len(front["points"]) == 11 and len(front["points"][0]["reported"]["sets"]) == 5
+    assert missing(dial.table(front), "docs/results.md") == []
