@@ -19,7 +19,7 @@ from hpt_hf.data import DatasetSpec, LabelledPictures, held_out
 from hpt_hf.evaluate import on_device
 from hpt_hf.evaluation import EvaluationAttack, evaluate
 from hpt_hf.export import export
-from hpt_hf.hub import push
+from hpt_hf.hub import open_repo, push
 from hpt_hf.lab.suite import open_pictures
 from hpt_hf.report import front, markdown, progress, write_json
 from hpt_hf.scores import Score, mean
@@ -79,29 +79,88 @@ def choose(points: Sequence[Point], max_drop: float) -> Point:
 
 
 def run(args: DialArguments) -> tuple[list[Point], Point]:
-    grid = sorted(set(args.weights) | {0.0, *(args.save or ())})
+    """Measure the grid, choose, write the front, export and push the points that were asked for."""
+    grid = _grid(args)
+    trained = read_record(args.model, TRAINED)
+    recipe = trained.get("recipe", {})
+    attack = EvaluationAttack(_threat(args, recipe), args.attack, args.steps)
+    source, original, robust = _ends(args, trained)
+    choosing = [_training(path, args) for path in args.choose_on] if args.choose_on else [_slice(args, recipe)]
+    reporting = [
+        open_pictures(DatasetSpec(p, split="test"), training=False, data_dir=args.data_dir) for p in args.report_on or ()
+    ]
+    if args.push_to:
+        open_repo(args.push_to, private=args.private)  # what cannot be pushed should not cost the hours before it
+    points = []
+    for weight in grid:
+        model = on_device(interpolate(original, robust, weight))
+        first, second = (tuple(_measure(model, p, attack, args) for p in sets) for sets in (choosing, reporting))
+        points.append(Point(weight, first, second))
+        progress(_said(points[-1]))
+    chosen = choose(points, args.max_drop)
+    names = ", ".join(p.name for p in choosing)
+    rule = (
+        f"chosen: the most robust point whose clean accuracy on {names} is at most {args.max_drop:g} points below the original's"
+    )
+    output = Path(args.output)
+    write_json(output / "front.json", _front(points, chosen, rule, attack, source, args))
+    front(
+        [(p.weight, *(None if not part else _summary(part) for part in (p.chosen_on, p.reported)), p is chosen) for p in points],
+        output / "front.svg",
+        titles=("training data held out, where the point is chosen", "test sets, which have no say"),
+        attack=f"{attack}, {attack.threat}",
+    )
+    for point in points:
+        if point is chosen or point.weight in (args.save or ()):
+            told = {"weight": point.weight, "origin": source, "robust": args.model}
+            told["rule"] = f"This point was {rule}." if point is chosen else ""
+            folder = place(output, point.weight)
+            export(
+                interpolate(original, robust, point.weight),
+                folder,
+                records={MIXED: told} | ({TRAINED: trained} if trained else {}),
+            )
+            for score in point.reported:
+                write_json(folder / "scores" / score.file_name, score.to_json())
+            write_card(folder)
+            if args.push_to:
+                address = push(folder, args.push_to, revision=folder.name, private=args.private, overwrite=args.overwrite)
+                progress(f"{folder} -> {address}")
+    return points, chosen
+
+
+def _grid(args: DialArguments) -> list[float]:
     for flag in ("limit", "batch_size"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise RecipeError(f"--{flag} {value}: expected at least 1")
-    if not all(0 <= w <= 1 for w in args.save or ()):
-        raise RecipeError(
-            f"--save {' '.join(map(str, args.save))}: expected shares from 0 (the original) to 1 (the robust model)"
-        )
-    if not all(0 <= w <= 1 for w in grid) or len(grid) < 2:
-        raise RecipeError(
-            f"--weights {' '.join(map(str, args.weights))}: expected shares from 0 (the original) to 1 (the robust model), two at least"
-        )
     if not (math.isfinite(args.max_drop) and args.max_drop >= 0):
         raise RecipeError(f"--max_drop {args.max_drop}: expected points of clean accuracy, at least 0")
-    trained = read_record(args.model, TRAINED)
+    for flag in ("weights", "save"):
+        given = getattr(args, flag) or ()
+        if not all(0 <= w <= 1 for w in given):
+            raise RecipeError(
+                f"--{flag} {' '.join(map(str, given))}: expected shares from 0 (the original) to 1 (the robust model)"
+            )
+    grid = sorted({0.0, *args.weights, *(args.save or ())})
+    if len(grid) < 2:
+        raise RecipeError("--weights holds the original alone: expected shares up to 1 (the robust model), two at least")
+    return grid
+
+
+def _threat(args: DialArguments, recipe: dict) -> ThreatModel:
+    """As in training, where nothing else is said."""
+    norm = recipe.get("norm", "linf")
+    if args.norm and args.norm != norm and not args.eps:
+        raise RecipeError(f"--norm {args.norm}: say its radius with --eps, that of training is for {norm}")
+    return ThreatModel(args.norm or norm, args.eps or recipe.get("eps", "1/255"))
+
+
+def _ends(args: DialArguments, trained: dict) -> tuple[str, ZeroShotCLIP, ZeroShotCLIP]:
+    """(what the original is called, the original, the robust model). Raises where no line between them means anything."""
     recipe = trained.get("recipe", {})
     source = args.origin or recipe.get("model_name_or_path")
     if source is None:
         raise RecipeError(f"{args.model} has no {TRAINED} that says what it was fine-tuned from: name it with --origin")
-    if args.norm and args.norm != recipe.get("norm", "linf") and not args.eps:
-        raise RecipeError(f"--norm {args.norm}: say its radius with --eps, that of training is for {recipe.get('norm', 'linf')}")
-    threat = ThreatModel(args.norm or recipe.get("norm", "linf"), args.eps or recipe.get("eps", "1/255"))
-    attack = EvaluationAttack(threat, args.attack, args.steps)
     original, robust = load_clip(source, None if args.origin else recipe.get("model_revision")), load_clip(args.model)
     if fingerprint(original) == fingerprint(robust):
         raise RecipeError(f"{args.model} and {source} are the same weights: there is nothing between them")
@@ -111,43 +170,7 @@ def run(args: DialArguments) -> tuple[list[Point], Point]:
         raise RecipeError(
             f"{source} holds other weights than {args.model} was fine-tuned from ({known}): between unrelated models there is nothing to find"
         )
-    choosing = [_training(path, args) for path in args.choose_on] if args.choose_on else [_slice(args, recipe)]
-    reporting = [
-        open_pictures(DatasetSpec(p, split="test"), training=False, data_dir=args.data_dir) for p in args.report_on or ()
-    ]
-    points = []
-    for weight in grid:
-        model = on_device(interpolate(original, robust, weight))
-        first, second = (tuple(_measure(model, p, attack, args) for p in sets) for sets in (choosing, reporting))
-        points.append(Point(weight, first, second))
-        progress(_said(points[-1]))
-    chosen = choose(points, args.max_drop)
-    rule = f"chosen: the most robust point whose clean accuracy on {', '.join(p.name for p in choosing)} is at most {args.max_drop:g} points below the original's"
-    output = Path(args.output)
-    write_json(output / "front.json", _front(points, chosen, rule, attack, source, args))
-    front(
-        [(p.weight, *(None if not part else _summary(part) for part in (p.chosen_on, p.reported)), p is chosen) for p in points],
-        output / "front.svg",
-        titles=("training data held out, where the point is chosen", "test sets, which have no say"),
-        attack=f"{attack}, {threat}",
-    )
-    for weight in sorted({chosen.weight, *(args.save or ())}):
-        point = next(p for p in points if p.weight == weight)
-        folder = place(output, weight)
-        told = {
-            "weight": weight,
-            "origin": source,
-            "robust": args.model,
-            "rule": f"This point was {rule}." if point is chosen else "",
-        }
-        export(interpolate(original, robust, weight), folder, records={MIXED: told} | ({TRAINED: trained} if trained else {}))
-        for score in point.reported:
-            write_json(folder / "scores" / score.file_name, score.to_json())
-        write_card(folder)
-        if args.push_to:
-            address = push(folder, args.push_to, revision=folder.name, private=args.private, overwrite=args.overwrite)
-            progress(f"{folder} -> {address}")
-    return points, chosen
+    return source, original, robust
 
 
 def place(output: str | Path, weight: float) -> Path:
