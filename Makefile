@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 # With the CPU build of torch at hand: make TORCH="torch==2.13.0" quickstart
 TORCH  ?= torch==2.13.0
 
-.PHONY: quickstart smoke demo test-demo interop test test-all lint format clean
+.PHONY: quickstart smoke demo test-demo interop bench test test-all lint format clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("hpt_hf needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -45,6 +45,9 @@ interop:
 	$(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' 'open_clip_torch>=3.3,<4'
 	.venv-interop/bin/python -m pytest tests/test_foreign.py
+
+bench: $(VENV)/.installed
+	$(RUN) benchmarks/step.py --output outputs/bench
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

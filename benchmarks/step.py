@@ -10,6 +10,7 @@ attack, and must reach the same adversarial images and loss. FLOPs are counted b
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import resource
@@ -35,8 +36,9 @@ from hpt_hf.trainer import HPTTrainer, TrainingAttack
 from hpt_hf.zero_shot import TEMPLATE, ZeroShotCLIP
 
 THREAT, STEPS, SEED, CONTEXT = ThreatModel("linf", "1/255"), 2, 0, 77
-TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
-VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+OPENAI = {"num_hidden_layers": 12, "hidden_act": "quick_gelu"}
+TEXT = {**OPENAI, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+VISION = {**OPENAI, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 
 
 def names(count: int) -> list[str]:
@@ -61,11 +63,11 @@ def make_batch(size: int) -> dict[str, torch.Tensor]:
 
 
 class Ours:
-    """The step as `HPTTrainer` takes it."""
+    """The step as `HPTTrainer` takes it; with `bf16`, student and proxy of the loss in bfloat16, the attack in float32 as ever."""
 
-    def __init__(self, folder: Path, classes: int):
+    def __init__(self, folder: Path, classes: int, *, bf16: bool = False):
         student, proxy = (ZeroShotCLIP.load(folder / name).set_classes(names(classes)) for name in ("student", "proxy"))
-        arguments = RecipeTrainingArguments(output_dir=str(folder / "out"), use_cpu=True, seed=SEED, disable_tqdm=True)
+        arguments = RecipeTrainingArguments(output_dir=str(folder / "out"), use_cpu=True, bf16=bf16, seed=SEED, disable_tqdm=True)
         schedule = Schedule.single(OBJECTIVES["hpt"], steps=10, learning_rate=1e-5)
         data = [{} for _ in range(64)]
         self.trainer = HPTTrainer(
@@ -78,6 +80,7 @@ class Ours:
             data_collator=Collate(student.processor),
         )
         self.trainer.create_optimizer_and_scheduler(10)
+        self.trainer.current_gradient_accumulation_steps = 1  # what train() sets before its first step
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
         trainer, kept = self.trainer, []
@@ -127,10 +130,10 @@ class Plain:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return adversarial, float(loss)
+        return adversarial, float(loss.detach())
 
 
-STEPPERS = {"ours": Ours, "plain": Plain}
+STEPPERS = {"ours": Ours, "ours in bf16": functools.partial(Ours, bf16=True), "plain": Plain}
 
 
 def _measure(kind: str, folder: Path, classes: int, batch: int, repeats: int, warm_up: int, send) -> None:
@@ -227,12 +230,13 @@ def main(argv: list[str] | None = None) -> None:
         make_models(folder)
         peak = matmul_peak()
         ours = {c: measure("ours", folder, classes=c, batch=args.batch, repeats=args.repeats) for c in (10, 200, 1000)}
+        half = measure("ours in bf16", folder, classes=200, batch=args.batch, repeats=args.repeats)
         peak += matmul_peak()
         plain = measure("plain", folder, classes=200, batch=args.batch, repeats=2, warm_up=0)
         flops = count_flops(folder, 200, args.batch)
         large = None
         if args.large:
-            large = {k: measure(k, folder, classes=200, batch=64, repeats=1, warm_up=0) for k in STEPPERS}
+            large = {k: measure(k, folder, classes=200, batch=64, repeats=1, warm_up=0) for k in ("ours", "plain")}
     difference = float(abs(torch.from_numpy(plain["adversarial"]) - torch.from_numpy(ours[200]["adversarial"])).max())
     moved = float(
         (abs(torch.from_numpy(plain["adversarial"]) - torch.from_numpy(ours[200]["adversarial"])) > 1e-6).float().mean()
@@ -253,6 +257,12 @@ def main(argv: list[str] | None = None) -> None:
             "largest_pixel_difference": difference,
             "share_of_pixels_that_differ": moved,
             "loss": [ours[200]["loss"], plain["loss"]],
+        },
+        "bf16": {
+            "step_ratio_200": ratio(plain["seconds"], half["seconds"]),
+            "seconds": half["seconds"],
+            "loss": half["loss"],
+            "peak_gib": half["peak_gib"],
         },
         "step_ratio_200_batch_64": large and ratio(large["plain"]["seconds"], large["ours"]["seconds"]),
         "machine": hardware(),
