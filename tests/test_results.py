@@ -8,6 +8,7 @@ from pathlib import Path
 import compare
 import independent
 import pytest
+import step
 
 from hpt_hf import dial
 from hpt_hf.lab.quickstart import result_table
@@ -75,3 +76,11 @@ def test_results_show_the_dial():
     front = json.loads((ROOT / "docs" / "results" / "dial.json").read_text())
     assert len(front["points"]) == 11 and len(front["points"][0]["reported"]["sets"]) == 5
     assert missing(dial.table(front), "docs/results.md") == []
+
+
+def test_performance_shows_the_benchmarks_own_table():
+    summary = json.loads((ROOT / "docs" / "results" / "step.json").read_text())
+    assert len(step.table(summary).splitlines()) == 2 + 5
+    assert missing(step.table(summary), "docs/performance.md") == []
+    pixels, (ours, plain) = summary["same"]["share_of_pixels_that_differ"], summary["same"]["loss"]
+    assert pixels < 1e-4 and abs(ours - plain) < 1e-4 * plain, "the two steps do the same thing"
