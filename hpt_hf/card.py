@@ -34,6 +34,7 @@ _TOLD = {
     "commit",
     "hardware",
 }
+SEAL = "parity.json"  # what `hpt_hf.export` checked
 _MARK = "<!-- written by hpt_hf, "
 
 
@@ -66,7 +67,7 @@ def write_card(folder: str | Path) -> Path:
 
 def own_scores(folder: str | Path) -> list[Score]:
     """The Scores in `scores/` that were measured on the folder's own weights; others are named and left out."""
-    seal = json.loads((Path(folder) / "parity.json").read_text(encoding="utf-8"))
+    seal = json.loads((Path(folder) / SEAL).read_text(encoding="utf-8"))
     scores = read_scores(Path(folder) / "scores")
     foreign = [s.dataset for s in scores if s.fingerprint != seal["fingerprint"]]
     if foreign:
@@ -201,7 +202,7 @@ def _results(scores: Sequence[Score]) -> list[EvalResult]:
 
 
 def _body(folder: Path, scores: Sequence[Score], repo_id: str | None, revision: str | None) -> str:
-    seal = read_record(folder, "parity.json")
+    seal = read_record(folder, SEAL)
     config = read_record(folder, "config.json")
     vision = config["vision_config"]
     questions = {q: [s for s in scores if s.question == q] for q in dict.fromkeys(s.question for s in scores)}
@@ -227,7 +228,6 @@ def _body(folder: Path, scores: Sequence[Score], repo_id: str | None, revision: 
         architecture=f"ViT, patch {vision['patch_size']}, {vision['image_size']} px, {vision['num_hidden_layers']} layers of width {vision['hidden_size']}",
         tables={q: score_table([_short(s) for s in part]) for q, part in questions.items()},
         doubts=_doubts(scores),
-        unchecked=[s for s in scores if s.verdict == "unchecked"],
         skipped=sum(len(s.skipped) for s in scores),
         toy=trained.get("recipe", {}).get("model_name_or_path", "").startswith("lab:"),
         classes=list(scores[0].per_class)[:3] if scores else ["a cat", "a dog"],

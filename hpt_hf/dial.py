@@ -37,12 +37,8 @@ class Point:
     reported: tuple[Score, ...] = ()
 
 
-def interpolate(original: ZeroShotCLIP, robust: ZeroShotCLIP, weight: float) -> ZeroShotCLIP:
-    """A new model with theta = (1 - weight) theta_original + weight theta_robust, at 0 and 1 bit-equal to one of them.
-
-    Raises:
-        ValueError: two models that no line connects: other shapes, or other numbers of normalisation.
-    """
+def check_line(original: ZeroShotCLIP, robust: ZeroShotCLIP) -> None:
+    """Raise ValueError for two models that no line connects: other shapes, or other numbers of normalisation."""
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (original, robust)]
     if shapes[0] != shapes[1]:
         odd = sorted(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
@@ -53,6 +49,15 @@ def interpolate(original: ZeroShotCLIP, robust: ZeroShotCLIP, weight: float) -> 
         raise ValueError(
             "the two models normalise their pictures differently: --origin must be what the robust model was fine-tuned from"
         )
+
+
+def interpolate(original: ZeroShotCLIP, robust: ZeroShotCLIP, weight: float) -> ZeroShotCLIP:
+    """A new model with theta = (1 - weight) theta_original + weight theta_robust, at 0 and 1 bit-equal to one of them.
+
+    Raises:
+        ValueError: two models that no line connects (`check_line`).
+    """
+    check_line(original, robust)
     theta0, theta1 = original.state_dict(), robust.state_dict()
     mixed = ZeroShotCLIP(robust.config)
     mixed.load_state_dict(
@@ -162,11 +167,12 @@ def _ends(args: DialArguments, trained: dict) -> tuple[str, ZeroShotCLIP, ZeroSh
     if source is None:
         raise RecipeError(f"{args.model} has no {TRAINED} that says what it was fine-tuned from: name it with --origin")
     original, robust = load_clip(source, None if args.origin else recipe.get("model_revision")), load_clip(args.model)
-    if fingerprint(original) == fingerprint(robust):
+    weights = fingerprint(original)
+    if weights == fingerprint(robust):
         raise RecipeError(f"{args.model} and {source} are the same weights: there is nothing between them")
-    interpolate(original, robust, 0.5)
+    check_line(original, robust)
     known = trained.get("student", {}).get("fingerprint")
-    if known not in (None, fingerprint(original)):
+    if known not in (None, weights):
         raise RecipeError(
             f"{source} holds other weights than {args.model} was fine-tuned from ({known}): between unrelated models there is nothing to find"
         )
@@ -266,6 +272,4 @@ def main(argv: list[str] | None = None) -> None:
     except (RecipeError, ValueError, OSError) as error:
         sys.exit(f"recipes/dial.py: {' '.join(str(error).split())}")
     print(table(json.loads((Path(args.output) / "front.json").read_text(encoding="utf-8"))))
-    print(
-        f"\n{Path(args.output) / f'w{chosen.weight:.2f}'} is the chosen model; {Path(args.output) / 'front.svg'} shows the front."
-    )
+    print(f"\n{place(args.output, chosen.weight)} is the chosen model; {Path(args.output) / 'front.svg'} shows the front.")

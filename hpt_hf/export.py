@@ -18,13 +18,12 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, pipeline
 
-from hpt_hf.card import RECORDS, card
+from hpt_hf.card import RECORDS, SEAL, card
 from hpt_hf.data import Collate
 from hpt_hf.report import write_json, write_text
 from hpt_hf.scores import read_scores
 from hpt_hf.zero_shot import TEMPLATE, ZeroShotCLIP, digest, fingerprint
 
-SEAL = "parity.json"
 TOLERANCE = 1e-4  # of a logit, which is about a hundred cosines
 AGAIN = 1e-3  # of the same logits on another machine, whose kernels add up in another order
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,8 +97,8 @@ def _unlike(model: ZeroShotCLIP, stored: ZeroShotCLIP, folder: Path) -> str | No
                 f"the model normalises its pictures with {name} {_numbers(ours)} and the processor that goes with it says {_numbers(theirs)}, "
                 "so `pipeline` would show it other pictures than it was trained on"
             )
-    weights = {k: v.to(torch.float32) for k, v in stored.state_dict().items()}
-    if digest(weights) != fingerprint(opened):
+    weights = fingerprint(opened)
+    if weights != digest({k: v.to(torch.float32) for k, v in stored.state_dict().items()}):
         return "opened afresh it holds other weights than the model in memory"
     try:
         expected = logits(opened)
@@ -110,7 +109,7 @@ def _unlike(model: ZeroShotCLIP, stored: ZeroShotCLIP, folder: Path) -> str | No
         return f"opened afresh its logits differ by {difference:.2g} between the evaluator and `pipeline`, more than {TOLERANCE}"
     seal = {
         "what": "the logits that `pipeline` must give for hpt_hf.export.pictures(); recipes/push.py asks for them again",
-        "fingerprint": fingerprint(opened),
+        "fingerprint": weights,
         "dtype": str(stored.dtype).removeprefix("torch."),
         "mean": opened.mean.flatten().tolist(),
         "std": opened.std.flatten().tolist(),

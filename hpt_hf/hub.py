@@ -16,34 +16,28 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 
-from hpt_hf.card import card, check_figures, own_scores
+from hpt_hf.card import RECORDS, SEAL, card, check_figures, own_scores
 from hpt_hf.export import check
 from hpt_hf.foreign import read_foreign
 from hpt_hf.report import progress
+from hpt_hf.schedule import PIVOT_FILE
 from hpt_hf.scores import Score
 from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
 
 # What may leave this machine, as patterns of the path in the folder.
 SENT = (
+    *("README.md", SEAL, *RECORDS, "front.json", "front.svg"),
     *(
-        "README.md",
         "config.json",
         "model*.safetensors",
         "model.safetensors.index.json",
-        "processor_config.json",
-        "preprocessor_config.json",
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
     ),
+    *("processor_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
-    *("parity.json", "train.json", "convert.json", "dial.json", "front.json", "front.svg"),
-    *("open_clip_config.json", "open_clip_model.safetensors"),
 )
-RESUMED = (
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state*.pth",
-    "trainer_state.json",
-    "gpd_pivot.safetensors",
-)  # of a checkpoint, beside SENT
+RESUMED = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", PIVOT_FILE)  # of a checkpoint, beside SENT
 
 
 def push(
@@ -133,11 +127,8 @@ def contents(folder: Path, scores: Sequence[Score]) -> tuple[dict[str, Path | by
     kept = []
     for file in sorted(folder.iterdir()):
         if file.is_file() and any(PurePath(file.name).match(pattern) for pattern in SENT):
-            sent[file.name] = (
-                _json(_named(json.loads(file.read_text(encoding="utf-8"))))
-                if file.name in ("train.json", "convert.json", "dial.json")
-                else file
-            )
+            record = file.name in RECORDS
+            sent[file.name] = _json(_named(json.loads(file.read_text(encoding="utf-8")))) if record else file
         elif file.name != "scores":
             kept.append(file.name + "/" * file.is_dir())
     sent |= {f"scores/{score.file_name}": _json(_named(score.to_json())) for score in scores}
@@ -246,11 +237,9 @@ def _with_tokenizer(file: Path, repo_id: str) -> dict:
     """open_clip's config; a vocabulary that is not OpenAI's is found where the model is."""
     config = json.loads(file.read_text(encoding="utf-8"))
     text = config["model_cfg"]["text_cfg"]
-    return (
-        config
-        if "hf_tokenizer_name" not in text
-        else config | {"model_cfg": config["model_cfg"] | {"text_cfg": text | {"hf_tokenizer_name": repo_id}}}
-    )
+    if "hf_tokenizer_name" in text:
+        text["hf_tokenizer_name"] = repo_id
+    return config
 
 
 def _named(value):

@@ -87,6 +87,7 @@ class HPTTrainer(Trainer):
             )
         # Only what an objective asks for is kept: a frozen model nobody asks costs memory on every device.
         proxy = proxy if "proxy" in needed else None
+        self._origins = {"student": _origin(student), "proxy": None if proxy is None else _origin(proxy)}
         if proxy is not None:
             self._check_proxy(student, proxy)
         # Batches carry PIL rows that the model's signature does not name, and labels that the stock evaluation must find.
@@ -95,7 +96,6 @@ class HPTTrainer(Trainer):
         args.max_steps = schedule.total_steps
         self.schedule, self.attack, self.hub_overwrite = schedule, attack, hub_overwrite
         self.gpd = GPDCallback(schedule, student.freeze_text())
-        self._origins = {"student": _origin(student), "proxy": None if proxy is None else _origin(proxy)}
         self._seconds, self._exported = 0.0, None
         kwargs.setdefault("compute_metrics", accuracies)
         super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
@@ -109,13 +109,12 @@ class HPTTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._counted = 0
 
-    @staticmethod
-    def _check_proxy(student: ZeroShotCLIP, proxy: ZeroShotCLIP) -> None:
+    def _check_proxy(self, student: ZeroShotCLIP, proxy: ZeroShotCLIP) -> None:
         if proxy.classes != student.classes:
             raise ValueError(
                 f"student and proxy have different classes ({len(student.classes)} and {len(proxy.classes)} names): call set_classes with the same list on both"
             )
-        if fingerprint(proxy) == fingerprint(student):
+        if self._origins["proxy"]["fingerprint"] == self._origins["student"]["fingerprint"]:
             logger.warning(
                 "proxy and student are the same model: an attack on the student is an attack on this proxy, so it has nothing to teach. "
                 "HPT needs a proxy of another architecture."
@@ -343,7 +342,8 @@ class HPTTrainer(Trainer):
         folder = Path(checkpoint_folder)
         paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         message = f"Training in progress, step {self.state.global_step}"
-        for path in (None, *filter(None, [paths.get(self.args.hub_strategy)])):
+        push_checkpoint(folder, self.hub_model_id, message=message, revision=self.args.hub_revision)
+        if path := paths.get(self.args.hub_strategy):
             push_checkpoint(folder, self.hub_model_id, message=message, path=path, revision=self.args.hub_revision)
 
 

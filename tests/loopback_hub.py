@@ -21,6 +21,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
 import struct
 import threading
@@ -668,6 +669,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
+    # A shell's background job inherits "ignore".
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, default=8900)
     with LoopbackHub(port=parser.parse_args().port) as hub:
