@@ -89,11 +89,19 @@ class RecipeTrainingArguments(TrainingArguments):
     max_grad_norm: float = 0.0  # the authors do not clip, and transformers' default of 1 would change what a rate means
     learning_rate: float = 6e-5
     per_device_train_batch_size: int = 64
+    per_device_eval_batch_size: int = 64
     logging_steps: float = 20
     save_strategy: str = "no"
     dataloader_drop_last: bool = True
     hub_strategy: str = "end"  # the finished model; every_save: each checkpoint on its way, too
     hub_overwrite: bool = field(default=False, metadata={"help": "with --push_to_hub: replace a model that the repository holds"})
+
+
+@dataclass
+class EstimateArguments:
+    """What `recipes/estimate.py` asks beside a recipe."""
+
+    probe_steps: int = field(default=20, metadata={"help": "steps of each phase that are run and timed"})
 
 
 @dataclass

@@ -82,12 +82,13 @@ def pgd(
     """
     images = checked(images, noise)
     perturbed = images if noise is None else threat.random_start(images, noise)
+    corners = threat.corners(images)
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         for _ in range(steps):
             perturbed = perturbed.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(loss_fn(perturbed).sum(), perturbed)
             step = step_size * threat.ascent_direction(gradient.detach())
-            perturbed = threat.project(perturbed.detach() + step, images)
+            perturbed = threat.project(perturbed.detach() + step, images, corners)
     return perturbed.detach()
 
 

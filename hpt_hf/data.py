@@ -6,6 +6,7 @@ Whatever a picture's mode (grey, palette, CMYK, 16 bit, transparent), a batch ho
 from __future__ import annotations
 
 import base64
+import functools
 import glob
 import hashlib
 import io
@@ -461,15 +462,28 @@ class Collate:
     processor: object
     native: bool = False
 
+    @functools.cached_property
+    def _side(self) -> int | None:
+        """Side of the square pictures that the processor gives back as they are, which is found out on one of noise; None if it changes them."""
+        if not self.processor.image_processor.do_center_crop:
+            return None
+        side = int(self.processor.image_processor.crop_size["height"])
+        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        return side if np.array_equal(self._cut([Image.fromarray(noise)])[0], noise) else None
+
+    def _cut(self, pictures: list[Image.Image]) -> list[np.ndarray]:
+        """Each as (height, width, 3), resized and cropped by the processor."""
+        cut = self.processor.image_processor(pictures, do_normalize=False, do_rescale=False)["pixel_values"]
+        return [np.asarray(p).transpose(1, 2, 0) for p in cut]
+
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        if self.native:
-            images = np.stack([np.asarray(r["image"]) for r in rows])
+        pictures = [r["image"] for r in rows]
+        if self.native or all(p.size == (self._side, self._side) for p in pictures):
+            images = np.stack([np.asarray(p) for p in pictures])
         else:
-            pictures = self.processor.image_processor([r["image"] for r in rows], do_normalize=False, do_rescale=False)[
-                "pixel_values"
-            ]
-            images = np.stack([np.asarray(p) for p in pictures]).transpose(0, 2, 3, 1)
-        images = np.clip(np.rint(images), 0, 255).astype(np.uint8)
+            images = np.stack(self._cut(pictures))
+        if images.dtype != np.uint8:
+            images = np.clip(np.rint(images), 0, 255).astype(np.uint8)
         batch = {
             "images": to_images(images),
             "keys": torch.tensor([image_key(i) for i in images]),

@@ -10,6 +10,7 @@ from pathlib import Path
 from hpt_hf.arguments import EvaluateArguments, PictureArguments, RecipeError, parse
 from hpt_hf.data import DatasetSpec, LabelledPictures
 from hpt_hf.evaluation import EvaluationAttack, evaluate, finish, processes
+from hpt_hf.kernels import keep_memory
 from hpt_hf.lab.suite import LAB_SUITE, lab_pictures, open_pictures, real_suite
 from hpt_hf.page import write_page
 from hpt_hf.report import progress, write_json
@@ -145,6 +146,7 @@ def reopen(source: dict, *, data_dir: str | None = None, on_corrupt: str = "erro
 def main(argv: list[str] | None = None) -> None:
     try:
         (args,) = parse((EvaluateArguments,), argv)
+        keep_memory()
         run(args)
     except (RecipeError, ValueError, OSError) as error:
         sys.exit(f"recipes/evaluate.py: {' '.join(str(error).split())}")

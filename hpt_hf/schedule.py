@@ -6,10 +6,11 @@ high rate from the vanilla weights, pulled halfway back to the pivot at the star
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -120,11 +121,18 @@ class Schedule:
 
     def locate(self, step: int) -> tuple[Phase, int]:
         """The phase of a global step and the step's number within it. Steps past the end belong to the last phase."""
-        for phase in self.phases[:-1]:
-            if step < phase.steps:
-                return phase, step
-            step -= phase.steps
-        return self.phases[-1], step
+        number = self.number(step)
+        return self.phases[number], step - sum(p.steps for p in self.phases[:number])
+
+    def number(self, step: int) -> int:
+        """Which phase a global step belongs to, counted from 0."""
+        ends = itertools.accumulate(p.steps for p in self.phases[:-1])
+        return sum(step >= end for end in ends)
+
+    def shortened(self, steps: int) -> Schedule:
+        """The same phases, each at most `steps` long."""
+        phases = (replace(p, steps=min(p.steps, steps), warmup_steps=min(p.warmup_steps, p.steps, steps)) for p in self.phases)
+        return replace(self, phases=tuple(phases))
 
     def phase(self, step: int) -> Phase:
         return self.locate(step)[0]

@@ -19,10 +19,12 @@ from hpt_hf.card import TRAINED, write_card
 from hpt_hf.data import LabelledPictures
 from hpt_hf.export import export
 from hpt_hf.hub import holds_model, open_repo, push, push_checkpoint
+from hpt_hf.kernels import keep_memory
 from hpt_hf.objectives import Views
 from hpt_hf.schedule import PIVOT_FILE, GPDCallback, Schedule
 from hpt_hf.scores import commit, hardware, versions
 from hpt_hf.shapes import Images, Keys
+from hpt_hf.stopwatch import Stopwatch
 from hpt_hf.threat import Noise, ThreatModel
 from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
 
@@ -97,6 +99,8 @@ class HPTTrainer(Trainer):
         self.schedule, self.attack, self.hub_overwrite = schedule, attack, hub_overwrite
         self.gpd = GPDCallback(schedule, student.freeze_text())
         self._seconds, self._exported = 0.0, None
+        if args.device.type == "cpu":
+            keep_memory()
         kwargs.setdefault("compute_metrics", accuracies)
         super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
         # `.to`, not accelerator.prepare_model: that would make a later evaluate() skip preparing the student, in fp32 silently.
@@ -105,7 +109,9 @@ class HPTTrainer(Trainer):
         if "anchor" in needed:
             self.anchor = _copy(student).to(args.device).eval().requires_grad_(False)
         self.gpd.move(args.device)
+        self.stopwatch = Stopwatch(schedule, args.device)
         self.add_callback(self.gpd)
+        self.add_callback(self.stopwatch)
         self._sums: dict[str, torch.Tensor] = {}
         self._counted = 0
 
@@ -221,6 +227,11 @@ class HPTTrainer(Trainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             self._seconds += time.time() - start
+
+    def shorten(self, steps: int) -> None:
+        """Cut every phase to at most `steps` steps: enough to see what the run would cost, see `hpt_hf.cost`."""
+        self.schedule = self.gpd.schedule = self.stopwatch.schedule = self.schedule.shortened(steps)
+        self.args.max_steps = self.schedule.total_steps
 
     def _last_checkpoint(self) -> str:
         """The newest checkpoint that is whole: a run that was killed while saving left one that is not."""

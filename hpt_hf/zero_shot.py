@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPProcessor
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.utils import cached_file
 
+from hpt_hf.kernels import quicken
 from hpt_hf.shapes import Embeds, Images, InputImages, ZeroShotOutput
 
 TEMPLATE = "This is a photo of a {}"  # the paper's prompt
@@ -47,37 +47,6 @@ def check_templates(templates: Sequence[str]) -> None:
             raise ValueError(f"the template {template!r} must hold '{{}}' exactly once, where the class name goes")
 
 
-class _ClassTokenLayer(CLIPEncoderLayer):
-    """The vision tower's last layer for its class token, the only one that is read: five sixths of the layer's work are never asked for."""
-
-    def forward(self, hidden_states: torch.Tensor, attention_mask: None = None, **_) -> torch.Tensor:
-        attention, normed = self.self_attn, self.layer_norm1(hidden_states)
-
-        def heads(project, tokens):
-            return project(tokens).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-
-        query, key, value = (
-            heads(attention.q_proj, normed[:, :1]),
-            heads(attention.k_proj, normed),
-            heads(attention.v_proj, normed),
-        )
-        dropout = attention.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=attention.scale)
-        token = hidden_states[:, :1] + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-        return token + self.mlp(self.layer_norm2(token))
-
-
-class _PatchEmbedding(torch.nn.Conv2d):
-    """The same convolution as a matrix product, since its windows do not overlap: an attack needs its backward pass, which is slow as a convolution."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        side = self.kernel_size[0]
-        rows, columns = images.shape[2] // side, images.shape[3] // side
-        patches = images[:, :, : rows * side, : columns * side].unflatten(3, (columns, side)).unflatten(2, (rows, side))
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (batch, rows, columns, 3 * side * side)
-        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
 class ZeroShotCLIP(CLIPModel):
     """`CLIPModel` that maps images in [0, 1] of any size to zero-shot logits.
 
@@ -92,8 +61,7 @@ class ZeroShotCLIP(CLIPModel):
 
     def __init__(self, config: CLIPConfig):
         super().__init__(config)
-        self.vision_model.encoder.layers[-1].__class__ = _ClassTokenLayer
-        self.vision_model.embeddings.patch_embedding.__class__ = _PatchEmbedding
+        quicken(self)
 
     @classmethod
     def load(cls, source: str | Path, *, revision: str | None = None, **kwargs) -> ZeroShotCLIP:

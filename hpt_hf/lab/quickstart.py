@@ -20,6 +20,7 @@ from hpt_hf.arguments import RECIPE, parse
 from hpt_hf.card import write_card
 from hpt_hf.data import Collate
 from hpt_hf.evaluation import EvaluationAttack, evaluate
+from hpt_hf.kernels import keep_memory
 from hpt_hf.lab.glyphs import TEMPLATE
 from hpt_hf.lab.suite import LAB_SUITE, lab_pictures
 from hpt_hf.report import markdown, progress, story, write_json
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     start = time.time()
     logging.disable_progress_bar()
+    keep_memory()
     limit, extra = (8, ["--max_steps", "4"]) if args.smoke else (args.limit, [])
     extra += ["--seed", str(args.seed)]
 

@@ -53,6 +53,12 @@ class _Rows:
         return {"image": self.images[index], "label": self.labels[index]}
 
 
+@functools.cache
+def _drawn(task: str, count: int, seed: int, faces: str) -> list:
+    """Drawn once in a process: the methods that are compared train on the same pictures."""
+    return task_rows(task, count, seed=seed, faces=faces)
+
+
 def lab_pictures(name: str, count: int, *, faces: str, seed: int = 0) -> LabelledPictures:
     """`count` pictures of a task, or of `letters`, the fine-tuning set: an equal number of every letter of `LAB_TRAINING`.
 
@@ -63,11 +69,11 @@ def lab_pictures(name: str, count: int, *, faces: str, seed: int = 0) -> Labelle
         classes, pairs = (), []
         total = sum(len(task_classes(t)) for t in tasks)
         for task in tasks:
-            rows = task_rows(task, count * len(task_classes(task)) // total, seed=seed, faces=faces)
+            rows = _drawn(task, count * len(task_classes(task)) // total, seed, faces)
             pairs += [(image, label + len(classes)) for image, label in rows]
             classes += task_classes(task)
     else:
-        classes, pairs = task_classes(name), task_rows(name, count, seed=seed, faces=faces)
+        classes, pairs = task_classes(name), _drawn(name, count, seed, faces)
     source = {"path": f"lab:{name}", "count": count, "faces": faces, "seed": seed}
     return LabelledPictures(_Rows(pairs), classes, (TEMPLATE,), f"lab:{name}", source)
 
