@@ -40,6 +40,12 @@ class DataArguments:
         default=None, metadata={"help": "prompts with {} for the class name; several make an ensemble"}
     )
     on_corrupt: Literal["error", "skip"] = "error"
+    streaming: bool = field(
+        default=False, metadata={"help": "read a Hub id or parquet files as they come, nothing is unpacked to disk"}
+    )
+    pictures: int | None = field(
+        default=None, metadata={"help": "streaming: how many there are, where the data set does not say"}
+    )
 
 
 @dataclass
@@ -73,7 +79,9 @@ class MethodArguments:
     )
     restart: bool = field(default=True, metadata={"help": "hpt_gpd: the second stage begins from the vanilla weights"})
     held_out: float = field(default=0.0, metadata={"help": "share of the training data kept aside to choose settings on"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+    resume: bool = field(
+        default=False, metadata={"help": "go on from the last whole checkpoint in output_dir; if there is none, begin"}
+    )
     license: str | None = field(
         default=None,
         metadata={"help": "of the weights that come out, for the model card, as the Hub writes it: mit, apache-2.0 …"},

@@ -123,6 +123,8 @@ def _size(folder: Path) -> int:
 def main(argv: list[str] | None = None) -> None:
     try:
         *recipe, args = parse((*RECIPE, EstimateArguments), argv)
+        if args.probe_steps < 1:
+            raise RecipeError(f"--probe_steps {args.probe_steps}: expected at least 1")
         recipe[2].disable_tqdm = True
         logging.disable_progress_bar()
         cost = predict(*recipe, steps=args.probe_steps)

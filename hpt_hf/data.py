@@ -162,7 +162,9 @@ def load_pictures(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labe
         name = path.stem if path.exists() else f"{spec.path}:{spec.split}"
     if names is not None:
         _check_labels(rows, names, spec.path)
-    classes = _reconcile(rows, names, spec.classes, spec.path)
+    classes, places = match_classes(names, spec.classes, spec.path)
+    if places is not None and rows.labels:
+        rows.labels = [None if v is None else places[v] for v in rows.labels]
     if classes is None:
         raise ValueError(
             f"{spec.path} names no classes: its labels are plain numbers, or it has none. Give the names: --classes cat dog … or --classes_file names.txt"
@@ -255,8 +257,8 @@ def _table(spec: DatasetSpec) -> tuple[_Table, tuple[str, ...] | None]:
         raise FileNotFoundError(f"no data at {spec.path}: neither a file nor a folder, and not a Hub id of the form owner/name")
     else:
         table = datasets.load_dataset(spec.path, spec.config, split=split, revision=spec.revision)
-    image = _column(table, spec.image, datasets.Image, "image", spec.path)
-    label = _column(table, spec.label, datasets.ClassLabel, "label", spec.path, required=False)
+    image = find_column(table, spec.image, datasets.Image, "image", spec.path)
+    label = find_column(table, spec.label, datasets.ClassLabel, "label", spec.path, required=False)
     if label is None and "label" in table.column_names:
         label = "label"
     names = None
@@ -352,7 +354,8 @@ def _shard(shard: Path, image: str | None, label: str) -> list[tuple[tuple[Path,
     return rows
 
 
-def _column(table: datasets.Dataset, given: str | None, kind: type, what: str, path: str, *, required: bool = True) -> str | None:
+def find_column(table, given: str | None, kind: type, what: str, path: str, *, required: bool = True) -> str | None:
+    """The column of `table`, a data set or a stream, that holds the `what`: the given one, or the only one of that kind."""
     if given is not None:
         if given not in table.column_names:
             raise ValueError(f"{path} has no column {given!r} for the {what}; it has {', '.join(table.column_names)}")
@@ -383,34 +386,35 @@ def _check_labels(rows, classes: Sequence[str], path: str) -> None:
         raise ValueError(f"{missing} of {len(labels)} rows of {path} have no label: label all of them or none")
 
 
-def _reconcile(
-    rows, names: Sequence[str] | None, given: Sequence[str] | dict[str, str] | None, path: str
-) -> Sequence[str] | None:
-    """The class list, from the data's own names and the user's. Matches by name where it can, so that an order can never shift labels silently."""
+def match_classes(
+    names: Sequence[str] | None, given: Sequence[str] | dict[str, str] | None, path: str
+) -> tuple[Sequence[str] | None, list[int] | None]:
+    """(class list, place in it of each of the data's own names), from these names and the user's; None: labels stay as they are.
+
+    Matches by name where it can, so that an order can never shift labels silently.
+    """
     if given is None or names is None:
         if isinstance(given, dict):
             raise ValueError(
                 f"{path} names no classes, so a map from its names to others cannot be applied: give a list of names in label order"
             )
-        return names if given is None else given
+        return (names if given is None else given), None
     if isinstance(given, dict):
         unknown = [n for n in names if n not in given]
         if unknown:
             raise ValueError(
                 f"the map of class names has no entry for {unknown[:5]}, {len(unknown)} of the {len(names)} classes of {path}"
             )
-        return tuple(given[n] for n in names)
+        return tuple(given[n] for n in names), None
     if set(names) <= set(given) and len(set(names)) == len(names):
-        place = [list(given).index(n) for n in names]
-        rows.labels = rows.labels and [None if v is None else place[v] for v in rows.labels]
-        return given
+        return given, [list(given).index(n) for n in names]
     if len(given) != len(names):
         raise ValueError(
             f"{len(given)} class names were given and {path} has {len(names)} classes ({', '.join(names[:5])} …): give as many, in that order, or a list with all its names"
         )
     renamed = [f"{a} -> {b}" for a, b in zip(names, given, strict=True) if a != b]
     logger.warning(f"{len(renamed)} of {len(names)} classes of {path} are renamed, in their order: {', '.join(renamed[:5])} …")
-    return given
+    return given, None
 
 
 def read_classes(file: str | Path) -> tuple[str, ...] | dict[str, str]:
@@ -477,7 +481,7 @@ class Collate:
         return [np.asarray(p).transpose(1, 2, 0) for p in cut]
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        pictures = [r["image"] for r in rows]
+        pictures = [_decoded(r) for r in rows]
         if self.native or all(p.size == (self._side, self._side) for p in pictures):
             images = np.stack([np.asarray(p) for p in pictures])
         else:
@@ -491,6 +495,18 @@ class Collate:
         if rows[0]["label"] is not None:
             batch["labels"] = torch.tensor([r["label"] for r in rows])
         return batch
+
+
+def _decoded(row: dict) -> Image.Image:
+    """The picture of a row; a stream's are decoded here, by the process that asks for them."""
+    if not isinstance(row["image"], bytes):
+        return row["image"]
+    try:
+        return to_rgb(row["image"])
+    except Exception as error:  # Pillow's decoders raise a zoo of types on damaged files
+        raise ValueError(
+            f"{row['where']} cannot be read ({type(error).__name__}: {error}): a stream cannot leave pictures out, since its epochs would lose their length; repair or remove it"
+        ) from error
 
 
 def to_images(pixels: np.ndarray) -> Images:

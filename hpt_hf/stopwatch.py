@@ -20,7 +20,7 @@ class Stopwatch(TrainerCallback):
     """Takes the time of every optimizer step, its data included; checkpoints and evaluations apart. Says once when the run will be over."""
 
     def __init__(self, schedule: Schedule, device: torch.device):
-        self.schedule, self.device = schedule, device
+        self.schedule, self.device, self.quiet = schedule, device, False
         self.steps: list[list[float]] = []
         self.saving = 0.0  # seconds of the last checkpoint
         self._mark = 0.0
@@ -36,7 +36,9 @@ class Stopwatch(TrainerCallback):
         """Seconds from the global step `step` to the end of the schedule."""
         total, begins = 0.0, 0
         for number, phase in enumerate(self.schedule.phases):
-            total += self.seconds(number) * max(0, min(phase.steps, begins + phase.steps - step))
+            left = min(phase.steps, begins + phase.steps - step)
+            if left > 0:
+                total += self.seconds(number) * left
             begins += phase.steps
         return total
 
@@ -47,12 +49,13 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         done = state.global_step - 1
         self.steps[self.schedule.number(done)].append(self._lap())
-        if sum(map(len, self.steps)) == KNOWN and state.is_world_process_zero and state.global_step < self.schedule.total_steps:
+        if sum(map(len, self.steps)) == KNOWN and not self.quiet and state.is_world_process_zero:
             rest = self.remaining(state.global_step)
             progress(
-                f"{rest / 3600:.2f} hours to go ({duration(rest)}, until {time.strftime('%H:%M on %d %B', time.localtime(time.time() + rest))}): "
-                f"{self.schedule.total_steps - state.global_step} steps of {self.seconds(self.schedule.number(done)):.3g} s on {args.world_size} process"
-                f"{'es' * (args.world_size > 1)}; {peak_memory(self.device) / 2**30:.1f} GiB of memory so far. Checkpoints and evaluations come on top."
+                f"{duration(rest)} to go, until {time.strftime('%H:%M on %d %B', time.localtime(time.time() + rest))}: "
+                f"{self.schedule.total_steps - state.global_step} steps of {self.seconds(self.schedule.number(done)):.3g} s; {rest / 3600 * args.world_size:.3g} "
+                f"{'GPU' if self.device.type == 'cuda' else 'process'}-hours, {peak_memory(self.device) / 2**30:.1f} GiB of memory a process so far. "
+                "Checkpoints and evaluations come on top."
             )
 
     def on_save(self, args, state, control, **kwargs):

@@ -15,6 +15,7 @@ from hpt_hf.evaluation import finish
 from hpt_hf.lab.suite import WEIGHTS, open_pictures
 from hpt_hf.objectives import OBJECTIVES, Divergence, Objective
 from hpt_hf.schedule import Schedule
+from hpt_hf.stream import open_stream
 from hpt_hf.threat import ThreatModel, parse_eps
 from hpt_hf.trainer import HPTTrainer, TrainingAttack
 from hpt_hf.zero_shot import ZeroShotCLIP
@@ -100,8 +101,16 @@ def build(
     step_size = None if method.attack_step_size is None else parse_eps(method.attack_step_size)
     attack = TrainingAttack(threat, method.attack_steps, step_size)
     spec = dataset_spec(data, data.dataset, data.dataset_split, revision=data.dataset_revision)
-    pictures = open_pictures(spec, training=True, data_dir=data.data_dir, on_corrupt=data.on_corrupt)
-    train_part, eval_part = held_out(pictures, method.held_out, seed=0)
+    if data.streaming:
+        if method.held_out or data.on_corrupt == "skip":
+            raise RecipeError(
+                "a stream is not looked at before training: held_out and on_corrupt skip cannot be had with --streaming"
+            )
+        pictures = train_part = open_stream(spec, pictures=data.pictures)
+        eval_part = None
+    else:
+        pictures = open_pictures(spec, training=True, data_dir=data.data_dir, on_corrupt=data.on_corrupt)
+        train_part, eval_part = held_out(pictures, method.held_out, seed=0)
     global_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     if len(train_part) < global_batch:
         raise RecipeError(
@@ -133,7 +142,15 @@ def build(
 def run(data: DataArguments, method: MethodArguments, training: RecipeTrainingArguments) -> dict:
     """Train, measure on the held-out slice, export to `output_dir`; returns what `train.json` records."""
     trainer = build(data, method, training)
-    trainer.train(resume_from_checkpoint=True if method.resume else None)
+    last = None
+    if method.resume:
+        try:
+            last = trainer.last_checkpoint()
+        except (
+            FileNotFoundError
+        ) as error:  # killed before its first checkpoint stood: whoever restarts it in a loop should not have to look
+            logger.warning(f"{error}: it begins at the beginning")
+    trainer.train(resume_from_checkpoint=last)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     record = trainer.record() | {
         "method": method.method,

@@ -5,12 +5,13 @@ Few hooks and no formula: the loss is in `objectives.py`, the attack in `attacks
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalPrediction, HubStrategy, sort_checkpoints
 from transformers.utils import logging
 
@@ -19,12 +20,13 @@ from hpt_hf.card import TRAINED, write_card
 from hpt_hf.data import LabelledPictures
 from hpt_hf.export import export
 from hpt_hf.hub import holds_model, open_repo, push, push_checkpoint
-from hpt_hf.kernels import keep_memory
+from hpt_hf.kernels import compile_layers, keep_memory
 from hpt_hf.objectives import Views
 from hpt_hf.schedule import PIVOT_FILE, GPDCallback, Schedule
 from hpt_hf.scores import commit, hardware, versions
 from hpt_hf.shapes import Images, Keys
 from hpt_hf.stopwatch import Stopwatch
+from hpt_hf.stream import StreamedPictures
 from hpt_hf.threat import Noise, ThreatModel
 from hpt_hf.zero_shot import ZeroShotCLIP, fingerprint
 
@@ -99,15 +101,25 @@ class HPTTrainer(Trainer):
         self.schedule, self.attack, self.hub_overwrite = schedule, attack, hub_overwrite
         self.gpd = GPDCallback(schedule, student.freeze_text())
         self._seconds, self._exported = 0.0, None
+        data = kwargs.get("train_dataset")
+        if isinstance(data, StreamedPictures):
+            data.seed, data.chunk = args.seed, args.train_batch_size * args.world_size
+            # Every process reads the stream and decodes its own share, instead of one that decodes for all.
+            args.accelerator_config.dispatch_batches = False
         if args.device.type == "cpu":
             keep_memory()
         kwargs.setdefault("compute_metrics", accuracies)
+        # The Trainer's own would compile the wrapped forward alone: neither the attack, which is most of a step, nor the references go through it.
+        compiled, args.torch_compile = args.torch_compile, False
         super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
         # `.to`, not accelerator.prepare_model: that would make a later evaluate() skip preparing the student, in fp32 silently.
         self.proxy = None if proxy is None else proxy.to(args.device).eval().requires_grad_(False)
         self.anchor = None
         if "anchor" in needed:
             self.anchor = _copy(student).to(args.device).eval().requires_grad_(False)
+        for model in (student, self.proxy, self.anchor):
+            if compiled and model is not None:
+                compile_layers(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.gpd.move(args.device)
         self.stopwatch = Stopwatch(schedule, args.device)
         self.add_callback(self.gpd)
@@ -217,24 +229,38 @@ class HPTTrainer(Trainer):
             FileNotFoundError, ValueError: no such checkpoint, or one that does not belong to this run.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_checkpoint()
+            resume_from_checkpoint = self.last_checkpoint()
         if resume_from_checkpoint:
             if not Path(resume_from_checkpoint).is_dir():
                 raise FileNotFoundError(f"no checkpoint at {resume_from_checkpoint}")
             self.gpd.load(resume_from_checkpoint)
+            if isinstance(self.train_dataset, StreamedPictures):
+                self._take_up(self.train_dataset, resume_from_checkpoint)
         start = time.time()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             self._seconds += time.time() - start
 
+    def _take_up(self, stream: StreamedPictures, checkpoint: str) -> None:
+        """Let the stream pass over what was trained on before the checkpoint; the Trainer counts those places, and nobody decodes them."""
+        done = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+        per_step = stream.chunk * self.args.gradient_accumulation_steps
+        batches = len(stream) // stream.chunk if self.args.dataloader_drop_last else math.ceil(len(stream) / stream.chunk)
+        steps = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+        stream.epoch, stream.start = done // steps, done % steps * per_step
+
     def shorten(self, steps: int) -> None:
         """Cut every phase to at most `steps` steps: enough to see what the run would cost, see `hpt_hf.cost`."""
         self.schedule = self.gpd.schedule = self.stopwatch.schedule = self.schedule.shortened(steps)
-        self.args.max_steps = self.schedule.total_steps
+        self.args.max_steps, self.stopwatch.quiet = self.schedule.total_steps, True
 
-    def _last_checkpoint(self) -> str:
-        """The newest checkpoint that is whole: a run that was killed while saving left one that is not."""
+    def last_checkpoint(self) -> str:
+        """The newest checkpoint that is whole: a run that was killed while saving left one that is not.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
         checkpoints = sort_checkpoints(self.args.output_dir)[::-1]
         if not checkpoints:
             raise FileNotFoundError(
@@ -265,7 +291,7 @@ class HPTTrainer(Trainer):
         return {
             "method": "+".join(p.objective.name for p in self.schedule.phases),
             **self._origins,
-            "dataset": data.name if isinstance(data, LabelledPictures) else type(data).__name__,
+            "dataset": data.name if isinstance(data, (LabelledPictures, StreamedPictures)) else type(data).__name__,
             "pictures": len(data),
             "classes": len(self.accelerator.unwrap_model(self.model).classes),
             "phases": [

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import CLASSES, gpd_schedule, make_pictures, make_trainer, weights
@@ -30,7 +32,7 @@ def train(folder: Path, student_path: str, proxy_path: str, batch_size: int) -> 
         folder,
         student,
         # Rates at which one pixel whose gradient is rounded to the other sign does not reach the sixth decimal.
-        gpd_schedule(warm_up_learning_rate=3e-4, learning_rate=1e-3),
+        gpd_schedule(warm_up_steps=10, steps=10, interval=4, warm_up_learning_rate=3e-4, learning_rate=1e-3),
         proxy=proxy,
         held_out=make_pictures(19, seed=3),
         per_device_train_batch_size=batch_size,
@@ -106,7 +108,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(one, two, student_path
 
 
 def test_the_log_is_the_mean_over_the_processes(one, two):
-    assert [e["phase"] for e in one["log"]] == ["ga"] * 5 + ["hpt"] * 5
+    assert [e["phase"] for e in one["log"]] == ["ga"] * 10 + ["hpt"] * 10
     for a, b in zip(one["log"], two[0]["log"], strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - {"phase", "grad_norm"}:
@@ -143,6 +145,65 @@ def test_the_recipe_runs_on_two_processes_and_exports_once(tmp_path, student_pat
     exported = [load_file(tmp_path / f"out{c}" / "model.safetensors") for c in (1, 2)]
     assert largest_difference(*exported) < 1e-6
     assert largest_difference(exported[0], load_file(Path(student_path) / "model.safetensors")) > 1e-4
+
+
+def until_done(folder: Path, flags: list[str], kills: list[float]) -> int:
+    """Train on two processes, killing all of them so many seconds after each start, and resuming; returns how many kills struck a run that was not done."""
+    script = str(Path(__file__).parent.parent / "recipes" / "train.py")
+    struck = 0
+    for delay in [*kills, None]:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), script]
+        log = folder.with_suffix(".log").open("a")
+        process = subprocess.Popen(
+            [*launcher, *flags, "--output_dir", str(folder), "--resume", "true"], stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            assert process.wait(timeout=240 if delay is None else delay) == 0, folder.with_suffix(".log").read_text()
+        except subprocess.TimeoutExpired:
+            assert delay is not None, "the last run must end"
+            struck += 1
+        finally:
+            # The launcher gives each worker a session of its own: they are found as its children.
+            for victim in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
+                victim.kill()
+            process.wait()
+            log.close()
+    return struck
+
+
+def kill_two_processes(tmp_path, student_path, proxy_path, kills: list[float], steps: int) -> None:
+    from conftest import write_image_folder
+    from safetensors.torch import load_file
+
+    data = write_image_folder(tmp_path / "data", make_pictures())
+    said = f"--method hpt_gpd --max_steps {steps} --interval 7 --use_cpu true --disable_tqdm true --eps 8/255 --learning_rate 1e-2 --ga_learning_rate 1e-3"
+    said += (
+        f" --model_name_or_path {student_path} --proxy_name_or_path {proxy_path} --dataset {data} --per_device_train_batch_size 4"
+    )
+    flags = [*said.split(), "--save_strategy", "steps", "--save_steps", "3"]
+    assert until_done(tmp_path / "alone", flags, []) == 0
+    struck = until_done(tmp_path / "killed", flags, kills)
+    print(
+        f"{struck} of {len(kills)} kills struck; checkpoints {sorted(p.name for p in (tmp_path / 'killed').glob('checkpoint-*'))}"
+    )
+    assert struck >= 1, "killed too late to prove anything"
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "alone"))
+    assert largest_difference(ours, theirs) == 0
+    assert largest_difference(ours, load_file(Path(student_path) / "model.safetensors")) > 1e-4
+
+
+def test_two_processes_killed_before_the_first_checkpoint_and_later_end_as_if_left_alone(tmp_path, student_path, proxy_path):
+    """The first kill falls into the imports: `--resume true` begins then."""
+    kill_two_processes(tmp_path, student_path, proxy_path, [2.0, 14.0], steps=150)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_at_random_moments_end_as_if_left_alone(tmp_path, student_path, proxy_path):
+    rng = random.Random(int(os.environ.get("KILL_SEED", "0")))
+    kill_two_processes(tmp_path, student_path, proxy_path, [rng.uniform(5, 22) for _ in range(6)], steps=600)
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,213 @@
+"""What a training attack costs and what robustness it buys: one method, one budget of steps, cheaper and dearer attacks, several seeds.
+
+    python benchmarks/attack_cost.py --output outputs/attack_cost            # goes on where it was stopped; two may share the work
+    python benchmarks/attack_cost.py --output outputs/attack_cost --collect docs/results/attack_cost.json
+
+The method is HPT-GPD with the quickstart's settings. Cost is counted, not timed: forward and backward passes of the student for each training image, the
+training pass itself (3: forward, pixels and weights) and the proxy's forward apart. Robust accuracy is under `standard` (APGD-CE, APGD-T, Square), on
+zero-shot tasks; the training attack's own success and PGD-20 stand beside it, since an attack whose victims only look robust to it (catastrophic
+overfitting: Wong et al. 2020, arXiv 2001.03994) is found by comparing them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from hpt_hf.arguments import RECIPE, parse
+from hpt_hf.attacks import checked, pgd
+from hpt_hf.evaluation import EvaluationAttack, evaluate
+from hpt_hf.kernels import keep_memory
+from hpt_hf.lab.suite import LAB_SUITE, lab_pictures
+from hpt_hf.report import markdown, progress, write_json
+from hpt_hf.scores import hardware, mean, versions
+from hpt_hf.threat import Noise, ThreatModel
+from hpt_hf.train import build
+from hpt_hf.trainer import TrainingAttack
+from hpt_hf.zero_shot import ZeroShotCLIP
+
+RECIPE_FILE = "recipes/quickstart.yaml"
+PIXEL = 1 / 255
+
+
+@dataclass(frozen=True)
+class FromClean(TrainingAttack):
+    """FGSM: no random start."""
+
+    def __call__(self, loss_fn, images, keys, *, seed, draw):
+        return pgd(loss_fn, images, self.threat, steps=self.steps, step_size=self.step_size, noise=None)
+
+
+@dataclass(frozen=True)
+class Carried(TrainingAttack):
+    """Starts from where the image's attack of the epoch before ended."""
+
+    last: dict = field(default_factory=dict)
+
+    def __call__(self, loss_fn, images, keys, *, seed, draw):
+        images, noise = checked(images, None), Noise(keys, seed, draw)
+        fresh = self.threat.random_start(images, noise) - images
+        start = torch.stack([self.last.get(k, fresh[i]) for i, k in enumerate(keys.tolist())])
+        perturbed = self.threat.project(images + start, images)
+        for _ in range(self.steps):
+            with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+                x = perturbed.detach().requires_grad_(True)
+                (gradient,) = torch.autograd.grad(loss_fn(x).sum(), x)
+            perturbed = self.threat.project(x.detach() + self.step_size * self.threat.ascent_direction(gradient), images)
+        self.last.update(zip(keys.tolist(), (perturbed - images).unbind(), strict=True))
+        return perturbed
+
+
+@dataclass(frozen=True)
+class HalfPrecision(TrainingAttack):
+    """Forward passes in bfloat16."""
+
+    def __call__(self, loss_fn, images, keys, *, seed, draw):
+        def half(x):
+            with torch.autocast(x.device.type, torch.bfloat16):
+                return loss_fn(x)
+
+        return super().__call__(half, images, keys, seed=seed, draw=draw)
+
+
+@dataclass(frozen=True)
+class HalfTheTokens(TrainingAttack):
+    """Each batch's attack sees a random half of the patches; `embeddings` is set to the student's."""
+
+    embeddings: list = field(default_factory=list)
+
+    def __call__(self, loss_fn, images, keys, *, seed, draw):
+        def drop(module, inputs, tokens):
+            patches = torch.randperm(tokens.shape[1] - 1, generator=torch.Generator().manual_seed(hash((seed, draw)) % 2**31)) + 1
+            return tokens[:, [0, *patches[: len(patches) // 2].sort().values.tolist()]]
+
+        hook = self.embeddings[0].register_forward_hook(drop)
+        try:
+            return super().__call__(loss_fn, images, keys, seed=seed, draw=draw)
+        finally:
+            hook.remove()
+
+
+# name -> (class, steps, step size in 255ths, what is special, cost of the attack in passes)
+OPTIONS = {
+    "1 step, no random start": (FromClean, 1, 6, 2.0),
+    "1 step of 1.25 eps": (TrainingAttack, 1, 7.5, 2.0),
+    "1 step, carried over": (Carried, 1, 6, 2.0),
+    "2 steps of eps (paper)": (TrainingAttack, 2, 6, 4.0),
+    "3 steps": (TrainingAttack, 3, 3, 6.0),
+    "5 steps": (TrainingAttack, 5, 2, 10.0),
+    "10 steps": (TrainingAttack, 10, 1, 20.0),
+    "3 steps, half the tokens": (HalfTheTokens, 3, 3, 3.2),  # 9 of 17
+    "3 steps in bfloat16": (HalfPrecision, 3, 3, 6.0),
+}
+
+
+def measure(name: str, seed: int, limit: int, tasks: list) -> dict:
+    kind, steps, size, passes = OPTIONS[name]
+    with tempfile.TemporaryDirectory() as place:
+        trainer = build(
+            *parse(RECIPE, ["--config", RECIPE_FILE, "--seed", str(seed), "--output_dir", place, "--disable_tqdm", "true"])
+        )
+        trainer.attack = kind(trainer.attack.threat, steps, size * PIXEL)
+        if kind is HalfTheTokens:
+            trainer.attack.embeddings.append(trainer.model.vision_model.embeddings)
+        trainer.train()
+        model: ZeroShotCLIP = trainer.model
+        own = [e["robust_batch_accuracy"] for e in trainer.state.log_history if "robust_batch_accuracy" in e][-3:]
+        found = {
+            "passes": passes,
+            "seed": seed,
+            "seconds": trainer.stopwatch.seconds(1),
+            "own_attack": 100 * statistics.mean(own),
+        }
+    threat = ThreatModel("linf", "6/255")
+    for attack in ("pgd", "standard"):
+        scores = [evaluate(model, pictures, EvaluationAttack(threat, attack), name=name, limit=limit) for pictures in tasks]
+        found[attack] = mean(scores)
+        found["pictures"] = sum(s.n for s in scores)
+    return found
+
+
+def table(results: dict) -> str:
+    """Means over the seeds; in brackets the lowest and the highest."""
+
+    def cell(values):
+        return f"{statistics.mean(values):.1f} ({min(values):.1f}–{max(values):.1f})"
+
+    rows = []
+    for name, runs in results["options"].items():
+        own = cell([r["own_attack"] for r in runs])
+        strict = cell([r["standard"]["robust"] for r in runs])
+        rows.append(
+            (
+                name,
+                runs[0]["passes"],
+                cell([r["pgd"]["clean"] for r in runs]),
+                cell([r["pgd"]["robust"] for r in runs]),
+                strict,
+                own,
+            )
+        )
+    return markdown(
+        (
+            "training attack",
+            "passes an image",
+            "clean %",
+            "robust %, PGD-20",
+            "robust %, standard",
+            "robust to its own, in training %",
+        ),
+        rows,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("outputs/attack_cost"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--limit", type=int, default=30, help="pictures of each of the tasks")
+    parser.add_argument("--collect", type=Path, help="put what --output holds together into this file, and print the table")
+    args = parser.parse_args()
+    files = {(n, s): args.output / f"{list(OPTIONS).index(n)}-{s}.json" for s in args.seeds for n in OPTIONS}
+    if args.collect:
+        options = {n: [json.loads(files[n, s].read_text()) for s in args.seeds if files[n, s].is_file()] for n in OPTIONS}
+        results = {
+            "options": {n: r for n, r in options.items() if r},
+            "limit": args.limit,
+            "tasks": len(LAB_SUITE),
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        write_json(args.collect, results)
+        print(table(results))
+        return
+    logging.disable_progress_bar()
+    keep_memory()
+    tasks = [lab_pictures(t.removeprefix("lab:"), args.limit, faces="test", seed=2) for t in LAB_SUITE]
+    for (name, seed), file in files.items():
+        claim = file.with_suffix(".claim")
+        claim.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        try:
+            found = measure(name, seed, args.limit, tasks)
+        except BaseException:
+            claim.unlink()
+            raise
+        write_json(file, found)
+        progress(
+            f"{name}, seed {seed}: clean {found['pgd']['clean']:.1f}, PGD-20 {found['pgd']['robust']:.1f}, standard {found['standard']['robust']:.1f}, own {found['own_attack']:.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
