@@ -108,10 +108,17 @@ class HPTTrainer(Trainer):
             args.accelerator_config.dispatch_batches = False
         if args.device.type == "cpu":
             keep_memory()
+        elif args.dataloader_pin_memory:
+            args.accelerator_config.non_blocking = True  # the copy of a batch goes on while the step before is computed
         kwargs.setdefault("compute_metrics", accuracies)
         # The Trainer's own would compile the wrapped forward alone: neither the attack, which is most of a step, nor the references go through it.
         compiled, args.torch_compile = args.torch_compile, False
         super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "FSDP and DeepSpeed shard the weights, and GPD's average, its restart and the export work on whole ones: use DDP (recipes/accelerate/ddp.yaml), "
+                "with --activation_checkpointing true and a smaller --per_device_train_batch_size where memory is short"
+            )
         # `.to`, not accelerator.prepare_model: that would make a later evaluate() skip preparing the student, in fp32 silently.
         self.proxy = None if proxy is None else proxy.to(args.device).eval().requires_grad_(False)
         self.anchor = None
