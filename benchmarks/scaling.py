@@ -133,10 +133,10 @@ def plot(found: dict, path: Path) -> None:
         x, values = [int(n) for n in found[key]], list(found[key].values())
         spans = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
         ax.errorbar(x, [v["value"] for v in values], yerr=spans, marker="o", capsize=3)
-        ax.set(title=title, ylabel="seconds a step", xlim=(0, None), ylim=(0, None))
+        ax.set(title=title, ylabel="seconds a step", xlim=(0, None), ylim=(0, None), xticks=x)
     bars = found["references"]
     axes[2].barh([n.replace(" (", "\n(") for n in bars], [v["value"] for v in bars.values()], color="tab:blue")
-    axes[2].set(title="reference beside the student", xlabel="seconds a step")
+    axes[2].set(title="reference model", xlabel="seconds a step")
     with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):
         figure.savefig(path, metadata={"Date": None})
 

@@ -109,7 +109,7 @@ class RecipeTrainingArguments(TrainingArguments):
 class EstimateArguments:
     """What `recipes/estimate.py` asks beside a recipe."""
 
-    probe_steps: int = field(default=20, metadata={"help": "steps of each phase that are run and timed"})
+    probe_steps: int = field(default=40, metadata={"help": "steps of each phase that are run and timed"})
 
 
 @dataclass

@@ -61,7 +61,7 @@ class Cost:
         )
 
 
-def predict(data: DataArguments, method: MethodArguments, training: RecipeTrainingArguments, *, steps: int = 20) -> Cost:
+def predict(data: DataArguments, method: MethodArguments, training: RecipeTrainingArguments, *, steps: int = 40) -> Cost:
     """The cost of `train.run` with these arguments, from `steps` steps of every phase, one checkpoint, some of the held-out slice and one export.
 
     The probe works in a temporary folder: `output_dir` is not touched, and nothing is pushed.

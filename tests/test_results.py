@@ -8,6 +8,7 @@ from pathlib import Path
 import compare
 import independent
 import pytest
+import scaling
 import step
 
 from hpt_hf import dial
@@ -80,7 +81,22 @@ def test_results_show_the_dial():
 
 def test_performance_shows_the_benchmarks_own_table():
     summary = json.loads((ROOT / "docs" / "results" / "step.json").read_text())
-    assert len(step.table(summary).splitlines()) == 2 + 5
+    assert len(step.table(summary).splitlines()) == 2 + 7
     assert missing(step.table(summary), "docs/performance.md") == []
     pixels, (ours, plain) = summary["same"]["share_of_pixels_that_differ"], summary["same"]["loss"]
     assert pixels < 1e-4 and abs(ours - plain) < 1e-4 * plain, "the two steps do the same thing"
+
+
+def test_performance_shows_how_a_step_grows():
+    found = json.loads((ROOT / "docs" / "results" / "scaling.json").read_text())
+    assert len(scaling.table(found).splitlines()) == 2 + 5 + 4 + 3
+    assert missing(scaling.table(found), "docs/performance.md") == []
+    assert missing(scaling.loading_table(found), "docs/performance.md") == []
+
+
+def test_counting_plain_operations_from_small_steps_is_exact(monkeypatch):
+    """The four small counts give the large one, whatever the four terms are."""
+    monkeypatch.setattr(
+        step, "count_flops", lambda kind, folder, classes, images: 7 + 11 * classes + 13 * images + 17 * classes * images
+    )
+    assert step.count_plain_flops(Path(), 200, 16) == 7 + 11 * 200 + 13 * 16 + 17 * 200 * 16

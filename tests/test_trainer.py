@@ -17,7 +17,7 @@ from hpt_hf.data import Collate
 from hpt_hf.objectives import OBJECTIVES
 from hpt_hf.schedule import Phase, Schedule
 from hpt_hf.threat import Noise, ThreatModel
-from hpt_hf.trainer import TrainingAttack
+from hpt_hf.trainer import HPTTrainer, TrainingAttack
 from hpt_hf.zero_shot import ZeroShotCLIP, ZeroShotOutput, fingerprint
 
 FROZEN = ("text_model.", "text_projection.", "logit_scale")
@@ -443,3 +443,17 @@ def test_evaluating_on_the_way_does_not_change_the_run(student_path, proxy, tmp_
         results.append((weights(student), history))
     assert largest_difference(results[0][0], results[1][0]) == 0
     assert results[0][1] == results[1][1]
+
+
+@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_weights_are_refused_before_anything_is_trained(tmp_path, student, proxy, monkeypatch, kind):
+    """Where there is a GPU accelerate turns them on; on a CPU it would fall back to DDP in silence."""
+    prepared = HPTTrainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        prepared(self)
+        setattr(self, kind, True)
+
+    monkeypatch.setattr(HPTTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ValueError, match=r"FSDP and DeepSpeed shard the weights.*use DDP .recipes/accelerate/ddp.yaml"):
+        make_trainer(tmp_path, student, gpd_schedule(), proxy=proxy)
