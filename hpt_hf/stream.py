@@ -7,6 +7,7 @@ that the uninterrupted one would have met, whatever the number of processes and 
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ class StreamedPictures(torch.utils.data.IterableDataset):
 
     Args:
         rows: a `datasets.IterableDataset`, images not decoded.
-        length: pictures of an epoch.
+        length: pictures there are; an epoch ends with the last whole batch, since every step must weigh the same.
         image, label: their columns.
         places: number in the label column -> index in `classes`; None: the same.
         chunk: pictures of a batch over all processes: whole ones go to each of the loader's workers in turn.
@@ -51,7 +52,7 @@ class StreamedPictures(torch.utils.data.IterableDataset):
     epoch: int = 0
 
     def __len__(self) -> int:
-        return self.length
+        return self.length // self.chunk * self.chunk
 
     @property
     def labelled(self) -> bool:
@@ -76,7 +77,7 @@ class StreamedPictures(torch.utils.data.IterableDataset):
         first = self.start // BLOCK
         yield from ((place, blank) for place in range(first * BLOCK))
         # `iter` and not the plain loop: in a loader's worker that would hand out the worker's own shards only.
-        blocks = shards.skip(first * BLOCK).take(self.length - first * BLOCK).iter(batch_size=BLOCK)
+        blocks = shards.skip(first * BLOCK).take(len(self) - first * BLOCK).iter(batch_size=BLOCK)
         place = first * BLOCK
         for number, block in enumerate(blocks, first):
             order = np.random.default_rng([self.seed, self.epoch, number]).permutation(len(block[self.image]))
@@ -84,7 +85,7 @@ class StreamedPictures(torch.utils.data.IterableDataset):
                 row = {column: values[index] for column, values in block.items()}
                 yield place, blank if place < self.start else self._row(row, number * BLOCK + index)
                 place += 1
-        if place < self.length:
+        if place < len(self):
             raise ValueError(
                 f"{self.name} ended after {place} pictures, and was said to have {self.length}: give the number with --pictures"
             )
@@ -119,7 +120,13 @@ def open_stream(spec: DatasetSpec, *, pictures: int | None = None) -> StreamedPi
     if path.exists():
         files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
         if path.is_dir():
-            files = [f for f in files if f.name.startswith(f"{spec.split}-")] or files
+            # The Hub's own names say which split a file belongs to; files of other names are all taken.
+            splits = {f: found[1] for f in files if (found := re.fullmatch(r"(.+)-\d+-of-\d+", f.stem))}
+            if splits and spec.split not in splits.values():
+                raise ValueError(
+                    f"{path} has no split {spec.split!r}; it has {', '.join(sorted(set(splits.values())))}: choose one with --dataset_split"
+                )
+            files = [f for f in files if splits[f] == spec.split] if len(splits) == len(files) else files
         if not files or any(f.suffix != ".parquet" for f in files):
             raise ValueError(
                 f"{path} cannot be streamed: expected a Hub id, a parquet file or a folder of them; image folders and tar shards are read where they lie, without --streaming"
@@ -133,6 +140,8 @@ def open_stream(spec: DatasetSpec, *, pictures: int | None = None) -> StreamedPi
     else:
         rows = datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision, streaming=True)
         known = rows.info.splits[spec.split].num_examples if spec.split in (rows.info.splits or {}) else None
+    if pictures is not None and pictures < 1:
+        raise ValueError(f"--pictures {pictures}: expected at least 1")
     length = pictures or known
     if not length:
         raise ValueError(

@@ -101,6 +101,8 @@ def build(
     step_size = None if method.attack_step_size is None else parse_eps(method.attack_step_size)
     attack = TrainingAttack(threat, method.attack_steps, step_size)
     spec = dataset_spec(data, data.dataset, data.dataset_split, revision=data.dataset_revision)
+    if data.pictures is not None and not data.streaming:
+        raise RecipeError("--pictures says how long a stream is: without --streaming true all pictures of the data set are taken")
     if data.streaming:
         if method.held_out or data.on_corrupt == "skip":
             raise RecipeError(

@@ -253,8 +253,7 @@ class HPTTrainer(Trainer):
         """Let the stream pass over what was trained on before the checkpoint; the Trainer counts those places, and nobody decodes them."""
         done = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
         per_step = stream.chunk * self.args.gradient_accumulation_steps
-        batches = len(stream) // stream.chunk if self.args.dataloader_drop_last else math.ceil(len(stream) / stream.chunk)
-        steps = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+        steps = math.ceil(len(stream) / stream.chunk / self.args.gradient_accumulation_steps)
         stream.epoch, stream.start = done // steps, done % steps * per_step
 
     def shorten(self, steps: int) -> None:

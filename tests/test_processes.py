@@ -147,6 +147,22 @@ def test_the_recipe_runs_on_two_processes_and_exports_once(tmp_path, student_pat
     assert largest_difference(exported[0], load_file(Path(student_path) / "model.safetensors")) > 1e-4
 
 
+def test_two_processes_stream_as_one(tmp_path, student_path, proxy_path):
+    """Each reads the whole stream and decodes its own half of every batch."""
+    from safetensors.torch import load_file
+    from test_stream import write_parquet
+
+    data = write_parquet(tmp_path / "data", make_pictures(43))
+    said = f"--method hpt_gpd --streaming true --dataset {data} --max_steps 8 --interval 3 --use_cpu true --disable_tqdm true --eps 8/255"
+    said += f" --learning_rate 1e-3 --ga_learning_rate 1e-3 --model_name_or_path {student_path} --proxy_name_or_path {proxy_path}"
+    for count, batch in ((1, 8), (2, 4)):
+        more = ["--per_device_train_batch_size", str(batch), "--output_dir", str(tmp_path / f"out{count}")]
+        launch(count, str(Path(__file__).parent.parent / "recipes" / "train.py"), *said.split(), *more)
+    exported = [load_file(tmp_path / f"out{c}" / "model.safetensors") for c in (1, 2)]
+    assert largest_difference(*exported) < 1e-6
+    assert largest_difference(exported[0], load_file(Path(student_path) / "model.safetensors")) > 1e-4
+
+
 def until_done(folder: Path, flags: list[str], kills: list[float]) -> int:
     """Train on two processes, killing all of them so many seconds after each start, and resuming; returns how many kills struck a run that was not done."""
     script = str(Path(__file__).parent.parent / "recipes" / "train.py")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from pathlib import Path
 
 import datasets
 import pytest
@@ -104,10 +105,30 @@ def test_workers_make_the_batches_that_one_process_makes(folder, small_blocks, s
     assert batches(workers) == alone
 
 
+def test_an_epoch_ends_with_the_last_whole_batch(folder, small_blocks):
+    """The Trainer's own drop_last does not reach streams."""
+    pictures = opened(folder, chunk=12)
+    assert len(pictures) == len(seen(pictures)) == 36 and seen(pictures) == seen(opened(folder))[:36]
+
+
 def test_fewer_pictures_than_there_are_can_be_asked_for_and_more_cannot(folder):
     assert len(seen(open_stream(DatasetSpec(folder), pictures=12))) == 12
     with pytest.raises(ValueError, match="--pictures 41: .* has 40"):
         open_stream(DatasetSpec(folder), pictures=41)
+    for count in (0, -3):
+        with pytest.raises(ValueError, match=f"--pictures {count}: expected at least 1"):
+            open_stream(DatasetSpec(folder), pictures=count)
+
+
+def test_splits_are_never_mixed(tmp_path):
+    """Whoever asks for one split gets its files alone; whoever asks for one that is not there gets none."""
+    folder = Path(write_parquet(tmp_path / "data", make_pictures(12), files=1))
+    (folder / "train-00000-of-00001.parquet").rename(folder / "test-00000-of-00001.parquet")
+    write_parquet(folder, make_pictures(20), files=2)
+    assert len(seen(open_stream(DatasetSpec(str(folder), split="test")))) == 12
+    assert len(seen(open_stream(DatasetSpec(str(folder))))) == 20
+    with pytest.raises(ValueError, match="has no split 'val'; it has test, train: choose one with --dataset_split"):
+        open_stream(DatasetSpec(str(folder), split="val"))
 
 
 def test_a_stream_that_ends_early_says_so(folder):
@@ -203,5 +224,7 @@ def test_the_recipe_streams_and_refuses_what_a_stream_cannot_give(tmp_path, fold
     trainer = build(*parse(RECIPE, flags))
     trainer.train()
     assert trainer.state.global_step == 10 and trainer.record()["pictures"] == 40 and trainer.record()["dataset"] == "data"
+    with pytest.raises(RecipeError, match="--pictures says how long a stream is"):
+        build(*parse(RECIPE, [*flags, "--streaming", "false", "--pictures", "12"]))
     with pytest.raises(RecipeError, match="held_out and on_corrupt skip cannot be had"):
         build(*parse(RECIPE, [*flags, "--held_out", "0.1"]))
