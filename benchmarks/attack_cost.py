@@ -95,7 +95,7 @@ class HalfTheTokens(TrainingAttack):
             hook.remove()
 
 
-# name -> (class, steps, step size in 255ths, what is special, cost of the attack in passes)
+# name -> (class, steps, step size in 255ths, cost of the attack in passes)
 OPTIONS = {
     "1 step, no random start": (FromClean, 1, 6, 2.0),
     "1 step of 1.25 eps": (TrainingAttack, 1, 7.5, 2.0),

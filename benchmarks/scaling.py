@@ -20,13 +20,11 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
-from step import THREAT, Ours, make_batch, make_models, names, spread
+from step import THREAT, Ours, make_batch, make_models, spread
 from torch.utils.data import DataLoader, Dataset
 
 from hpt_hf.data import Collate, to_rgb
-from hpt_hf.objectives import OBJECTIVES
 from hpt_hf.report import markdown, progress, write_json, write_text
-from hpt_hf.schedule import Schedule
 from hpt_hf.scores import hardware, versions
 from hpt_hf.trainer import TrainingAttack
 from hpt_hf.zero_shot import ZeroShotCLIP
@@ -45,25 +43,6 @@ def timed(stepper, batch, repeats: int) -> dict:
         if number >= 2:
             seconds.append(time.perf_counter() - start)
     return spread(seconds)
-
-
-def with_objective(folder: Path, name: str) -> Ours:
-    stepper = Ours(folder, 200)
-    trainer = stepper.trainer
-    schedule = Schedule.single(OBJECTIVES[name], steps=10, learning_rate=1e-5)
-    if name != "hpt":
-        student = ZeroShotCLIP.load(folder / "student").set_classes(names(200))
-        stepper.trainer = type(trainer)(
-            student,
-            trainer.args,
-            schedule=schedule,
-            attack=trainer.attack,
-            train_dataset=trainer.train_dataset,
-            data_collator=trainer.data_collator,
-        )
-        stepper.trainer.create_optimizer_and_scheduler(10)
-        stepper.trainer.current_gradient_accumulation_steps = 1
-    return stepper
 
 
 class Photographs(Dataset):
@@ -164,7 +143,7 @@ def main() -> None:
         found["references"] = {}
         for label, name in REFERENCES.items():
             del stepper
-            stepper = with_objective(folder, name)
+            stepper = Ours(folder, 200, objective=name)
             found["references"][label] = timed(stepper, batch, args.repeats)
             progress(f"{label}: {found['references'][label]}")
     found |= {"machine": hardware(), "threads": torch.get_num_threads(), "cores": os.cpu_count(), "versions": versions()}

@@ -67,10 +67,10 @@ def make_batch(size: int, classes: int = 10) -> dict[str, torch.Tensor]:
 class Ours:
     """The step as `HPTTrainer` takes it; with `bf16`, student and proxy of the loss in bfloat16, the attack in float32 as ever."""
 
-    def __init__(self, folder: Path, classes: int, *, bf16: bool = False):
+    def __init__(self, folder: Path, classes: int, *, bf16: bool = False, objective: str = "hpt"):
         student, proxy = (ZeroShotCLIP.load(folder / name).set_classes(names(classes)) for name in ("student", "proxy"))
         arguments = RecipeTrainingArguments(output_dir=str(folder / "out"), use_cpu=True, bf16=bf16, seed=SEED, disable_tqdm=True)
-        schedule = Schedule.single(OBJECTIVES["hpt"], steps=10, learning_rate=1e-5)
+        schedule = Schedule.single(OBJECTIVES[objective], steps=10, learning_rate=1e-5)
         data = [{} for _ in range(64)]
         self.trainer = HPTTrainer(
             student,

@@ -228,8 +228,7 @@ class _Table:
 
     def __getitem__(self, index: int) -> dict:
         cell = self.table[index][self.image]
-        encoded = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-        return {"image": encoded, "label": None if self.labels is None else self.labels[index]}
+        return {"image": encoded(cell), "label": None if self.labels is None else self.labels[index]}
 
 
 def _table(spec: DatasetSpec) -> tuple[_Table, tuple[str, ...] | None]:
@@ -253,17 +252,10 @@ def _table(spec: DatasetSpec) -> tuple[_Table, tuple[str, ...] | None]:
             )
         chosen = [splits[s] for s in wanted] if set(wanted) <= set(splits) else list(splits.values())
         table = datasets.concatenate_datasets(chosen)
-    elif path.is_absolute() or spec.path.startswith(".") or spec.path.count("/") != 1:
-        raise FileNotFoundError(f"no data at {spec.path}: neither a file nor a folder, and not a Hub id of the form owner/name")
     else:
+        check_hub_id(spec.path)
         table = datasets.load_dataset(spec.path, spec.config, split=split, revision=spec.revision)
-    image = find_column(table, spec.image, datasets.Image, "image", spec.path)
-    label = find_column(table, spec.label, datasets.ClassLabel, "label", spec.path, required=False)
-    if label is None and "label" in table.column_names:
-        label = "label"
-    names = None
-    if label is not None and isinstance(table.features[label], datasets.ClassLabel):
-        names = tuple(table.features[label].names)
+    image, label, names = find_columns(table, spec)
     if label is not None and table.features[label].dtype in ("string", "large_string"):
         names = tuple(sorted(set(table.unique(label)) - {None}))  # as with folders: alphabetical
         return _Table(table, image, label, names), names
@@ -354,8 +346,28 @@ def _shard(shard: Path, image: str | None, label: str) -> list[tuple[tuple[Path,
     return rows
 
 
-def find_column(table, given: str | None, kind: type, what: str, path: str, *, required: bool = True) -> str | None:
-    """The column of `table`, a data set or a stream, that holds the `what`: the given one, or the only one of that kind."""
+def check_hub_id(path: str) -> None:
+    """Raise FileNotFoundError for what is not there and cannot be a Hub id either."""
+    if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise FileNotFoundError(f"no data at {path}: neither a file nor a folder, and not a Hub id of the form owner/name")
+
+
+def find_columns(table, spec: DatasetSpec) -> tuple[str, str | None, tuple[str, ...] | None]:
+    """(image column, label column, class names if it holds them) of a data set or a stream."""
+    image = _column(table, spec.image, datasets.Image, "image", spec.path)
+    label = _column(table, spec.label, datasets.ClassLabel, "label", spec.path, required=False)
+    if label is None and "label" in table.column_names:
+        label = "label"
+    named = label is not None and isinstance(table.features[label], datasets.ClassLabel)
+    return image, label, tuple(table.features[label].names) if named else None
+
+
+def encoded(cell: dict) -> bytes:
+    """What a cell of an image column that is not decoded holds, or points to."""
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+
+def _column(table, given: str | None, kind: type, what: str, path: str, *, required: bool = True) -> str | None:
     if given is not None:
         if given not in table.column_names:
             raise ValueError(f"{path} has no column {given!r} for the {what}; it has {', '.join(table.column_names)}")

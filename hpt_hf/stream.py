@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hpt_hf.data import DatasetSpec, find_column, match_classes
+from hpt_hf.data import DatasetSpec, check_hub_id, encoded, find_columns, match_classes
 from hpt_hf.zero_shot import TEMPLATE, check_classes, check_templates
 
 BLOCK = 2048  # rows that are shuffled together, and held in memory as they are stored
@@ -45,7 +45,6 @@ class StreamedPictures(torch.utils.data.IterableDataset):
     classes: tuple[str, ...]
     templates: tuple[str, ...] = (TEMPLATE,)
     name: str = "data"
-    source: dict = field(default_factory=dict)
     chunk: int = 1
     seed: int = 0
     start: int = 0
@@ -102,8 +101,7 @@ class StreamedPictures(torch.utils.data.IterableDataset):
                 raise ValueError(
                     f"{where} has the label {value!r}, and there are {len(self.classes)} classes (0 to {len(self.classes) - 1})"
                 )
-        encoded = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-        return {"image": encoded, "label": label, "where": where}
+        return {"image": encoded(cell), "label": label, "where": where}
 
 
 def open_stream(spec: DatasetSpec, *, pictures: int | None = None) -> StreamedPictures:
@@ -135,9 +133,8 @@ def open_stream(spec: DatasetSpec, *, pictures: int | None = None) -> StreamedPi
         import pyarrow.parquet
 
         known = sum(pyarrow.parquet.ParquetFile(f).metadata.num_rows for f in files)
-    elif path.is_absolute() or spec.path.startswith(".") or spec.path.count("/") != 1:
-        raise FileNotFoundError(f"no data at {spec.path}: neither a file nor a folder, and not a Hub id of the form owner/name")
     else:
+        check_hub_id(spec.path)
         rows = datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision, streaming=True)
         known = rows.info.splits[spec.split].num_examples if spec.split in (rows.info.splits or {}) else None
     if pictures is not None and pictures < 1:
@@ -151,14 +148,8 @@ def open_stream(spec: DatasetSpec, *, pictures: int | None = None) -> StreamedPi
         raise ValueError(f"--pictures {pictures}: {spec.path} has {known}")
     if rows.features is None:
         raise ValueError(f"{spec.path} does not say what its columns hold: it cannot be streamed; leave out --streaming")
-    image = find_column(rows, spec.image, datasets.Image, "image", spec.path)
-    label = find_column(rows, spec.label, datasets.ClassLabel, "label", spec.path, required=False)
-    if label is None and "label" in rows.features:
-        label = "label"
-    names = None
-    if label is not None and isinstance(rows.features[label], datasets.ClassLabel):
-        names = tuple(rows.features[label].names)
-    elif label is not None and not rows.features[label].dtype.startswith(("int", "uint")):
+    image, label, names = find_columns(rows, spec)
+    if label is not None and names is None and not rows.features[label].dtype.startswith(("int", "uint")):
         raise ValueError(
             f"the labels of {spec.path} are of type {rows.features[label].dtype}: a stream's must be numbers, or its classes would only be known at its end"
         )
@@ -167,7 +158,6 @@ def open_stream(spec: DatasetSpec, *, pictures: int | None = None) -> StreamedPi
         raise ValueError(f"{spec.path} names no classes: give the names, --classes cat dog … or --classes_file names.txt")
     check_classes(classes)
     rows = rows.select_columns([image] + [label] * (label is not None)).cast_column(image, datasets.Image(decode=False))
-    source = {"path": spec.path, "split": spec.split, "streaming": True}
     return StreamedPictures(
         rows,
         length,
@@ -177,5 +167,4 @@ def open_stream(spec: DatasetSpec, *, pictures: int | None = None) -> StreamedPi
         tuple(classes),
         tuple(spec.templates or (TEMPLATE,)),
         path.stem if path.exists() else f"{spec.path}:{spec.split}",
-        source,
     )

@@ -148,9 +148,8 @@ def run(data: DataArguments, method: MethodArguments, training: RecipeTrainingAr
     if method.resume:
         try:
             last = trainer.last_checkpoint()
-        except (
-            FileNotFoundError
-        ) as error:  # killed before its first checkpoint stood: whoever restarts it in a loop should not have to look
+        except FileNotFoundError as error:
+            # Killed before its first checkpoint stood: whoever restarts it in a loop should not have to look.
             logger.warning(f"{error}: it begins at the beginning")
     trainer.train(resume_from_checkpoint=last)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
