@@ -22,13 +22,13 @@ import torch
 from transformers.utils import logging
 
 from hpt_hf.arguments import RECIPE, parse
-from hpt_hf.attacks import checked, pgd
+from hpt_hf.attacks import pgd
 from hpt_hf.evaluation import EvaluationAttack, evaluate
 from hpt_hf.kernels import keep_memory
 from hpt_hf.lab.suite import LAB_SUITE, lab_pictures
 from hpt_hf.report import markdown, progress, write_json
 from hpt_hf.scores import hardware, mean, versions
-from hpt_hf.threat import Noise, ThreatModel
+from hpt_hf.threat import ThreatModel
 from hpt_hf.train import build
 from hpt_hf.trainer import TrainingAttack
 from hpt_hf.zero_shot import ZeroShotCLIP
@@ -46,22 +46,27 @@ class FromClean(TrainingAttack):
 
 
 @dataclass(frozen=True)
+class CarriedStart(ThreatModel):
+    """A ball whose "random" start is where the image's attack of the epoch before ended."""
+
+    last: dict = field(default_factory=dict, compare=False)
+
+    def random_start(self, images, noise):
+        fresh = super().random_start(images, noise)
+        start = [images[i] + self.last[k] if k in self.last else fresh[i] for i, k in enumerate(noise.keys.tolist())]
+        return self.project(torch.stack(start), images)
+
+
+@dataclass(frozen=True)
 class Carried(TrainingAttack):
     """Starts from where the image's attack of the epoch before ended."""
 
-    last: dict = field(default_factory=dict)
+    def __post_init__(self):
+        object.__setattr__(self, "threat", CarriedStart(self.threat.norm, self.threat.eps))
 
     def __call__(self, loss_fn, images, keys, *, seed, draw):
-        images, noise = checked(images, None), Noise(keys, seed, draw)
-        fresh = self.threat.random_start(images, noise) - images
-        start = torch.stack([self.last.get(k, fresh[i]) for i, k in enumerate(keys.tolist())])
-        perturbed = self.threat.project(images + start, images)
-        for _ in range(self.steps):
-            with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-                x = perturbed.detach().requires_grad_(True)
-                (gradient,) = torch.autograd.grad(loss_fn(x).sum(), x)
-            perturbed = self.threat.project(x.detach() + self.step_size * self.threat.ascent_direction(gradient), images)
-        self.last.update(zip(keys.tolist(), (perturbed - images).unbind(), strict=True))
+        perturbed = super().__call__(loss_fn, images, keys, seed=seed, draw=draw)
+        self.threat.last.update(zip(keys.tolist(), (perturbed - images).unbind(), strict=True))
         return perturbed
 
 
