@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hpt_hf.objectives import Objective
+from hpt_hf.sharding import as_laid_out, parameters, whole
 from hpt_hf.zero_shot import digest
 
 logger = logging.get_logger("hpt_hf.schedule")
@@ -176,17 +177,19 @@ class GPDCallback(TrainerCallback):
         needed = any(p.restart or p.ema is not None or p.pull is not None for p in schedule.phases)
         self.vanilla = {n: weights[n].detach().clone() for n in names} if needed else {}
         self.average = {n: w.clone() for n, w in self.vanilla.items()}
+        self.origin = digest(self.vanilla)
 
-    def move(self, device: torch.device) -> None:
-        """Keep the copies where the student trains."""
-        self.vanilla = {n: t.to(device) for n, t in self.vanilla.items()}
-        self.average = {n: t.to(device) for n, t in self.average.items()}
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Keep the copies where the student trains, in parts if it lies in parts."""
+        trained = dict(self._trained(model))
+        self.vanilla = {n: as_laid_out(t, trained[n]) for n, t in self.vanilla.items()}
+        self.average = {n: as_laid_out(t, trained[n]) for n, t in self.average.items()}
 
     @torch.no_grad()
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         step = state.global_step
         if self.schedule.restarts_at(step):
-            distance = math.sqrt(sum(float((self.average[n] - v).square().sum()) for n, v in self.vanilla.items()))
+            distance = math.sqrt(sum(float(whole((self.average[n] - v).square().sum())) for n, v in self.vanilla.items()))
             logger.info(
                 f"step {step}: the pivot stands, {distance:.3g} from the vanilla weights; the student restarts from those"
             )
@@ -208,14 +211,17 @@ class GPDCallback(TrainerCallback):
                 self.average[name] = decay * self.average[name] + (1 - decay) * parameter.detach()
 
     def on_save(self, args, state, control, **kwargs):
-        if self.vanilla and state.is_world_process_zero:
-            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if self.vanilla:
+            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", first=state.is_world_process_zero)
 
-    def save(self, folder: Path) -> None:
-        """Write the average beside a checkpoint, whole or not at all."""
-        metadata = {"vanilla": digest(self.vanilla), "schedule": json.dumps(self._describe())}
+    def save(self, folder: Path, *, first: bool = True) -> None:
+        """Write the average beside a checkpoint, whole or not at all. Every process gives its part, the `first` one writes."""
+        average = {n: whole(t).contiguous().cpu() for n, t in self.average.items()}
+        if not first:
+            return
+        metadata = {"vanilla": self.origin, "schedule": json.dumps(self._describe())}
         temporary = folder / (PIVOT_FILE + ".part")
-        save_file({n: t.contiguous().cpu() for n, t in self.average.items()}, temporary, metadata=metadata)
+        save_file(average, temporary, metadata=metadata)
         temporary.replace(folder / PIVOT_FILE)
 
     def load(self, folder: str | Path) -> None:
@@ -234,7 +240,7 @@ class GPDCallback(TrainerCallback):
             )
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            if metadata["vanilla"] != digest(self.vanilla):
+            if metadata["vanilla"] != self.origin:
                 raise ValueError(
                     f"{folder} was trained from other vanilla weights than the model given now: resume with the same --model_name_or_path"
                 )
@@ -242,7 +248,7 @@ class GPDCallback(TrainerCallback):
                 raise ValueError(
                     f"{folder} was trained under another schedule, {metadata['schedule']}, than the one given now, {json.dumps(self._describe())}: resume with the same recipe"
                 )
-            self.average = {n: file.get_tensor(n).to(self.vanilla[n].device) for n in self.vanilla}
+            self.average = {n: file.get_tensor(n) for n in self.vanilla}
 
     def _describe(self) -> list:
         return [
@@ -254,4 +260,4 @@ class GPDCallback(TrainerCallback):
         ]
 
     def _trained(self, model: torch.nn.Module) -> Sequence[tuple[str, torch.nn.Parameter]]:
-        return [(n, p) for n, p in model.named_parameters() if n in self.vanilla]
+        return [(n, p) for n, p in parameters(model).items() if n in self.vanilla]

@@ -158,9 +158,7 @@ def run(data: DataArguments, method: MethodArguments, training: RecipeTrainingAr
         "recipe": {k: v for part in (data, method) for k, v in dataclasses.asdict(part).items()},
         "held_out": {k: v for k, v in metrics.items() if k.endswith("accuracy")},
     }
-    if trainer.is_world_process_zero():
-        trainer.export(**record)
-    trainer.accelerator.wait_for_everyone()
+    trainer.export(**record)
     if training.push_to_hub:
         trainer.push_to_hub()
     return record | {"trainer": trainer}

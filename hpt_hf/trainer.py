@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from hpt_hf.objectives import Views
 from hpt_hf.schedule import PIVOT_FILE, GPDCallback, Schedule
 from hpt_hf.scores import commit, hardware, versions
 from hpt_hf.shapes import Images, Keys
+from hpt_hf.sharding import asked_for, check, shard
 from hpt_hf.stopwatch import Stopwatch
 from hpt_hf.stream import StreamedPictures
 from hpt_hf.threat import Noise, ThreatModel
@@ -114,20 +116,27 @@ class HPTTrainer(Trainer):
         # The Trainer's own would compile the wrapped forward alone: neither the attack, which is most of a step, nor the references go through it.
         compiled, args.torch_compile = args.torch_compile, False
         super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                "FSDP and DeepSpeed shard the weights, and GPD's average, its restart and the export work on whole ones: use DDP (recipes/accelerate/ddp.yaml), "
-                "with --activation_checkpointing true and a smaller --per_device_train_batch_size where memory is short"
+                "DeepSpeed shards the weights, and GPD's average, its restart and the export do not know its way: use FSDP2 (recipes/accelerate/fsdp2.yaml)"
             )
         # `.to`, not accelerator.prepare_model: that would make a later evaluate() skip preparing the student, in fp32 silently.
         self.proxy = None if proxy is None else proxy.to(args.device).eval().requires_grad_(False)
         self.anchor = None
         if "anchor" in needed:
-            self.anchor = _copy(student).to(args.device).eval().requires_grad_(False)
+            self.anchor = _copy(student, student.state_dict()).to(args.device).eval().requires_grad_(False)
         for model in (student, self.proxy, self.anchor):
             if compiled and model is not None:
                 compile_layers(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self.gpd.move(args.device)
+        if asked_for(args.fsdp) and not self.is_fsdp_enabled:
+            logger.warning(
+                "FSDP was asked for, and accelerate gives it to several GPUs alone: here every process holds all weights"
+            )
+        if self.is_fsdp_enabled:
+            check(plugin := self.accelerator.state.fsdp_plugin)
+            for model in (student, self.proxy, self.anchor):
+                if model is not None:
+                    shard(model, args.device, plugin)
         self.stopwatch = Stopwatch(schedule, args.device)
         self.add_callback(self.gpd)
         self.add_callback(self.stopwatch)
@@ -159,19 +168,20 @@ class HPTTrainer(Trainer):
         objective = phase.objective
         if objective.needs_labels and "labels" not in inputs:
             raise ValueError(f"{objective.name} needs labels and the data has none; hpt, ga, fare and anchor_clean do without")
-        student = self.accelerator.unwrap_model(model)
         views = Views(
             inputs["images"],
-            student=model,
-            proxy=self._reference(self.proxy),
-            anchor=self._reference(self.anchor),
+            student=self._in_autocast(model),
+            proxy=self._in_autocast(self.proxy),
+            anchor=self._in_autocast(self.anchor),
             labels=inputs.get("labels"),
         )
+        attacked = self.accelerator.unwrap_model(model) if objective.attack_on == "student" else self.proxy
         # The attack calls a method of the unwrapped model: no autocast, no gradient sync. The loss goes through the wrapped model.
-        attacked = student if objective.attack_on == "student" else self.proxy
-        with frozen(attacked):
+        # Sharded weights come together in forward alone, as copies that never ask for gradients again if the first pass did not.
+        classify, still = (attacked, nullcontext()) if self.is_fsdp_enabled else (attacked.classify, frozen(attacked))
+        with still:
             views.adversarial_images = self.attack(
-                lambda images: objective.attack(attacked.classify(images), views),
+                lambda images: objective.attack(classify(images), views),
                 inputs["images"],
                 inputs["keys"],
                 seed=self.args.seed,
@@ -191,13 +201,14 @@ class HPTTrainer(Trainer):
             return loss
         return loss, {"adversarial": views.student.adversarial.logits, "clean": views.student.clean.logits}
 
-    def _reference(self, reference: ZeroShotCLIP | None):
-        if reference is None:
+    def _in_autocast(self, model: torch.nn.Module | None):
+        """Accelerate wraps the student in it, but neither a frozen reference nor what it shards."""
+        if model is None:
             return None
 
         def forward(images: Images):
             with self.accelerator.autocast():
-                return reference(images)
+                return model(images)
 
         return forward
 
@@ -326,11 +337,28 @@ class HPTTrainer(Trainer):
             "hardware": hardware(),
         }
 
-    def export(self, **record) -> Path:
-        """`output_dir` as a folder that `pipeline` opens, checked and with its card; `record` is added to what train.json tells."""
+    def whole(self) -> ZeroShotCLIP | None:
+        """The student with all its weights; None on every process but the first where each has only a part. All must ask."""
         student = self.accelerator.unwrap_model(self.model)
+        if not self.is_fsdp_enabled:
+            return student
+        state = self.accelerator.get_state_dict(self.model)
+        return _copy(student, state) if self.is_world_process_zero() else None
+
+    def export(self, **record) -> Path:
+        """`output_dir` as a folder that `pipeline` opens, checked and with its card; `record` is added to what train.json tells.
+
+        To be called on every process: the first one writes, the others give their parts and wait.
+        """
+        student = self.whole()
+        if self.is_world_process_zero():
+            self._write(student, record)
+        self.accelerator.wait_for_everyone()
+        return Path(self.args.output_dir)
+
+    def _write(self, student: ZeroShotCLIP, record: dict) -> None:
         self._exported = fingerprint(student)
-        return export(student, self.args.output_dir, records={TRAINED: self.record() | record})
+        export(student, self.args.output_dir, records={TRAINED: self.record() | record})
 
     def create_model_card(self) -> None:
         if self.is_world_process_zero():
@@ -364,10 +392,11 @@ class HPTTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        student = self.whole()
         if not self.is_world_process_zero():
             return None
-        if self._exported != fingerprint(self.accelerator.unwrap_model(self.model)):
-            self.export()
+        if self._exported != fingerprint(student):
+            self._write(student, {})
         return push(
             self.args.output_dir,
             self.hub_model_id,
@@ -405,10 +434,10 @@ def accuracies(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
-def _copy(student: ZeroShotCLIP) -> ZeroShotCLIP:
-    """The student's frozen twin; the two share tokenizer and processor, which never change."""
+def _copy(student: ZeroShotCLIP, state: dict[str, torch.Tensor]) -> ZeroShotCLIP:
+    """The student's twin with the weights of `state`; the two share tokenizer and processor, which never change."""
     twin = ZeroShotCLIP(student.config)
-    twin.load_state_dict(student.state_dict())
+    twin.load_state_dict(state)
     twin.attach(student.processor)
     twin.class_embeds, twin.classes = student.class_embeds.clone(), student.classes
     return twin

@@ -445,15 +445,21 @@ def test_evaluating_on_the_way_does_not_change_the_run(student_path, proxy, tmp_
     assert results[0][1] == results[1][1]
 
 
-@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_weights_are_refused_before_anything_is_trained(tmp_path, student, proxy, monkeypatch, kind):
-    """Where there is a GPU accelerate turns them on; on a CPU it would fall back to DDP in silence."""
+def test_sharding_asked_for_where_accelerate_would_leave_it_out_in_silence_is_a_warning(
+    student, proxy, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    make_trainer(tmp_path, student, gpd_schedule(), proxy=proxy)
+    assert ["every process holds all weights" in w for w in warnings_of(caplog)] == [True]
+
+
+def test_deepspeed_is_refused_before_anything_is_trained(tmp_path, student, proxy, monkeypatch):
     prepared = HPTTrainer.create_accelerator_and_postprocess
 
     def sharded(self):
         prepared(self)
-        setattr(self, kind, True)
+        self.is_deepspeed_enabled = True
 
     monkeypatch.setattr(HPTTrainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(ValueError, match=r"FSDP and DeepSpeed shard the weights.*use DDP .recipes/accelerate/ddp.yaml"):
+    with pytest.raises(ValueError, match=r"DeepSpeed.*use FSDP2 .recipes/accelerate/fsdp2.yaml"):
         make_trainer(tmp_path, student, gpd_schedule(), proxy=proxy)
