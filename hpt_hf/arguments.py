@@ -101,6 +101,9 @@ class RecipeTrainingArguments(TrainingArguments):
     logging_steps: float = 20
     save_strategy: str = "no"
     dataloader_drop_last: bool = True
+    ddp_find_unused_parameters: bool | None = (
+        False  # every trained weight has a gradient; looking for others costs a walk through the graph each step
+    )
     hub_strategy: str = "end"  # the finished model; every_save: each checkpoint on its way, too
     hub_overwrite: bool = field(default=False, metadata={"help": "with --push_to_hub: replace a model that the repository holds"})
 

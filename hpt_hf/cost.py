@@ -99,11 +99,9 @@ def predict(data: DataArguments, method: MethodArguments, training: RecipeTraini
             share = len(pictures) / some
             parts.append(("the held-out slice", evaluations + 1, share * (time.perf_counter() - began)))
         began = time.perf_counter()
-        if trainer.is_world_process_zero():
-            trainer.export()
-            left += sum(f.stat().st_size for f in Path(place).iterdir() if f.is_file())
+        trainer.export()
         parts.append(("the export", 1, time.perf_counter() - began))
-        trainer.accelerator.wait_for_everyone()
+        left += sum(f.stat().st_size for f in Path(place).iterdir() if f.is_file())
     return Cost(tuple(parts), training.world_size, training.device.type, peak_memory(training.device), left)
 
 

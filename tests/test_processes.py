@@ -58,7 +58,7 @@ def worker(folder: str, student_path: str, proxy_path: str) -> None:
     finish()
 
 
-def launch(count: int, *command: str) -> None:
+def launch(count: int, *command: str) -> str:
     """torchrun on a free port; `accelerate launch --cpu --num_processes 2` would silently start one process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -66,6 +66,7 @@ def launch(count: int, *command: str) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(port)]
     done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,19 @@ def test_the_recipe_runs_on_two_processes_and_exports_once(tmp_path, student_pat
     exported = [load_file(tmp_path / f"out{c}" / "model.safetensors") for c in (1, 2)]
     assert largest_difference(*exported) < 1e-6
     assert largest_difference(exported[0], load_file(Path(student_path) / "model.safetensors")) > 1e-4
+
+
+def test_two_processes_estimate_together_and_one_speaks(tmp_path, student_path, proxy_path):
+    from conftest import write_image_folder
+
+    data = write_image_folder(tmp_path / "data", make_pictures())
+    flags = f"--method hpt_gpd --use_cpu true --eps 8/255 --dataset {data} --model_name_or_path {student_path} --proxy_name_or_path {proxy_path}"
+    flags += (
+        f" --held_out 0.2 --num_train_epochs 50 --per_device_train_batch_size 4 --probe_steps 2 --output_dir {tmp_path / 'out'}"
+    )
+    said = launch(2, str(Path(__file__).parent.parent / "recipes" / "estimate.py"), *flags.split())
+    assert len(re.findall(r"a step of hpt +\| +200 \|", said)) == 1 and said.count("hours on 2 processes") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_stream_as_one(tmp_path, student_path, proxy_path):
