@@ -7,6 +7,8 @@ error that names the nearest one. The seam to yaml and argparse.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -279,6 +281,15 @@ class DemoArguments:
 
 # What a recipe is parsed into.
 RECIPE = (DataArguments, MethodArguments, RecipeTrainingArguments)
+
+
+@contextmanager
+def mistakes_in_a_line(script: str) -> Iterator[None]:
+    """Exit 1 with one line for a mistake in recipe, data or model (OSError: also what the Hub's client raises); everything else is a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"{script}: {' '.join(str(error).split())}")
 
 
 def parse(types: tuple[type, ...], argv: list[str] | None = None, *, positional: tuple[str, ...] = ()):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from hpt_hf.arguments import ConvertArguments, RecipeError, parse
+from hpt_hf.arguments import ConvertArguments, RecipeError, mistakes_in_a_line, parse
 from hpt_hf.card import CONVERTED, MIXED, TRAINED, read_record
 from hpt_hf.export import DTYPES, SEAL, export
 from hpt_hf.foreign import read_foreign, write_open_clip
@@ -80,9 +79,7 @@ def read(args: ConvertArguments) -> tuple[ZeroShotCLIP, dict[str, dict]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with mistakes_in_a_line("recipes/convert.py"):
         (args,) = parse((ConvertArguments,), argv, positional=("model", "output"))
         compared = run(args)
-    except (RecipeError, ValueError, OSError) as error:
-        sys.exit(f"recipes/convert.py: {' '.join(str(error).split())}")
     print(f"{args.model} -> {args.output} ({args.to}; {compared})")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -119,15 +118,13 @@ def _size(folder: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with mistakes_in_a_line("recipes/estimate.py"):
         *recipe, args = parse((*RECIPE, EstimateArguments), argv)
         if args.probe_steps < 1:
             raise RecipeError(f"--probe_steps {args.probe_steps}: expected at least 1")
         recipe[2].disable_tqdm = True
         logging.disable_progress_bar()
         cost = predict(*recipe, steps=args.probe_steps)
-    except (RecipeError, ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"recipes/estimate.py: {' '.join(str(error).split())}")
     if recipe[2].process_index == 0:
         print(cost)
     finish()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 import json
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from hpt_hf.arguments import DemoArguments, RecipeError, parse
+from hpt_hf.arguments import DemoArguments, RecipeError, mistakes_in_a_line, parse
 from hpt_hf.attacks import cross_entropy, frozen, margin, pgd
 from hpt_hf.data import Collate, to_png, to_rgb
 from hpt_hf.evaluate import on_device
@@ -503,8 +502,6 @@ def run(args: DemoArguments) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Exit 1 with one line for a mistake in the arguments or models; everything else is a traceback."""
-    try:
+    with mistakes_in_a_line("recipes/demo.py"):
         (args,) = parse((DemoArguments,), argv)
         run(args)
-    except (RecipeError, ValueError, OSError) as error:
-        sys.exit(f"recipes/demo.py: {' '.join(str(error).split())}")

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from hpt_hf.arguments import DataArguments, DialArguments, RecipeError, parse
+from hpt_hf.arguments import DataArguments, DialArguments, RecipeError, mistakes_in_a_line, parse
 from hpt_hf.card import MIXED, TRAINED, read_record, write_card
 from hpt_hf.data import DatasetSpec, LabelledPictures, held_out
 from hpt_hf.evaluate import on_device
@@ -266,10 +265,8 @@ def table(front: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with mistakes_in_a_line("recipes/dial.py"):
         (args,) = parse((DialArguments,), argv, positional=("model",))
         _, chosen = run(args)
-    except (RecipeError, ValueError, OSError) as error:
-        sys.exit(f"recipes/dial.py: {' '.join(str(error).split())}")
     print(table(json.loads((Path(args.output) / "front.json").read_text(encoding="utf-8"))))
     print(f"\n{place(args.output, chosen.weight)} is the chosen model; {Path(args.output) / 'front.svg'} shows the front.")

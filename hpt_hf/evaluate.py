@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
-from hpt_hf.arguments import EvaluateArguments, PictureArguments, RecipeError, parse
+from hpt_hf.arguments import EvaluateArguments, PictureArguments, RecipeError, mistakes_in_a_line, parse
 from hpt_hf.data import DatasetSpec, LabelledPictures
 from hpt_hf.evaluation import EvaluationAttack, evaluate, finish, processes
 from hpt_hf.kernels import keep_memory
@@ -144,12 +143,10 @@ def reopen(source: dict, *, data_dir: str | None = None, on_corrupt: str = "erro
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with mistakes_in_a_line("recipes/evaluate.py"):
         (args,) = parse((EvaluateArguments,), argv)
         keep_memory()
         run(args)
-    except (RecipeError, ValueError, OSError) as error:
-        sys.exit(f"recipes/evaluate.py: {' '.join(str(error).split())}")
     if processes().is_main_process:
         print((Path(args.output) / "report.md").read_text(encoding="utf-8"))
     finish()

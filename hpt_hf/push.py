@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from hpt_hf.arguments import PushArguments, RecipeError, parse
+from hpt_hf.arguments import PushArguments, RecipeError, mistakes_in_a_line, parse
 from hpt_hf.card import own_scores, write_card
 from hpt_hf.hub import push
 from hpt_hf.report import write_json
@@ -51,9 +50,7 @@ def adopt(folder: Path, scores: str | Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with mistakes_in_a_line("recipes/push.py"):
         (args,) = parse((PushArguments,), argv, positional=("model", "repo_id"))
         address = run(args)
-    except (RecipeError, ValueError, OSError) as error:
-        sys.exit(f"recipes/push.py: {' '.join(str(error).split())}")
     print(f"{args.model} ({len(own_scores(args.model))} Scores in its card) -> {address}")

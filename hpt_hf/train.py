@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 
 from transformers import set_seed
 from transformers.utils import logging
 
-from hpt_hf.arguments import RECIPE, DataArguments, MethodArguments, RecipeError, RecipeTrainingArguments, parse
+from hpt_hf.arguments import (
+    RECIPE,
+    DataArguments,
+    MethodArguments,
+    RecipeError,
+    RecipeTrainingArguments,
+    mistakes_in_a_line,
+    parse,
+)
 from hpt_hf.data import Collate, DatasetSpec, held_out, read_classes
 from hpt_hf.evaluation import finish
 from hpt_hf.lab.suite import WEIGHTS, open_pictures
@@ -166,11 +173,9 @@ def run(data: DataArguments, method: MethodArguments, training: RecipeTrainingAr
 
 def main(argv: list[str] | None = None) -> None:
     """Exit 1 with one line for a mistake in recipe, data or model; everything else is a traceback."""
-    try:
+    with mistakes_in_a_line("recipes/train.py"):
         data, method, training = parse(RECIPE, argv)
         record = run(data, method, training)
-    except (RecipeError, ValueError, OSError, FloatingPointError) as error:  # OSError: what the Hub's client raises too
-        sys.exit(f"recipes/train.py: {' '.join(str(error).split())}")
     if training.process_index == 0:
         slice_ = "".join(f", {k.removeprefix('eval_').replace('_', ' ')} {v:.1f}%" for k, v in record["held_out"].items())
         print(f"{method.method}: {record['steps']} steps in {record['seconds']:.0f} s{slice_} -> {training.output_dir}")

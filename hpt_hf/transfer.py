@@ -6,14 +6,13 @@ with --student ranks the candidates.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from hpt_hf.arguments import RecipeError, TransferArguments, parse
+from hpt_hf.arguments import RecipeError, TransferArguments, mistakes_in_a_line, parse
 from hpt_hf.data import Collate, LabelledPictures
 from hpt_hf.evaluate import on_device, open_sets
 from hpt_hf.evaluation import EvaluationAttack, batches
@@ -192,9 +191,7 @@ def ranking_table(found: Sequence[Transfer], student: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with mistakes_in_a_line("recipes/transfer.py"):
         (args,) = parse((TransferArguments,), argv)
         result = run(args)
-    except (RecipeError, ValueError, OSError) as error:
-        sys.exit(f"recipes/transfer.py: {' '.join(str(error).split())}")
     print(result["table"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from hpt_hf.arguments import RecipeError, VerifyArguments, parse
+from hpt_hf.arguments import RecipeError, VerifyArguments, mistakes_in_a_line, parse
 from hpt_hf.evaluate import on_device, reopen
 from hpt_hf.evaluation import EvaluationAttack, evaluate, processes
 from hpt_hf.report import markdown
@@ -119,11 +119,9 @@ def run(args: VerifyArguments) -> list[Finding]:
 
 def main(argv: list[str] | None = None) -> None:
     """Exit 0 if every figure was measured and lies inside, else 1."""
-    try:
+    with mistakes_in_a_line("recipes/verify.py"):
         (args,) = parse((VerifyArguments,), argv, positional=("model",))
         found = run(args)
-    except (RecipeError, ValueError, OSError) as error:
-        sys.exit(f"recipes/verify.py: {' '.join(str(error).split())}")
     if processes().is_main_process:
         print(table(found))
         held, outside = (sum(f.inside is value for f in found) for value in (True, False))
