@@ -18,7 +18,9 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from hpt_hf.arguments import RECIPE, parse
@@ -173,12 +175,33 @@ def table(results: dict) -> str:
     )
 
 
+def plot(results: dict, path: Path) -> None:
+    """Means over the seeds with their extremes, cheapest attack first."""
+    options = sorted(results["options"].items(), key=lambda option: option[1][0]["passes"])
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, key in zip(figure.subplots(1, 2, sharey=True), ("clean", "robust"), strict=True):
+        for row, (_, runs) in enumerate(reversed(options)):
+            values = [r["standard"][key] for r in runs]
+            axis.plot([min(values), max(values)], [row, row], color="#c9d3dd", linewidth=3, zorder=1)
+            axis.plot(statistics.mean(values), row, "o", color="#1f77b4", zorder=2)
+        axis.set(title=f"{key}, %" + " (standard)" * (key == "robust"), yticks=range(len(options)))
+        axis.set_yticklabels([f"{name} · {runs[0]['passes']:g}" for name, runs in reversed(options)])
+        axis.grid(alpha=0.3)
+    figure.suptitle("training attack · passes of the student an image", fontsize=10)
+    with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/attack_cost"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=30, help="pictures of each of the tasks")
-    parser.add_argument("--collect", type=Path, help="put what --output holds together into this file, and print the table")
+    parser.add_argument(
+        "--collect",
+        type=Path,
+        help="put what --output holds together into this file and a picture beside it, and print the table",
+    )
     args = parser.parse_args()
     files = {(n, s): args.output / f"{list(OPTIONS).index(n)}-{s}.json" for s in args.seeds for n in OPTIONS}
     if args.collect:
@@ -191,6 +214,7 @@ def main() -> None:
             "hardware": hardware(),
         }
         write_json(args.collect, results)
+        plot(results, args.collect.with_suffix(".svg"))
         print(table(results))
         return
     logging.disable_progress_bar()

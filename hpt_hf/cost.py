@@ -19,6 +19,7 @@ from hpt_hf.arguments import (
     MethodArguments,
     RecipeError,
     RecipeTrainingArguments,
+    mistakes_in_a_line,
     parse,
 )
 from hpt_hf.evaluation import finish

@@ -14,12 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import psutil
 import pytest
 import torch
 from conftest import CLASSES, gpd_schedule, make_pictures, make_trainer, weights
 
 from hpt_hf.evaluation import finish
+from hpt_hf.train import main
 from hpt_hf.zero_shot import ZeroShotCLIP
 
 pytestmark = pytest.mark.multiprocess
@@ -128,18 +130,25 @@ def test_one_pivot_is_saved_beside_the_checkpoint(two):
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(files)
 
 
+def train_alone_and_together(folder: Path, flags: str) -> None:
+    """A recipe on this process and on two others, into `out1` and `out2`."""
+    for count, batch in ((1, 8), (2, 4)):
+        argv = [*flags.split(), "--per_device_train_batch_size", str(batch), "--output_dir", str(folder / f"out{count}")]
+        if count == 1:
+            main(argv)
+        else:
+            launch(count, str(Path(__file__).parent.parent / "recipes" / "train.py"), *argv)
+
+
 def test_the_recipe_runs_on_two_processes_and_exports_once(tmp_path, student_path, proxy_path):
     """The road users take: `recipes/train.py` under a launcher, its record and its one line of result."""
     from conftest import write_image_folder
     from safetensors.torch import load_file
 
-    root = Path(__file__).parent.parent
     data = write_image_folder(tmp_path / "data", make_pictures())
     flags = f"--method hpt_gpd --max_steps 4 --use_cpu true --disable_tqdm true --eps 8/255 --learning_rate 1e-3 --dataset {data}"
     flags += f" --model_name_or_path {student_path} --proxy_name_or_path {proxy_path} --held_out 0.2"
-    for count, batch in ((1, 8), (2, 4)):
-        more = ["--per_device_train_batch_size", str(batch), "--output_dir", str(tmp_path / f"out{count}")]
-        launch(count, str(root / "recipes" / "train.py"), *flags.split(), *more)
+    train_alone_and_together(tmp_path, flags)
     records = [json.loads((tmp_path / f"out{c}" / "train.json").read_text()) for c in (1, 2)]
     assert records[0]["batch"] == records[1]["batch"] == 8 and records[0]["steps"] == 4
     assert records[0]["held_out"] == records[1]["held_out"] != {}
@@ -161,7 +170,7 @@ def test_two_processes_estimate_together_and_one_speaks(tmp_path, student_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_two_processes_stream_as_one(tmp_path, student_path, proxy_path):
+def test_two_processes_stream_as_one(tmp_path, student_path, proxy_path, monkeypatch):
     """Each reads the whole stream and decodes its own half of every batch."""
     from safetensors.torch import load_file
     from test_stream import write_parquet
@@ -169,9 +178,8 @@ def test_two_processes_stream_as_one(tmp_path, student_path, proxy_path):
     data = write_parquet(tmp_path / "data", make_pictures(43))
     said = f"--method hpt_gpd --streaming true --dataset {data} --max_steps 8 --interval 3 --use_cpu true --disable_tqdm true --eps 8/255"
     said += f" --learning_rate 1e-3 --ga_learning_rate 1e-3 --model_name_or_path {student_path} --proxy_name_or_path {proxy_path}"
-    for count, batch in ((1, 8), (2, 4)):
-        more = ["--per_device_train_batch_size", str(batch), "--output_dir", str(tmp_path / f"out{count}")]
-        launch(count, str(Path(__file__).parent.parent / "recipes" / "train.py"), *said.split(), *more)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # in this process
+    train_alone_and_together(tmp_path, said)
     exported = [load_file(tmp_path / f"out{c}" / "model.safetensors") for c in (1, 2)]
     assert largest_difference(*exported) < 1e-6
     assert largest_difference(exported[0], load_file(Path(student_path) / "model.safetensors")) > 1e-4
