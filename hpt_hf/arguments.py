@@ -65,7 +65,10 @@ class MethodArguments:
     eps: str = field(default="1/255", metadata={"help": "radius of the ball as a fraction of the pixel range"})
     attack_steps: int = 2
     attack_step_size: str | None = field(
-        default=None, metadata={"help": "a fraction; left out: the whole radius, as in the paper"}
+        default=None,
+        metadata={
+            "help": "a fraction of the pixel range, 2/255, or of the radius, 1.25 eps; left out: the whole radius, as in the paper"
+        },
     )
     attack_on: Literal["student", "proxy"] = "student"
     kl_direction: Literal["forward", "reverse"] = "forward"
@@ -103,9 +106,7 @@ class RecipeTrainingArguments(TrainingArguments):
     logging_steps: float = 20
     save_strategy: str = "no"
     dataloader_drop_last: bool = True
-    ddp_find_unused_parameters: bool | None = (
-        False  # every trained weight has a gradient; looking for others costs a walk through the graph each step
-    )
+    ddp_find_unused_parameters: bool | None = False  # all trained weights have gradients; a search costs a walk through the graph
     hub_strategy: str = "end"  # the finished model; every_save: each checkpoint on its way, too
     hub_overwrite: bool = field(default=False, metadata={"help": "with --push_to_hub: replace a model that the repository holds"})
 

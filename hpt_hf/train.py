@@ -97,6 +97,30 @@ def build_schedule(args: MethodArguments, training: RecipeTrainingArguments, ste
     )
 
 
+def build_attack(args: MethodArguments) -> TrainingAttack:
+    """The recipe's attack on training images.
+
+    Raises:
+        RecipeError, ValueError: an attack that would not move, or a number that is none.
+    """
+    threat, size = ThreatModel(args.norm, args.eps), None
+    if args.attack_steps < 1:
+        raise RecipeError(f"attack_steps={args.attack_steps}: expected at least 1; without a step the images would only be noisy")
+    if args.attack_step_size is not None:
+        given = args.attack_step_size.strip()
+        try:
+            size = parse_eps(given.removesuffix("eps")) * (threat.radius if given.endswith("eps") else 1)
+        except ValueError:
+            raise RecipeError(
+                f"attack_step_size={given!r}: expected a fraction such as '2/255', or a multiple of the radius such as '1.25 eps'"
+            ) from None
+        if size == 0 and threat.radius > 0:
+            raise RecipeError(f"attack_step_size={given!r}: expected more than 0; without moving the images would only be noisy")
+        if threat.norm == "linf" and size > 1:
+            raise RecipeError(f"attack_step_size={given!r}: images live in [0, 1]; did you mean '{given}/255'?")
+    return TrainingAttack(threat, args.attack_steps, size)
+
+
 def build(
     data: DataArguments,
     method: MethodArguments,
@@ -104,9 +128,7 @@ def build(
 ) -> HPTTrainer:
     """Everything a recipe says, as a trainer ready to train. Nothing is written before this has succeeded."""
     set_seed(training.seed)
-    threat = ThreatModel(method.norm, method.eps)
-    step_size = None if method.attack_step_size is None else parse_eps(method.attack_step_size)
-    attack = TrainingAttack(threat, method.attack_steps, step_size)
+    attack = build_attack(method)
     spec = dataset_spec(data, data.dataset, data.dataset_split, revision=data.dataset_revision)
     if data.pictures is not None and not data.streaming:
         raise RecipeError("--pictures says how long a stream is: without --streaming true all pictures of the data set are taken")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from conftest import Rows, make_pictures, write_image_folder
 
 from hpt_hf import evaluate, train
@@ -25,7 +26,7 @@ from hpt_hf.arguments import (
 from hpt_hf.data import LabelledPictures
 from hpt_hf.objectives import OBJECTIVES
 from hpt_hf.scores import read_scores
-from hpt_hf.train import build_schedule, dataset_spec
+from hpt_hf.train import build_attack, build_schedule, dataset_spec
 
 ROOT = Path(__file__).parent.parent
 TYPES = (DataArguments, MethodArguments, RecipeTrainingArguments)
@@ -177,6 +178,45 @@ def test_options_of_the_method_reach_every_phase(tmp_path):
     assert [p.warmup_steps for p in made.phases] == [0, 4], "the ramp is the second stage's"
     with pytest.raises(ValueError, match="attack_on='proxy', but tecoa has no proxy"):
         schedule(tmp_path, "--attack_on", "proxy", "--method", "tecoa")
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "size"),
+    [
+        ([], 2, 8 / 255),  # the whole radius
+        (["--attack_step_size", "2/255", "--attack_steps", "5"], 5, 2 / 255),
+        (["--attack_step_size", "1.25 eps", "--attack_steps", "1"], 1, 10 / 255),
+        (["--attack_step_size", "1/4eps"], 2, 2 / 255),
+        (["--attack_step_size", "300", "--norm", "l2"], 2, 300),
+        (["--attack_step_size", "1 eps", "--eps", "0"], 2, 0),
+    ],
+)
+def test_a_step_of_the_attack_is_a_fraction_of_the_pixels_or_of_the_radius(flags, steps, size, tmp_path):
+    attack = build_attack(read(tmp_path, "--eps", "8/255", *flags)[1])
+    images, gradient = torch.full((1, 3, 2, 2), 0.5), torch.ones(1, 3, 2, 2)
+    seen = []
+    attack(lambda x: seen.append(x.detach()) or (x * gradient).flatten(1).sum(1), images, torch.tensor([1]), seed=0, draw=0)
+    assert len(seen) == steps and attack.threat.norm == ("l2" if "l2" in flags else "linf")
+    assert (attack.threat.radius if attack.step_size is None else attack.step_size) == pytest.approx(size, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--attack_steps", "0"], "attack_steps=0: expected at least 1"),
+        (["--attack_steps", "-2"], "attack_steps=-2: expected at least 1"),
+        (["--attack_step_size", "0"], "attack_step_size='0': expected more than 0"),
+        (["--attack_step_size", "0 eps"], "attack_step_size='0 eps': expected more than 0"),
+        (["--attack_step_size", "2"], "attack_step_size='2': images live in .0, 1.; did you mean '2/255'"),
+        (["--attack_step_size=-1/255"], "attack_step_size='-1/255': expected a fraction such as"),
+        (["--attack_step_size", "eps"], "attack_step_size='eps': expected a fraction such as"),
+        (["--attack_step_size", "two eps"], "attack_step_size='two eps': expected a fraction such as"),
+        (["--eps", "8"], "did you mean '8/255'"),
+    ],
+)
+def test_an_attack_that_would_not_move_or_would_leave_the_pixels_is_refused(flags, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        build_attack(read(tmp_path, *flags)[1])
 
 
 def test_classes_are_named_once(tmp_path):
