@@ -106,6 +106,7 @@ class RecipeTrainingArguments(TrainingArguments):
     logging_steps: float = 20
     save_strategy: str = "no"
     dataloader_drop_last: bool = True
+    tf32: bool | None = False  # torch_compile would turn it on, for the attack as well
     ddp_find_unused_parameters: bool | None = False  # all trained weights have gradients; a search costs a walk through the graph
     hub_strategy: str = "end"  # the finished model; every_save: each checkpoint on its way, too
     hub_overwrite: bool = field(default=False, metadata={"help": "with --push_to_hub: replace a model that the repository holds"})

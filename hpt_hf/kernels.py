@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+# Asked once: inside a compiled layer the question would break its graph. On ARM, where torch has no MKL, this road is the slower one.
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear`; on a CPU through oneDNN instead of MKL, which leaves half of an AMD processor's vector units idle.
@@ -22,9 +25,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         weight: (outputs, inputs).
         bias: (outputs,) or None.
     """
-    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()  # on ARM this road is the slower one
     # Convolutions of so few numbers torch does not give to oneDNN.
-    if x.device.type != "cpu" or not onednn or x.numel() <= 20_480:
+    if x.device.type != "cpu" or not ONEDNN or x.numel() <= 20_480:
         return F.linear(x, weight, bias)
     # The public road to oneDNN's products in float32 that has a backward pass: a convolution of 1 x 1 over the rows, as the pixels of one picture.
     pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
@@ -107,8 +109,11 @@ def compile_layers(model: torch.nn.Module, **options) -> None:
     Args:
         options: of `torch.compile`: backend, mode.
     """
+    # First, inner and last layers of student, proxy and anchor, in attack, loss and evaluation: more kinds than the eight that torch compiles by default.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for layer in model.vision_model.encoder.layers:
-        layer.compile(**options)
+        # Student and proxy share the code but not the shapes: left alone, torch would compile it a second time for shapes of any size, and fails at that.
+        layer.compile(dynamic=False, **options)
 
 
 def keep_memory() -> None:

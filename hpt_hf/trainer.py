@@ -114,7 +114,8 @@ class HPTTrainer(Trainer):
             args.accelerator_config.non_blocking = True  # the copy of a batch goes on while the step before is computed
         kwargs.setdefault("compute_metrics", accuracies)
         # The Trainer's own would compile the wrapped forward alone: neither the attack, which is most of a step, nor the references go through it.
-        compiled, args.torch_compile = args.torch_compile, False
+        compiling = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode} if args.torch_compile else None
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
         if self.is_deepspeed_enabled:
             raise ValueError(
@@ -125,18 +126,18 @@ class HPTTrainer(Trainer):
         self.anchor = None
         if "anchor" in needed:
             self.anchor = _copy(student, student.state_dict()).to(args.device).eval().requires_grad_(False)
-        for model in (student, self.proxy, self.anchor):
-            if compiled and model is not None:
-                compile_layers(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        models = [m for m in (student, self.proxy, self.anchor) if m is not None]
+        if compiling:
+            for model in models:
+                compile_layers(model, **compiling)
         if asked_for(args.fsdp) and not self.is_fsdp_enabled:
             logger.warning(
                 "FSDP was asked for, and accelerate gives it to several GPUs alone: here every process holds all weights"
             )
         if self.is_fsdp_enabled:
             check(plugin := self.accelerator.state.fsdp_plugin)
-            for model in (student, self.proxy, self.anchor):
-                if model is not None:
-                    shard(model, args.device, plugin)
+            for model in models:
+                shard(model, args.device, plugin)
         self.stopwatch = Stopwatch(schedule, args.device)
         self.add_callback(self.gpd)
         self.add_callback(self.stopwatch)
