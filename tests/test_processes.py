@@ -224,9 +224,7 @@ def kill_two_processes(tmp_path, student_path, proxy_path, kills: list[float], s
     flags = [*said.split(), "--save_strategy", "steps", "--save_steps", "3"]
     assert until_done(tmp_path / "alone", flags, []) == 0
     struck = until_done(tmp_path / "killed", flags, kills)
-    print(
-        f"{struck} of {len(kills)} kills struck; checkpoints {sorted(p.name for p in (tmp_path / 'killed').glob('checkpoint-*'))}"
-    )
+    print(f"{struck} of {len(kills)} kills struck")
     assert struck >= 1, "killed too late to prove anything"
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "alone"))
     assert largest_difference(ours, theirs) == 0
@@ -241,7 +239,7 @@ def test_two_processes_killed_before_the_first_checkpoint_and_later_end_as_if_le
 @pytest.mark.slow
 def test_two_processes_killed_at_random_moments_end_as_if_left_alone(tmp_path, student_path, proxy_path):
     rng = random.Random(int(os.environ.get("KILL_SEED", "0")))
-    kill_two_processes(tmp_path, student_path, proxy_path, [rng.uniform(5, 22) for _ in range(6)], steps=600)
+    kill_two_processes(tmp_path, student_path, proxy_path, [rng.uniform(5, 12) for _ in range(6)], steps=600)
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------------
