@@ -15,6 +15,8 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from hpt_hf.report import markdown, progress, write_json
 from hpt_hf.scores import hardware, mean, versions
 from hpt_hf.threat import ThreatModel
 from hpt_hf.train import build
-from hpt_hf.trainer import TrainingAttack
+from hpt_hf.trainer import HPTTrainer, TrainingAttack
 from hpt_hf.zero_shot import ZeroShotCLIP
 
 RECIPE_FILE = "recipes/quickstart.yaml"
@@ -114,32 +116,48 @@ OPTIONS = {
     "3 steps, half the tokens": (HalfTheTokens, 3, 3, 3.2),  # 9 of 17
     "3 steps in bfloat16": (HalfPrecision, 3, 3, 6.0),
 }
+PAPER = "2 steps of eps (paper)"
+WATCHED = ("1 step, no random start", "1 step of 1.25 eps", PAPER)
 
 
-def measure(name: str, seed: int, limit: int, tasks: list) -> dict:
-    kind, steps, size, passes = OPTIONS[name]
+@contextmanager
+def trained(name: str, seed: int, *flags: str) -> Iterator[HPTTrainer]:
+    kind, steps, size, _ = OPTIONS[name]
     with tempfile.TemporaryDirectory() as place:
-        trainer = build(
-            *parse(RECIPE, ["--config", RECIPE_FILE, "--seed", str(seed), "--output_dir", place, "--disable_tqdm", "true"])
-        )
+        said = ["--config", RECIPE_FILE, "--seed", str(seed), "--output_dir", place, "--disable_tqdm", "true", *flags]
+        trainer = build(*parse(RECIPE, said))
         trainer.attack = kind(trainer.attack.threat, steps, size * PIXEL)
         if kind is HalfTheTokens:
             trainer.attack.embeddings.append(trainer.model.vision_model.embeddings)
         trainer.train()
-        model: ZeroShotCLIP = trainer.model
+        yield trainer
+
+
+def measure(name: str, seed: int, limit: int, tasks: list) -> dict:
+    with trained(name, seed) as trainer:
         own = [e["robust_batch_accuracy"] for e in trainer.state.log_history if "robust_batch_accuracy" in e][-3:]
         found = {
-            "passes": passes,
+            "passes": OPTIONS[name][-1],
             "seed": seed,
             "seconds": trainer.stopwatch.seconds(1),
             "own_attack": 100 * statistics.mean(own),
         }
+        model: ZeroShotCLIP = trainer.model
     threat = ThreatModel("linf", "6/255")
     for attack in ("pgd", "standard"):
         scores = [evaluate(model, pictures, EvaluationAttack(threat, attack), name=name, limit=limit) for pictures in tasks]
         found[attack] = mean(scores)
         found["pictures"] = sum(s.n for s in scores)
     return found
+
+
+def watch(name: str, epochs: int) -> dict:
+    """A long run, then the held-out slice under the attack it was trained with and under PGD-20: does it only look robust to its own?"""
+    with trained(name, 0, "--num_train_epochs", str(epochs)) as trainer:
+        found = {"epochs": epochs, "own": trainer.evaluate()}
+        trainer.attack = TrainingAttack(ThreatModel("linf", "6/255"), 20, PIXEL)
+        found["pgd"] = trainer.evaluate()
+    return {k: {n: v for n, v in m.items() if n.endswith("accuracy")} if isinstance(m, dict) else m for k, m in found.items()}
 
 
 def table(results: dict) -> str:
@@ -175,6 +193,35 @@ def table(results: dict) -> str:
     )
 
 
+def watch_table(watched: dict) -> str:
+    rows = [
+        (
+            name,
+            run["epochs"],
+            run["own"]["eval_clean_accuracy"],
+            run["own"]["eval_robust_accuracy"],
+            run["pgd"]["eval_robust_accuracy"],
+        )
+        for name, run in watched.items()
+    ]
+    return markdown(("training attack", "epochs", "clean %", "robust to its own %", "robust %, PGD-20"), rows)
+
+
+def holds(results: dict, points: float = 1.0) -> list[str]:
+    """The attacks no dearer than the paper's whose clean and strictly robust accuracy, means over the seeds, are at most `points` below its."""
+    means = {
+        n: [statistics.mean(r["standard"][k] for r in runs) for k in ("clean", "robust")]
+        for n, runs in results["options"].items()
+    }
+    passes = {n: runs[0]["passes"] for n, runs in results["options"].items()}
+    least = [m - points for m in means[PAPER]]
+    return [
+        n
+        for n, m in means.items()
+        if passes[n] <= passes[PAPER] and n != PAPER and all(a >= b for a, b in zip(m, least, strict=True))
+    ]
+
+
 def plot(results: dict, path: Path) -> None:
     """Means over the seeds with their extremes, cheapest attack first."""
     options = sorted(results["options"].items(), key=lambda option: option[1][0]["passes"])
@@ -206,7 +253,9 @@ def main() -> None:
     files = {(n, s): args.output / f"{list(OPTIONS).index(n)}-{s}.json" for s in args.seeds for n in OPTIONS}
     if args.collect:
         options = {n: [json.loads(files[n, s].read_text()) for s in args.seeds if files[n, s].is_file()] for n in OPTIONS}
+        watched = args.output / "watch.json"
         results = {
+            "watch": json.loads(watched.read_text()) if watched.is_file() else {},
             "options": {n: r for n, r in options.items() if r},
             "limit": args.limit,
             "tasks": len(LAB_SUITE),
@@ -215,10 +264,15 @@ def main() -> None:
         }
         write_json(args.collect, results)
         plot(results, args.collect.with_suffix(".svg"))
-        print(table(results))
+        print(table(results), watch_table(results["watch"]), f"held: {', '.join(holds(results))}", sep="\n\n")
         return
     logging.disable_progress_bar()
     keep_memory()
+    if args.watch:
+        found = {name: watch(name, args.watch) for name in WATCHED}
+        write_json(args.output / "watch.json", found)
+        print(watch_table(found))
+        return
     tasks = [lab_pictures(t.removeprefix("lab:"), args.limit, faces="test", seed=2) for t in LAB_SUITE]
     for (name, seed), file in files.items():
         claim = file.with_suffix(".claim")
