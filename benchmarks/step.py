@@ -20,8 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
@@ -30,7 +32,7 @@ from hpt_hf.data import Collate
 from hpt_hf.kernels import product
 from hpt_hf.lab.pretrain import new_clip, new_processor, train_tokenizer
 from hpt_hf.objectives import OBJECTIVES
-from hpt_hf.report import markdown, progress, write_json
+from hpt_hf.report import markdown, progress, write_json, write_text
 from hpt_hf.schedule import Schedule
 from hpt_hf.scores import hardware, versions
 from hpt_hf.threat import Noise, ThreatModel
@@ -243,6 +245,35 @@ def table(summary: dict) -> str:
     return markdown(("figure", "value", "low", "high"), rows)
 
 
+def plot(summary: dict, path: Path) -> None:
+    """Seconds, memory, and seconds over the number of classes; lines are the extremes."""
+    seconds, memory = summary["seconds"], summary["peak_gib"]
+    ours = {int(c): s for c, s in seconds["ours"].items()}
+    panels = {
+        "seconds a step, 200 classes": {
+            "plain": seconds["plain_200"],
+            "ours": ours[200],
+            "ours, bf16": summary["bf16"]["seconds"],
+        },
+        "peak memory, GiB, 200 classes": {
+            "plain": [memory["plain_200"]],
+            "ours": [{int(c): m for c, m in memory["ours"].items()}[200]],
+            "ours, bf16": [summary["bf16"]["peak_gib"]],
+        },
+        "seconds of ours a step": {f"{c:,} classes": s for c, s in ours.items()},
+    }
+    figure = Figure(figsize=(9, 2.4), layout="constrained")
+    for axis, (title, bars) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for row, values in enumerate(bars.values()):
+            axis.barh(-row, statistics.median(values), color="#7f7f7f" if list(bars)[row] == "plain" else "#1f77b4")
+            axis.plot([min(values), max(values)], [-row, -row], color="black", linewidth=1)
+        axis.set_title(title, fontsize=9)
+        axis.set_yticks([-row for row in range(len(bars))], bars)
+    figure.suptitle(f"{summary['what']}, batch {summary['batch']}; {summary['machine']}", fontsize=8)
+    with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
@@ -304,6 +335,8 @@ def main(argv: list[str] | None = None) -> None:
         "versions": versions(),
     }
     write_json(args.output / "summary.json", summary)
+    write_text(args.output / "table.md", table(summary))
+    plot(summary, args.output / "step.svg")
     print(table(summary))
     print(json.dumps(summary["same"]))
 

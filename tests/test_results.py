@@ -79,12 +79,14 @@ def test_results_show_the_dial():
     assert missing(dial.table(front), "docs/results.md") == []
 
 
-def test_performance_shows_the_benchmarks_own_table():
+def test_performance_shows_the_benchmarks_own_table(tmp_path):
     summary = json.loads((ROOT / "docs" / "results" / "step.json").read_text())
     assert len(step.table(summary).splitlines()) == 2 + 7
     assert missing(step.table(summary), "docs/performance.md") == []
     pixels, (ours, plain) = summary["same"]["share_of_pixels_that_differ"], summary["same"]["loss"]
     assert pixels < 1e-4 and abs(ours - plain) < 1e-4 * plain, "the two steps do the same thing"
+    step.plot(summary, tmp_path / "step.svg")
+    assert (tmp_path / "step.svg").read_text().count("<path") > 50
 
 
 def test_performance_shows_how_a_step_grows():
