@@ -12,6 +12,7 @@ overfitting: Wong et al. 2020, arXiv 2001.03994) is found by comparing them.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -26,7 +27,6 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from hpt_hf.arguments import RECIPE, parse
-from hpt_hf.attacks import pgd
 from hpt_hf.evaluation import EvaluationAttack, evaluate
 from hpt_hf.kernels import keep_memory
 from hpt_hf.lab.suite import LAB_SUITE, lab_pictures
@@ -39,14 +39,6 @@ from hpt_hf.zero_shot import ZeroShotCLIP
 
 RECIPE_FILE = "recipes/quickstart.yaml"
 PIXEL = 1 / 255
-
-
-@dataclass(frozen=True)
-class FromClean(TrainingAttack):
-    """FGSM: no random start."""
-
-    def __call__(self, loss_fn, images, keys, *, seed, draw):
-        return pgd(loss_fn, images, self.threat, steps=self.steps, step_size=self.step_size, noise=None)
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ class HalfTheTokens(TrainingAttack):
 
 # name -> (class, steps, step size in 255ths, cost of the attack in passes)
 OPTIONS = {
-    "1 step, no random start": (FromClean, 1, 6, 2.0),
+    "1 step, no random start": (functools.partial(TrainingAttack, random_start=False), 1, 6, 2.0),
     "1 step of 1.25 eps": (TrainingAttack, 1, 7.5, 2.0),
     "1 step, carried over": (Carried, 1, 6, 2.0),
     "2 steps of eps (paper)": (TrainingAttack, 2, 6, 4.0),

@@ -70,6 +70,7 @@ class MethodArguments:
             "help": "a fraction of the pixel range, 2/255, or of the radius, 1.25 eps; left out: the whole radius, as in the paper"
         },
     )
+    attack_random_start: bool = field(default=True, metadata={"help": "begin at a random point of the ball; false: at the image"})
     attack_on: Literal["student", "proxy"] = "student"
     kl_direction: Literal["forward", "reverse"] = "forward"
     temperature: float = 1.0

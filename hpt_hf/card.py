@@ -265,7 +265,8 @@ def _facts(trained: dict, mixed: dict) -> dict[str, str]:
             f"{p['objective']}: {p['steps']} steps at up to {p['learning_rate']:.3g} ({p['warmup_steps']} of warm-up)"
             for p in trained["phases"]
         ),
-        "attack in training": f"PGD-{attack['steps']}, {attack['norm']} {attack['eps']}, step {size}",
+        "attack in training": f"PGD-{attack['steps']}, {attack['norm']} {attack['eps']}, step {size}"
+        + ", no random start" * (not attack.get("random_start", True)),  # records of before had no choice
         "seed": trained["seed"],
         "time": f"{trained['seconds'] / 3600:.2g} hours on {trained['hardware']}",
         "code": f"hpt_hf {trained['versions']['hpt_hf']}" + (f", commit {trained['commit']}" if trained["commit"] else ""),

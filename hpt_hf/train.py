@@ -118,7 +118,7 @@ def build_attack(args: MethodArguments) -> TrainingAttack:
             raise RecipeError(f"attack_step_size={given!r}: expected more than 0; without moving the images would only be noisy")
         if threat.norm == "linf" and size > 1:
             raise RecipeError(f"attack_step_size={given!r}: images live in [0, 1]; did you mean '{given}/255'?")
-    return TrainingAttack(threat, args.attack_steps, size)
+    return TrainingAttack(threat, args.attack_steps, size, args.attack_random_start)
 
 
 def build(

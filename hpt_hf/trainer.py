@@ -37,15 +37,17 @@ logger = logging.get_logger("hpt_hf.trainer")
 
 @dataclass(frozen=True)
 class TrainingAttack:
-    """PGD as training uses it: steps of `step_size` (None: the whole radius, as in the paper) from a random start."""
+    """PGD as training uses it: steps of `step_size` (None: the whole radius, as in the paper) from a random start or from the image itself."""
 
     threat: ThreatModel
     steps: int = 2
     step_size: float | None = None
+    random_start: bool = True
 
     def __call__(self, loss_fn, images: Images, keys: Keys, *, seed: int, draw: int) -> Images:
         size = self.threat.radius if self.step_size is None else self.step_size
-        return pgd(loss_fn, images, self.threat, steps=self.steps, step_size=size, noise=Noise(keys, seed, draw))
+        noise = Noise(keys, seed, draw) if self.random_start else None
+        return pgd(loss_fn, images, self.threat, steps=self.steps, step_size=size, noise=noise)
 
 
 class HPTTrainer(Trainer):
@@ -326,6 +328,7 @@ class HPTTrainer(Trainer):
                 "eps": self.attack.threat.eps,
                 "steps": self.attack.steps,
                 "step_size": self.attack.step_size,
+                "random_start": self.attack.random_start,
             },
             "steps": self.schedule.total_steps,
             "learning_rate": args.learning_rate,

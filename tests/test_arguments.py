@@ -188,6 +188,7 @@ def test_options_of_the_method_reach_every_phase(tmp_path):
         (["--attack_step_size", "1.25 eps", "--attack_steps", "1"], 1, 10 / 255),
         (["--attack_step_size", "1/4eps"], 2, 2 / 255),
         (["--attack_step_size", "300", "--norm", "l2"], 2, 300),
+        (["--attack_random_start", "false"], 2, 8 / 255),
         (["--attack_step_size", "1 eps", "--eps", "0"], 2, 0),
     ],
 )
@@ -196,6 +197,7 @@ def test_a_step_of_the_attack_is_a_fraction_of_the_pixels_or_of_the_radius(flags
     images, gradient = torch.full((1, 3, 2, 2), 0.5), torch.ones(1, 3, 2, 2)
     seen = []
     attack(lambda x: seen.append(x.detach()) or (x * gradient).flatten(1).sum(1), images, torch.tensor([1]), seed=0, draw=0)
+    assert torch.equal(seen[0], images) == ("false" in flags or attack.threat.radius == 0)
     assert len(seen) == steps and attack.threat.norm == ("l2" if "l2" in flags else "linf")
     assert (attack.threat.radius if attack.step_size is None else attack.step_size) == pytest.approx(size, abs=1e-7)
 
