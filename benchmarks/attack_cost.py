@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/attack_cost"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=30, help="pictures of each of the tasks")
+    parser.add_argument("--watch", type=int, help="instead: single-step attacks over so many epochs, is their robustness real?")
     parser.add_argument(
         "--collect",
         type=Path,

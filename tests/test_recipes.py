@@ -8,11 +8,12 @@ import datasets
 import pytest
 from conftest import CLASSES, make_pictures
 
-from hpt_hf.arguments import DataArguments, MethodArguments, RecipeTrainingArguments, parse
-from hpt_hf.train import run
+from hpt_hf.arguments import RECIPE, DataArguments, MethodArguments, RecipeTrainingArguments, parse
+from hpt_hf.train import build_attack, run
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "attacks"))
+PRESETS = sorted((ROOT / "recipes" / "attacks").glob("*.yaml"))
 WORDNET_IDS = ("n01443537", "n02129165", "n02190166", "n02206856", "n02395406")  # goldfish, lion, fly, bee, hog
 
 
@@ -92,3 +93,20 @@ def test_recipes_of_one_experiment_differ_only_in_the_method():
             epochs = [float(line.split(":")[1]) for line in lines if line.startswith(("ga_epochs:", "num_train_epochs:"))]
             totals.add(sum(epochs))
         assert len(shared) == 1 and len(totals) == 1, (group, shared, totals)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_a_preset_lays_an_attack_over_any_recipe_and_touches_nothing_else(preset):
+    assert len(PRESETS) == 3 and f"--config recipes/attacks/{preset.name}" in preset.read_text()
+    made = set()
+    for recipe in RECIPES:
+        plain, laid = (
+            parse(RECIPE, ["--config", str(recipe), "--output_dir", "out", "--use_cpu", "true", *more])[:2]
+            for more in ([], ["--config", str(preset)])
+        )
+        assert plain[0] == laid[0]
+        changed = {k for k, v in vars(plain[1]).items() if vars(laid[1])[k] != v}
+        assert changed <= {"attack_steps", "attack_step_size", "attack_random_start"}
+        attack = build_attack(laid[1])
+        made.add((attack.steps, round(attack.step_size / attack.threat.radius, 5), attack.random_start))
+    assert len(made) == 1, "the same attack whatever the recipe said before"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import attack_cost
 import compare
 import independent
 import pytest
@@ -12,8 +13,10 @@ import scaling
 import step
 
 from hpt_hf import dial
+from hpt_hf.arguments import RECIPE, parse
 from hpt_hf.lab.quickstart import result_table
 from hpt_hf.report import markdown
+from hpt_hf.train import build_attack
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,6 +97,22 @@ def test_performance_shows_how_a_step_grows():
     assert len(scaling.table(found).splitlines()) == 2 + 5 + 4 + 3
     assert missing(scaling.table(found), "docs/performance.md") == []
     assert missing(scaling.loading_table(found), "docs/performance.md") == []
+
+
+def test_performance_shows_what_attacks_cost_and_presets_are_those_that_were_measured():
+    results = json.loads((ROOT / "docs" / "results" / "attack_cost.json").read_text())
+    assert [{r["seed"] for r in runs} for runs in results["options"].values()] == [{0, 1, 2}] * len(attack_cost.OPTIONS)
+    assert missing(attack_cost.table(results), "docs/performance.md") == []
+    assert missing(attack_cost.watch_table(results["watch"]), "docs/performance.md") == []
+    presets = {"one_step": "1 step, no random start", "paper": attack_cost.PAPER, "five_steps": "5 steps"}
+    assert presets["one_step"] in attack_cost.holds(results)
+    for preset, name in presets.items():
+        said = ["--config", str(ROOT / attack_cost.RECIPE_FILE), "--config", str(ROOT / "recipes" / "attacks" / f"{preset}.yaml")]
+        laid = build_attack(parse(RECIPE, said)[1])
+        kind, steps, size, _ = attack_cost.OPTIONS[name]
+        measured = kind(laid.threat, steps, size / 255)
+        assert (laid.steps, laid.random_start) == (measured.steps, measured.random_start)
+        assert laid.step_size == pytest.approx(measured.step_size, rel=1e-6)
 
 
 def test_counting_plain_operations_from_small_steps_is_exact(monkeypatch):
