@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
+from step import save
 from transformers.utils import logging
 
 from hpt_hf.arguments import RECIPE, parse
@@ -96,19 +96,19 @@ class HalfTheTokens(TrainingAttack):
             hook.remove()
 
 
+PAPER = "2 steps of eps (paper)"
 # name -> (class, steps, step size in 255ths, cost of the attack in passes)
 OPTIONS = {
     "1 step, no random start": (functools.partial(TrainingAttack, random_start=False), 1, 6, 2.0),
     "1 step of 1.25 eps": (TrainingAttack, 1, 7.5, 2.0),
     "1 step, carried over": (Carried, 1, 6, 2.0),
-    "2 steps of eps (paper)": (TrainingAttack, 2, 6, 4.0),
+    PAPER: (TrainingAttack, 2, 6, 4.0),
     "3 steps": (TrainingAttack, 3, 3, 6.0),
     "5 steps": (TrainingAttack, 5, 2, 10.0),
     "10 steps": (TrainingAttack, 10, 1, 20.0),
     "3 steps, half the tokens": (HalfTheTokens, 3, 3, 3.2),  # 9 of 17
     "3 steps in bfloat16": (HalfPrecision, 3, 3, 6.0),
 }
-PAPER = "2 steps of eps (paper)"
 WATCHED = ("1 step, no random start", "1 step of 1.25 eps", PAPER)
 
 
@@ -145,11 +145,12 @@ def measure(name: str, seed: int, limit: int, tasks: list) -> dict:
 
 def watch(name: str, epochs: int) -> dict:
     """A long run, then the held-out slice under the attack it was trained with and under PGD-20: does it only look robust to its own?"""
+    found: dict = {"epochs": epochs}
     with trained(name, 0, "--num_train_epochs", str(epochs)) as trainer:
-        found = {"epochs": epochs, "own": trainer.evaluate()}
-        trainer.attack = TrainingAttack(ThreatModel("linf", "6/255"), 20, PIXEL)
-        found["pgd"] = trainer.evaluate()
-    return {k: {n: v for n, v in m.items() if n.endswith("accuracy")} if isinstance(m, dict) else m for k, m in found.items()}
+        for attack, made in (("own", trainer.attack), ("pgd", TrainingAttack(trainer.attack.threat, 20, PIXEL))):
+            trainer.attack = made
+            found[attack] = {n: v for n, v in trainer.evaluate().items() if n.endswith("accuracy")}
+    return found
 
 
 def table(results: dict) -> str:
@@ -227,8 +228,7 @@ def plot(results: dict, path: Path) -> None:
         axis.set_yticklabels([f"{name} · {runs[0]['passes']:g}" for name, runs in reversed(options)])
         axis.grid(alpha=0.3)
     figure.suptitle("training attack · passes of the student an image", fontsize=10)
-    with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):
-        figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
 
 
 def main() -> None:

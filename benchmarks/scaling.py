@@ -16,11 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
-from step import THREAT, Ours, make_batch, make_models, spread
+from step import THREAT, Ours, make_batch, make_models, save, spread
 from torch.utils.data import DataLoader, Dataset
 
 from hpt_hf.data import Collate, to_rgb
@@ -116,8 +115,7 @@ def plot(found: dict, path: Path) -> None:
     bars = found["references"]
     axes[2].barh([n.replace(" (", "\n(") for n in bars], [v["value"] for v in bars.values()], color="tab:blue")
     axes[2].set(title="reference model", xlabel="seconds a step")
-    with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):
-        figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
 
 
 def main() -> None:

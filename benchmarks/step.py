@@ -245,33 +245,37 @@ def table(summary: dict) -> str:
     return markdown(("figure", "value", "low", "high"), rows)
 
 
+def save(figure: Figure, path: Path) -> None:
+    """As SVG, the same bytes for the same figures."""
+    with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
 def plot(summary: dict, path: Path) -> None:
-    """Seconds, memory, and seconds over the number of classes; lines are the extremes."""
+    """Seconds, memory, and seconds over the number of classes, of a summary read from its file; lines are the extremes."""
     seconds, memory = summary["seconds"], summary["peak_gib"]
-    ours = {int(c): s for c, s in seconds["ours"].items()}
     panels = {
         "seconds a step, 200 classes": {
             "plain": seconds["plain_200"],
-            "ours": ours[200],
+            "ours": seconds["ours"]["200"],
             "ours, bf16": summary["bf16"]["seconds"],
         },
         "peak memory, GiB, 200 classes": {
             "plain": [memory["plain_200"]],
-            "ours": [{int(c): m for c, m in memory["ours"].items()}[200]],
+            "ours": [memory["ours"]["200"]],
             "ours, bf16": [summary["bf16"]["peak_gib"]],
         },
-        "seconds of ours a step": {f"{c:,} classes": s for c, s in ours.items()},
+        "seconds of ours a step": {f"{int(c):,} classes": s for c, s in seconds["ours"].items()},
     }
     figure = Figure(figsize=(9, 2.4), layout="constrained")
     for axis, (title, bars) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for row, values in enumerate(bars.values()):
-            axis.barh(-row, statistics.median(values), color="#7f7f7f" if list(bars)[row] == "plain" else "#1f77b4")
+        for row, (name, values) in enumerate(bars.items()):
+            axis.barh(-row, statistics.median(values), color="#7f7f7f" if name == "plain" else "#1f77b4")
             axis.plot([min(values), max(values)], [-row, -row], color="black", linewidth=1)
         axis.set_title(title, fontsize=9)
         axis.set_yticks([-row for row in range(len(bars))], bars)
     figure.suptitle(f"{summary['what']}, batch {summary['batch']}; {summary['machine']}", fontsize=8)
-    with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):
-        figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -334,9 +338,9 @@ def main(argv: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    write_json(args.output / "summary.json", summary)
+    file = write_json(args.output / "summary.json", summary)
     write_text(args.output / "table.md", table(summary))
-    plot(summary, args.output / "step.svg")
+    plot(json.loads(file.read_text()), args.output / "step.svg")
     print(table(summary))
     print(json.dumps(summary["same"]))
 

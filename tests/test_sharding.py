@@ -29,7 +29,7 @@ from hpt_hf.zero_shot import ZeroShotCLIP
 
 pytestmark = pytest.mark.multiprocess
 
-STEPS, CUT = 10, 7
+CUT = 7  # the step of the checkpoint
 # What is trained, and how: with the held-out slice looked at between the steps, since that leaves gathered weights behind.
 CASES = {
     "hpt_gpd": lambda: (gpd_schedule(interval=4, warm_up_learning_rate=3e-4, learning_rate=1e-3), {}),
@@ -39,14 +39,12 @@ CASES = {
 }
 
 
-def build(folder, student_path, proxy_path, case: str, world: int, **changes) -> HPTTrainer:
+def build(folder, student_path, proxy_path, case: str, world: int) -> HPTTrainer:
     student, proxy = (ZeroShotCLIP.load(p).set_classes(CLASSES) for p in (student_path, proxy_path))
     schedule, settings = CASES[case]()
-    changes = {"save_strategy": "steps", "save_steps": CUT, "eval_strategy": "steps", "eval_steps": 3, **changes}
-    batch = {f"per_device_{kind}_batch_size": 8 // world for kind in ("train", "eval")}
-    return make_trainer(
-        folder, student, schedule, proxy=proxy, held_out=make_pictures(24, seed=3), **batch, **settings, **changes
-    )
+    settings |= {"save_strategy": "steps", "save_steps": CUT, "eval_strategy": "steps", "eval_steps": 3}
+    settings |= {f"per_device_{kind}_batch_size": 8 // world for kind in ("train", "eval")}
+    return make_trainer(folder, student, schedule, proxy=proxy, held_out=make_pictures(24, seed=3), **settings)
 
 
 def train(trainer: HPTTrainer, **resume) -> dict:
@@ -145,7 +143,7 @@ def test_resumed_sharded_training_ends_as_uninterrupted(two):
     assert largest_difference(resumed, straight) == 0
 
 
-def test_checkpoint_pivot_and_export_are_whole(one, two, student_path):
+def test_checkpoint_pivot_and_export_are_whole(two, student_path):
     student = load_file(Path(student_path) / "model.safetensors")
     folder = two.folder / "hpt_gpd"
     assert largest_difference(load_file(folder / "model.safetensors"), two.ranks[0]["hpt_gpd"]["weights"]) == 0
