@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hpt_hf", "hpt_hf.*"]),
-    package_data={"hpt_hf": ["*.json", "*.j2"], "hpt_hf.lab": ["weights/*/*"]},
+    package_data={"hpt_hf": ["*/*.json", "*/*.j2"], "hpt_hf.lab": ["weights/*/*"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6,<3",

@@ -1,7 +1,7 @@
 """What a training attack costs and what robustness it buys: one method, one budget of steps, cheaper and dearer attacks, several seeds.
 
-    python benchmarks/attack_cost.py --output outputs/attack_cost            # goes on where it was stopped; two may share the work
-    python benchmarks/attack_cost.py --output outputs/attack_cost --collect docs/results/attack_cost.json
+    python benchmarks/attack_cost.py --output_dir outputs/attack_cost            # goes on where it was stopped; two may share the work
+    python benchmarks/attack_cost.py --output_dir outputs/attack_cost --collect docs/results/attack_cost.json
 
 The method is HPT-GPD with the quickstart's settings. Cost is counted, not timed: forward and backward passes of the student for each training image, the
 training pass itself (3: forward, pixels and weights) and the proxy's forward apart. Robust accuracy is under `standard` (APGD-CE, APGD-T, Square), on
@@ -26,16 +26,17 @@ from matplotlib.figure import Figure
 from step import save
 from transformers.utils import logging
 
-from hpt_hf.arguments import RECIPE, parse
-from hpt_hf.evaluation import EvaluationAttack, evaluate
-from hpt_hf.kernels import keep_memory
-from hpt_hf.lab.suite import LAB_SUITE, lab_pictures
-from hpt_hf.report import markdown, progress, write_json
-from hpt_hf.scores import hardware, mean, versions
-from hpt_hf.threat import ThreatModel
-from hpt_hf.train import build
-from hpt_hf.trainer import HPTTrainer, TrainingAttack
-from hpt_hf.zero_shot import ZeroShotCLIP
+from hpt_hf.attacks.pgd import TrainingAttack
+from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.commands.parser import parse
+from hpt_hf.commands.train import RECIPE, build
+from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate
+from hpt_hf.evaluation.result import mean
+from hpt_hf.lab.datasets import LAB_SUITE, lab_images
+from hpt_hf.models.fast_layers import keep_memory
+from hpt_hf.models.zero_shot import ZeroShotClassifier
+from hpt_hf.training.trainer import HPTTrainer
+from hpt_hf.utils import hardware, markdown, progress, versions, write_json
 
 RECIPE_FILE = "recipes/quickstart.yaml"
 PIXEL = 1 / 255
@@ -49,7 +50,9 @@ class CarriedStart(ThreatModel):
 
     def random_start(self, images, noise):
         fresh = super().random_start(images, noise)
-        start = [images[i] + self.last[k] if k in self.last else fresh[i] for i, k in enumerate(noise.keys.tolist())]
+        start = [
+            images[i] + self.last[k] if k in self.last else fresh[i] for i, k in enumerate(noise.image_ids.tolist())
+        ]
         return self.project(torch.stack(start), images)
 
 
@@ -60,8 +63,8 @@ class Carried(TrainingAttack):
     def __post_init__(self):
         object.__setattr__(self, "threat", CarriedStart(self.threat.norm, self.threat.eps))
 
-    def __call__(self, loss_fn, images, keys, *, seed, draw):
-        perturbed = super().__call__(loss_fn, images, keys, seed=seed, draw=draw)
+    def __call__(self, loss_fn, images, image_ids, *, seed, round):
+        perturbed = super().__call__(loss_fn, images, image_ids, seed=seed, round=round)
         self.threat.last.update(zip(keys.tolist(), (perturbed - images).unbind(), strict=True))
         return perturbed
 
@@ -70,12 +73,12 @@ class Carried(TrainingAttack):
 class HalfPrecision(TrainingAttack):
     """Forward passes in bfloat16."""
 
-    def __call__(self, loss_fn, images, keys, *, seed, draw):
+    def __call__(self, loss_fn, images, image_ids, *, seed, round):
         def half(x):
             with torch.autocast(x.device.type, torch.bfloat16):
                 return loss_fn(x)
 
-        return super().__call__(half, images, keys, seed=seed, draw=draw)
+        return super().__call__(half, images, image_ids, seed=seed, round=round)
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,19 @@ class HalfTheTokens(TrainingAttack):
 
     embeddings: list = field(default_factory=list)
 
-    def __call__(self, loss_fn, images, keys, *, seed, draw):
+    def __call__(self, loss_fn, images, image_ids, *, seed, round):
         def drop(module, inputs, tokens):
-            patches = torch.randperm(tokens.shape[1] - 1, generator=torch.Generator().manual_seed(hash((seed, draw)) % 2**31)) + 1
+            patches = (
+                torch.randperm(
+                    tokens.shape[1] - 1, generator=torch.Generator().manual_seed(hash((seed, draw)) % 2**31)
+                )
+                + 1
+            )
             return tokens[:, [0, *patches[: len(patches) // 2].sort().values.tolist()]]
 
         hook = self.embeddings[0].register_forward_hook(drop)
         try:
-            return super().__call__(loss_fn, images, keys, seed=seed, draw=draw)
+            return super().__call__(loss_fn, images, image_ids, seed=seed, round=round)
         finally:
             hook.remove()
 
@@ -134,10 +142,12 @@ def measure(name: str, seed: int, limit: int, tasks: list) -> dict:
             "seconds": trainer.stopwatch.seconds(1),
             "own_attack": 100 * statistics.mean(own),
         }
-        model: ZeroShotCLIP = trainer.model
+        model: ZeroShotClassifier = trainer.model
     threat = ThreatModel("linf", "6/255")
     for attack in ("pgd", "standard"):
-        scores = [evaluate(model, pictures, EvaluationAttack(threat, attack), name=name, limit=limit) for pictures in tasks]
+        scores = [
+            evaluate(model, pictures, EvaluationAttack(threat, attack), name=name, limit=limit) for pictures in tasks
+        ]
         found[attack] = mean(scores)
         found["pictures"] = sum(s.n for s in scores)
     return found
@@ -233,19 +243,23 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("outputs/attack_cost"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/attack_cost"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=30, help="pictures of each of the tasks")
-    parser.add_argument("--watch", type=int, help="instead: single-step attacks over so many epochs, is their robustness real?")
+    parser.add_argument(
+        "--watch", type=int, help="instead: single-step attacks over so many epochs, is their robustness real?"
+    )
     parser.add_argument(
         "--collect",
         type=Path,
-        help="put what --output holds together into this file and a picture beside it, and print the table",
+        help="put what --output_dir holds together into this file and a picture beside it, and print the table",
     )
     args = parser.parse_args()
     files = {(n, s): args.output / f"{list(OPTIONS).index(n)}-{s}.json" for s in args.seeds for n in OPTIONS}
     if args.collect:
-        options = {n: [json.loads(files[n, s].read_text()) for s in args.seeds if files[n, s].is_file()] for n in OPTIONS}
+        options = {
+            n: [json.loads(files[n, s].read_text()) for s in args.seeds if files[n, s].is_file()] for n in OPTIONS
+        }
         watched = args.output / "watch.json"
         results = {
             "watch": json.loads(watched.read_text()) if watched.is_file() else {},
@@ -266,7 +280,7 @@ def main() -> None:
         write_json(args.output / "watch.json", found)
         print(watch_table(found))
         return
-    tasks = [lab_pictures(t.removeprefix("lab:"), args.limit, faces="test", seed=2) for t in LAB_SUITE]
+    tasks = [lab_images(t.removeprefix("lab:"), args.limit, faces="test", seed=2) for t in LAB_SUITE]
     for (name, seed), file in files.items():
         claim = file.with_suffix(".claim")
         claim.parent.mkdir(parents=True, exist_ok=True)

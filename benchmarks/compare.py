@@ -23,16 +23,17 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from hpt_hf.arguments import RECIPE, parse
-from hpt_hf.data import DatasetSpec
-from hpt_hf.evaluation import EvaluationAttack, evaluate
-from hpt_hf.lab.suite import LAB_SUITE, LAB_VALIDATION, REAL_VALIDATION, open_pictures, real_suite
-from hpt_hf.report import markdown, write_json
-from hpt_hf.scores import hardware, mean, versions
-from hpt_hf.threat import ThreatModel
-from hpt_hf.train import load_clip, run
-from hpt_hf.transfer import matrix, means
-from hpt_hf.zero_shot import ZeroShotCLIP
+from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.commands.common import load_model, open_images
+from hpt_hf.commands.parser import parse
+from hpt_hf.commands.train import RECIPE, run
+from hpt_hf.commands.transfer import matrix, means
+from hpt_hf.data.dataset import DatasetSpec
+from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate
+from hpt_hf.evaluation.result import mean
+from hpt_hf.lab.datasets import LAB_SUITE, LAB_VALIDATION, REAL_VALIDATION, real_suite
+from hpt_hf.models.zero_shot import ZeroShotClassifier
+from hpt_hf.utils import hardware, markdown, versions, write_json
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("hpt", "hpt_gpd", "anchor_clean", "tecoa", "pmg_aft", "fare")
@@ -59,14 +60,18 @@ GROUPS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", choices=sorted(GROUPS), required=True, help="folder of recipes/ with one recipe a method")
+    parser.add_argument(
+        "--group", choices=sorted(GROUPS), required=True, help="folder of recipes/ with one recipe a method"
+    )
     parser.add_argument("--data_dir", help="the folder of real pictures")
     parser.add_argument("--methods", nargs="+", choices=("vanilla", *METHODS), default=("vanilla", *METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of those in RATES")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--limit", type=int, default=100, help="pictures of each test set")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--collect", type=Path, metavar="FILE", help="write all there is to FILE, print its tables, and stop")
+    parser.add_argument("--output_dir", type=Path)
+    parser.add_argument(
+        "--collect", type=Path, metavar="FILE", help="write all there is to FILE, print its tables, and stop"
+    )
     args = parser.parse_args()
     output = args.output or ROOT / "outputs" / f"compare-{args.group}"
     if args.collect:
@@ -87,12 +92,17 @@ def compare(method: str, args, file: Path) -> None:
     _, settings, _ = recipe(args.group, "hpt" if method == "vanilla" else method, flags)
     attack = EvaluationAttack(ThreatModel(settings.norm, settings.eps), steps=20)
     record = json.loads(file.read_text()) if file.is_file() else {"rates": {}, "runs": []}
-    record |= {"attack": f"{attack}, {attack.threat}", "limit": args.limit, "versions": versions(), "hardware": hardware()}
+    record |= {
+        "attack": f"{attack}, {attack.threat}",
+        "limit": args.limit,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
 
     def pictures(names, training, limit):
-        return [open_pictures(DatasetSpec(n), training=training, limit=limit, data_dir=args.data_dir) for n in names]
+        return [open_images(DatasetSpec(n), training=training, limit=limit, data_dir=args.data_dir) for n in names]
 
-    def measured(model: ZeroShotCLIP, sets, limit: int) -> dict:
+    def measured(model: ZeroShotClassifier, sets, limit: int) -> dict:
         start = time.time()
         scores = [evaluate(model, s, attack, name=method, limit=limit, probe=0) for s in sets]
         per_set = {s.dataset: [s.clean, s.robust] for s in scores}
@@ -100,7 +110,7 @@ def compare(method: str, args, file: Path) -> None:
 
     suite = pictures(group.suite, False, args.limit)
     if method == "vanilla":
-        student, proxy = load_clip(settings.model_name_or_path), load_clip(settings.proxy_name_or_path)
+        student, proxy = load_model(settings.model_name_or_path), load_model(settings.proxy_name_or_path)
         record["runs"] = [measured(student, suite, args.limit)]
         record["proxy"] = measured(proxy, suite, args.limit)
         crossed = matrix({"student": student, "proxy": proxy}, suite, attack, sources=["student"], limit=args.limit)
@@ -112,7 +122,9 @@ def compare(method: str, args, file: Path) -> None:
     validation = pictures(group.validation, True, VALIDATION)
     for rate in args.rates or RATES.get(method, OTHER_RATES):
         if f"{rate:g}" not in record["rates"]:
-            model, facts = train(args.group, method, [*flags, "--dataset", group.tuning, "--learning_rate", f"{rate:g}"])
+            model, facts = train(
+                args.group, method, [*flags, "--dataset", group.tuning, "--learning_rate", f"{rate:g}"]
+            )
             record["rates"][f"{rate:g}"] = facts if model is None else facts | measured(model, validation, VALIDATION)
             write_json(file, record)
             print(method, rate, record["rates"][f"{rate:g}"], flush=True)
@@ -133,10 +145,12 @@ def choose(rates: dict[str, dict]) -> str:
 
 
 def recipe(group: str, method: str, flags: list[str]):
-    return parse(RECIPE, ["--config", str(ROOT / "recipes" / group / f"{method}.yaml"), *flags, "--disable_tqdm", "true"])
+    return parse(
+        RECIPE, ["--config", str(ROOT / "recipes" / group / f"{method}.yaml"), *flags, "--disable_tqdm", "true"]
+    )
 
 
-def train(group: str, method: str, flags: list[str]) -> tuple[ZeroShotCLIP | None, dict]:
+def train(group: str, method: str, flags: list[str]) -> tuple[ZeroShotClassifier | None, dict]:
     """The trained model and what is known of the run; no model if its loss diverged."""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -156,8 +170,18 @@ def table(results: dict) -> str:
         rows.append((method, ", ".join(sorted(rates)) or "–", str(len(runs)), *cells))
         if method == "vanilla":
             proxy, crossed = record["proxy"], record["proxy_on_student_adversarial"]
-            rows.append(("vanilla proxy under its own attack", "–", "1", f"{proxy['clean']:.1f}", f"{proxy['robust']:.1f}"))
-            rows.append(("vanilla proxy on the student's", "–", "1", f"{crossed['clean']:.1f}", f"{crossed['adversarial']:.1f}"))
+            rows.append(
+                ("vanilla proxy under its own attack", "–", "1", f"{proxy['clean']:.1f}", f"{proxy['robust']:.1f}")
+            )
+            rows.append(
+                (
+                    "vanilla proxy on the student's",
+                    "–",
+                    "1",
+                    f"{crossed['clean']:.1f}",
+                    f"{crossed['adversarial']:.1f}",
+                )
+            )
     attack = next(iter(results.values()))["attack"]
     return markdown(("method", "rate", "seeds", "clean %", f"robust % ({attack})"), rows)
 

@@ -1,10 +1,10 @@
 """Our attacks against an independent implementation of them: pyautoattack, by AutoAttack's own authors (`pip install -e '.[attack]'`).
 
 The same checkpoint, pictures and balls, one after the other in one run: robust accuracy and seconds of each attack, and of the three in turn
-(`standard`). AutoAttack's own standard has FAB-T between APGD-T and Square; it is run too, and its time stands apart. Ours asks `ZeroShotCLIP`,
+(`standard`). AutoAttack's own standard has FAB-T between APGD-T and Square; it is run too, and its time stands apart. Ours asks `ZeroShotClassifier`,
 theirs what anybody has: the stock `CLIPModel`, class prompts embedded once, nothing that needs a gradient but the pixels.
 
-    python benchmarks/independent.py --model outputs/quickstart/model --limit 100 --output docs/results/independent.json
+    python benchmarks/independent.py --model outputs/quickstart/model --limit 100 --output_dir docs/results/independent.json
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel
 
-from hpt_hf.attacks import frozen
-from hpt_hf.data import Collate
-from hpt_hf.evaluate import on_device
-from hpt_hf.evaluation import EvaluationAttack
-from hpt_hf.lab.suite import LAB_SUITE, lab_pictures
-from hpt_hf.report import markdown, progress, write_json
-from hpt_hf.scores import hardware, versions
-from hpt_hf.search import STANDARD
-from hpt_hf.threat import ThreatModel
-from hpt_hf.train import load_clip
-from hpt_hf.zero_shot import ZeroShotCLIP
+from hpt_hf.attacks.engine import frozen
+from hpt_hf.attacks.suite import STANDARD
+from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.commands.common import load_model, on_device
+from hpt_hf.data.collator import Collator
+from hpt_hf.evaluation.evaluator import EvaluationAttack
+from hpt_hf.lab.datasets import LAB_SUITE, lab_images
+from hpt_hf.models.zero_shot import ZeroShotClassifier
+from hpt_hf.utils import hardware, markdown, progress, versions, write_json
 
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 OURS = tuple(STANDARD)
@@ -36,7 +34,7 @@ OURS = tuple(STANDARD)
 class Stock(torch.nn.Module):
     """Pixels in [0, 1] at the model's size -> logits, by transformers' own class."""
 
-    def __init__(self, folder, ours: ZeroShotCLIP):
+    def __init__(self, folder, ours: ZeroShotClassifier):
         super().__init__()
         self.clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         self.ours = [ours]  # in a list: no module of this one
@@ -78,8 +76,8 @@ def independent(stock: Stock, batch: dict, threat: ThreatModel, parts) -> dict[s
     return found
 
 
-def ours(model: ZeroShotCLIP, batch: dict, threat: ThreatModel, parts) -> dict[str, tuple[int, float]]:
-    images, keys, labels, found = batch["images"], batch["keys"], batch["labels"], {}
+def ours(model: ZeroShotClassifier, batch: dict, threat: ThreatModel, parts) -> dict[str, tuple[int, float]]:
+    images, keys, labels, found = batch["images"], batch["image_ids"], batch["labels"], {}
     for part in parts:
         start = time.time()
         if len(images):
@@ -90,7 +88,7 @@ def ours(model: ZeroShotCLIP, batch: dict, threat: ThreatModel, parts) -> dict[s
     return found
 
 
-def compare(model: ZeroShotCLIP, stock: Stock, tasks, threat: ThreatModel, limit: int) -> dict:
+def compare(model: ZeroShotClassifier, stock: Stock, tasks, threat: ThreatModel, limit: int) -> dict:
     """Standing pictures and seconds over all tasks, part by part."""
     total = {"n": 0, "clean": 0, "ours": {}, "independent": {}}
 
@@ -100,9 +98,9 @@ def compare(model: ZeroShotCLIP, stock: Stock, tasks, threat: ThreatModel, limit
             total[who][part] = [old[0] + standing, round(old[1] + seconds, 2)]
 
     for task in tasks:
-        pictures = lab_pictures(task.removeprefix("lab:"), limit, faces="test", seed=2)
+        pictures = lab_images(task.removeprefix("lab:"), limit, faces="test", seed=2)
         model.set_classes(pictures.classes, pictures.templates)
-        batch = Collate(model.processor)([pictures[i] for i in range(len(pictures))])
+        batch = Collator(model.processor)([pictures[i] for i in range(len(pictures))])
         with torch.no_grad():
             right = model.classify(batch["images"]).logits.argmax(1) == batch["labels"]
         total["n"] += len(right)
@@ -126,10 +124,20 @@ def table(result: dict) -> str:
             shown = [f"{100 * one[0] / total['n']:.2f}" if one else "" for one in (mine, theirs)]
             rows.append((eps, name, *shown, *(f"{one[1]:.0f}" if one else "" for one in (mine, theirs))))
         seconds = [
-            sum(total[who][p][1] for p in parts) for who, parts in (("ours", OURS), ("independent", OURS), ("independent", PARTS))
+            sum(total[who][p][1] for p in parts)
+            for who, parts in (("ours", OURS), ("independent", OURS), ("independent", PARTS))
         ]
-        rows.append((eps, "standard, seconds", "", "", f"{seconds[0]:.0f}", f"{seconds[1]:.0f} ({seconds[2]:.0f} with FAB-T)"))
-    header = ("eps", f"attack, {result['n']} pictures", "ours: robust %", "independent: robust %", "ours: s", "independent: s")
+        rows.append(
+            (eps, "standard, seconds", "", "", f"{seconds[0]:.0f}", f"{seconds[1]:.0f} ({seconds[2]:.0f} with FAB-T)")
+        )
+    header = (
+        "eps",
+        f"attack, {result['n']} pictures",
+        "ours: robust %",
+        "independent: robust %",
+        "ours: s",
+        "independent: s",
+    )
     return markdown(header, rows)
 
 
@@ -140,9 +148,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--norm", default="linf")
     parser.add_argument("--eps", nargs="+", default=["3/255", "6/255", "9/255"])
-    parser.add_argument("--output", type=Path, default=Path("outputs/independent.json"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/independent.json"))
     args = parser.parse_args()
-    model = on_device(load_clip(args.model))
+    model = on_device(load_model(args.model))
     stock = Stock(args.model, model)
     result = {"model": args.model, "norm": args.norm, "tasks": args.tasks, "limit": args.limit, "eps": {}}
     result |= {"versions": versions() | {"pyautoattack": "0.2.0"}, "hardware": hardware()}

@@ -1,6 +1,6 @@
 """What our training step costs as its parts grow: attack steps, images, reference models; and whether pictures can be decoded as fast as it eats them.
 
-    python benchmarks/scaling.py --output outputs/scaling
+    python benchmarks/scaling.py --output_dir outputs/scaling
 
 Same models and machine as `step.py` (ViT-B/32 student, ViT-B/16 proxy, 224 px, random weights); every figure is the median of the steps after the second, its
 low and high beside it. Writes scaling.json and scaling.svg.
@@ -22,11 +22,10 @@ from PIL import Image
 from step import THREAT, Ours, make_batch, make_models, save, spread
 from torch.utils.data import DataLoader, Dataset
 
-from hpt_hf.data import Collate, to_rgb
-from hpt_hf.report import markdown, progress, write_json, write_text
-from hpt_hf.scores import hardware, versions
-from hpt_hf.trainer import TrainingAttack
-from hpt_hf.zero_shot import ZeroShotCLIP
+from hpt_hf.attacks.pgd import TrainingAttack
+from hpt_hf.data.collator import Collator, to_rgb
+from hpt_hf.models.zero_shot import ZeroShotClassifier
+from hpt_hf.utils import hardware, markdown, progress, versions, write_json, write_text
 
 ATTACK_STEPS = (1, 2, 3, 5, 10)
 IMAGES = (4, 8, 16, 32)
@@ -71,7 +70,7 @@ def loading(folder: Path, count: int = 512) -> dict:
     """Images a second, decoded, resized to 224 px and collated, by the number of loader processes."""
     (folder / "photographs").mkdir()
     pictures = Photographs(folder / "photographs", count)
-    collate = Collate(ZeroShotCLIP.load(folder / "student").processor)
+    collate = Collator(ZeroShotClassifier.from_pretrained(folder / "student").processor)
     rates = {}
     for workers in (0, 1, 2):
         loader, runs = DataLoader(pictures, batch_size=32, collate_fn=collate, num_workers=workers), []
@@ -96,8 +95,12 @@ def table(found: dict) -> str:
 def loading_table(found: dict) -> str:
     need = 16 / found["attack_steps"]["2"]["value"]
     rates = found["loading"]["images_a_second"].items()
-    rows = [(w, *(f"{s[k]:.0f}" for k in ("value", "low", "high")), f"{s['value'] / need:.0f} times") for w, s in rates]
-    return markdown(("loader processes", "images a second", "low", "high", f"of what a step eats ({need:.1f} a second)"), rows)
+    rows = [
+        (w, *(f"{s[k]:.0f}" for k in ("value", "low", "high")), f"{s['value'] / need:.0f} times") for w, s in rates
+    ]
+    return markdown(
+        ("loader processes", "images a second", "low", "high", f"of what a step eats ({need:.1f} a second)"), rows
+    )
 
 
 def plot(found: dict, path: Path) -> None:
@@ -120,7 +123,7 @@ def plot(found: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("outputs/scaling"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/scaling"))
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
@@ -144,7 +147,12 @@ def main() -> None:
             stepper = Ours(folder, 200, objective=name)
             found["references"][label] = timed(stepper, batch, args.repeats)
             progress(f"{label}: {found['references'][label]}")
-    found |= {"machine": hardware(), "threads": torch.get_num_threads(), "cores": os.cpu_count(), "versions": versions()}
+    found |= {
+        "machine": hardware(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+    }
     write_json(args.output / "scaling.json", found)
     plot(found, args.output / "scaling.svg")
     write_text(args.output / "scaling.md", table(found) + "\n\n" + loading_table(found) + "\n")

@@ -5,7 +5,7 @@ tokens; the attack calls `backward()`, which also computes the gradients of all 
 attack, and must reach the same adversarial images and loss. FLOPs are counted by torch, of both; the machine's peak is that of torch's float32 matrix
 product, `a @ b`, and, beside it, of oneDNN's, which our step uses and which is the faster one on some processors.
 
-    python benchmarks/step.py --output outputs/bench
+    python benchmarks/step.py --output_dir outputs/bench
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
-from hpt_hf.arguments import RecipeTrainingArguments
-from hpt_hf.data import Collate
-from hpt_hf.kernels import product
+from hpt_hf.attacks.noise import Noise
+from hpt_hf.attacks.pgd import TrainingAttack
+from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.data.collator import Collator
 from hpt_hf.lab.pretrain import new_clip, new_processor, train_tokenizer
-from hpt_hf.objectives import OBJECTIVES
-from hpt_hf.report import markdown, progress, write_json, write_text
-from hpt_hf.schedule import Schedule
-from hpt_hf.scores import hardware, versions
-from hpt_hf.threat import Noise, ThreatModel
-from hpt_hf.trainer import HPTTrainer, TrainingAttack
-from hpt_hf.zero_shot import TEMPLATE, ZeroShotCLIP
+from hpt_hf.method.objectives import OBJECTIVES
+from hpt_hf.method.schedule import Schedule
+from hpt_hf.models.fast_layers import product
+from hpt_hf.models.zero_shot import TEMPLATE, ZeroShotClassifier
+from hpt_hf.training.config import HPTConfig
+from hpt_hf.training.trainer import HPTTrainer
+from hpt_hf.utils import hardware, markdown, progress, versions, write_json, write_text
 
 THREAT, STEPS, SEED, CONTEXT = ThreatModel("linf", "1/255"), 2, 0, 77
 OPENAI = {"num_hidden_layers": 12, "hidden_act": "quick_gelu"}
@@ -47,7 +48,9 @@ VISION = {**OPENAI, "hidden_size": 768, "intermediate_size": 3072, "num_attentio
 
 def names(count: int) -> list[str]:
     """Class names of the usual length."""
-    return [f"thing {'abcdefghij'[i % 10]} {'abcdefghij'[i // 10 % 10]} {'abcdefghij'[i // 100]}" for i in range(count)]
+    return [
+        f"thing {'abcdefghij'[i % 10]} {'abcdefghij'[i // 10 % 10]} {'abcdefghij'[i // 100]}" for i in range(count)
+    ]
 
 
 def make_models(folder: Path) -> None:
@@ -56,22 +59,27 @@ def make_models(folder: Path) -> None:
     tokenizer.model_max_length = CONTEXT
     for name, patch, seed in (("student", 32, 1), ("proxy", 16, 2)):
         torch.manual_seed(seed)
-        model = new_clip(tokenizer, vision={**VISION, "patch_size": patch}, text=TEXT, image_size=224, projection_dim=512)
+        model = new_clip(
+            tokenizer, vision={**VISION, "patch_size": patch}, text=TEXT, image_size=224, projection_dim=512
+        )
         model.save_pretrained(folder / name)
         new_processor(tokenizer, 224).save_pretrained(folder / name)
 
 
 def make_batch(size: int, classes: int = 10) -> dict[str, torch.Tensor]:
     images = torch.rand(size, 3, 224, 224, generator=torch.Generator().manual_seed(SEED))
-    return {"images": images, "keys": torch.arange(size), "labels": torch.arange(size) % min(10, classes)}
+    return {"images": images, "image_ids": torch.arange(size), "labels": torch.arange(size) % min(10, classes)}
 
 
 class Ours:
     """The step as `HPTTrainer` takes it; with `bf16`, student and proxy of the loss in bfloat16, the attack in float32 as ever."""
 
     def __init__(self, folder: Path, classes: int, *, bf16: bool = False, objective: str = "hpt"):
-        student, proxy = (ZeroShotCLIP.load(folder / name).set_classes(names(classes)) for name in ("student", "proxy"))
-        arguments = RecipeTrainingArguments(output_dir=str(folder / "out"), use_cpu=True, bf16=bf16, seed=SEED, disable_tqdm=True)
+        student, proxy = (
+            ZeroShotClassifier.from_pretrained(folder / name).set_classes(names(classes))
+            for name in ("student", "proxy")
+        )
+        arguments = HPTConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=bf16, seed=SEED, disable_tqdm=True)
         schedule = Schedule.single(OBJECTIVES[objective], steps=10, learning_rate=1e-5)
         data = [{} for _ in range(64)]
         self.trainer = HPTTrainer(
@@ -81,7 +89,7 @@ class Ours:
             attack=TrainingAttack(THREAT, STEPS),
             proxy=proxy,
             train_dataset=data,
-            data_collator=Collate(student.processor),
+            data_collator=Collator(student.processor),
         )
         self.trainer.create_optimizer_and_scheduler(10)
         self.trainer.current_gradient_accumulation_steps = 1  # what train() sets before its first step
@@ -106,11 +114,12 @@ class Plain:
         self.student, self.proxy = (
             CLIPModel.from_pretrained(folder / name, dtype=torch.float32) for name in ("student", "proxy")
         )
-        processor = ZeroShotCLIP.load(folder / "student").processor
+        processor = ZeroShotClassifier.from_pretrained(folder / "student").processor
         prompts = [TEMPLATE.format(n) for n in names(classes)]
         self.tokens = processor.tokenizer(prompts, padding="max_length", max_length=CONTEXT, return_tensors="pt")
         self.mean, self.std = (
-            torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+            torch.tensor(v).view(1, 3, 1, 1)
+            for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
         )
         self.optimizer = torch.optim.SGD(
             [p for n, p in self.student.named_parameters() if n.startswith("vision")], lr=1e-5, momentum=0.9
@@ -121,7 +130,7 @@ class Plain:
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
         images, labels = batch["images"], batch["labels"]
-        delta = (THREAT.random_start(images, Noise(batch["keys"], SEED, 0)) - images).requires_grad_(True)
+        delta = (THREAT.random_start(images, Noise(batch["image_ids"], SEED, 0)) - images).requires_grad_(True)
         for _ in range(STEPS):
             F.cross_entropy(self.logits(self.student, images + delta), labels, reduction="sum").backward()
             moved = (delta.detach() + THREAT.radius * delta.grad.sign()).clamp(-THREAT.radius, THREAT.radius)
@@ -130,7 +139,9 @@ class Plain:
         adversarial = (images + delta).detach()
         with torch.no_grad():
             teacher = self.logits(self.proxy, adversarial).log_softmax(1)
-        loss = F.kl_div(self.logits(self.student, adversarial).log_softmax(1), teacher, reduction="batchmean", log_target=True)
+        loss = F.kl_div(
+            self.logits(self.student, adversarial).log_softmax(1), teacher, reduction="batchmean", log_target=True
+        )
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -177,7 +188,9 @@ def measure(kind: str, folder: Path, *, classes: int, batch: int, repeats: int, 
     try:
         found = receive.recv()
     except EOFError:
-        raise RuntimeError(f"the {kind} step at batch {batch} and {classes} classes died: exit code {process.exitcode}") from None
+        raise RuntimeError(
+            f"the {kind} step at batch {batch} and {classes} classes died: exit code {process.exitcode}"
+        ) from None
     process.join()
     progress(
         f"{kind}, batch {batch}, {classes} classes: {', '.join(f'{s:.1f}' for s in found['seconds'])} s, peak {found['peak_gib']:.1f} GiB"
@@ -189,7 +202,9 @@ def count_flops(kind: str, folder: Path, classes: int, batch: int) -> float:
     """Floating-point operations of one step, as torch counts them: two a multiply-add, of products, convolutions and attention."""
     stepper, data = STEPPERS[kind](folder, classes), make_batch(batch, classes)
     # The kernel that is fastest here is one that torch's counter does not know; the plain one does the same products.
-    for model in (stepper.trainer.model, stepper.trainer.proxy) if kind == "ours" else (stepper.student, stepper.proxy):
+    for model in (
+        (stepper.trainer.model, stepper.trainer.proxy) if kind == "ours" else (stepper.student, stepper.proxy)
+    ):
         model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         stepper(data)
@@ -280,7 +295,7 @@ def plot(summary: dict, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument(
         "--repeats", type=int, default=3, help="steps of ours, taken twice; the plain step, far slower, is taken twice"

@@ -1,4 +1,4 @@
-from hpt_hf.convert import main
+from hpt_hf.commands.convert import main
 
 if __name__ == "__main__":
     main()

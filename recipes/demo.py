@@ -1,4 +1,4 @@
-from hpt_hf.demo import main
+from hpt_hf.commands.demo import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-from hpt_hf.dial import main
+from hpt_hf.commands.interpolate import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-from hpt_hf.cost import main
+from hpt_hf.commands.estimate import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-from hpt_hf.evaluate import main
+from hpt_hf.commands.evaluate import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-from hpt_hf.push import main
+from hpt_hf.commands.push import main
 
 if __name__ == "__main__":
     main()

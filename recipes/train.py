@@ -1,4 +1,4 @@
-from hpt_hf.train import main
+from hpt_hf.commands.train import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-from hpt_hf.transfer import main
+from hpt_hf.commands.transfer import main
 
 if __name__ == "__main__":
     main()

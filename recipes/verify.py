@@ -1,4 +1,4 @@
-from hpt_hf.verify import main
+from hpt_hf.commands.verify import main
 
 if __name__ == "__main__":
     main()

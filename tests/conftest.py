@@ -18,7 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from jaxtyping import install_import_hook
 
 _hook = install_import_hook(
-    ["hpt_hf.threat", "hpt_hf.attacks", "hpt_hf.search", "hpt_hf.zero_shot", "hpt_hf.objectives"], "beartype.beartype"
+    ["hpt_hf.attacks", "hpt_hf.models.zero_shot", "hpt_hf.method.objectives"], "beartype.beartype"
 )
 
 import numpy as np  # noqa: E402
@@ -27,27 +27,39 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from hpt_hf.arguments import RecipeTrainingArguments  # noqa: E402
-from hpt_hf.data import Collate, LabelledPictures  # noqa: E402
+from hpt_hf.attacks.pgd import TrainingAttack  # noqa: E402
+from hpt_hf.attacks.threat_model import ThreatModel  # noqa: E402
+from hpt_hf.data.collator import Collator  # noqa: E402
+from hpt_hf.data.dataset import LabelledImages  # noqa: E402
+from hpt_hf.evaluation.result import EvalResult  # noqa: E402
+from hpt_hf.evaluation.statistics import percent, wilson  # noqa: E402
 from hpt_hf.lab.pretrain import new_clip, new_processor, train_tokenizer  # noqa: E402
-from hpt_hf.objectives import OBJECTIVES, Divergence  # noqa: E402
-from hpt_hf.schedule import Schedule  # noqa: E402
-from hpt_hf.scores import Score, percent, wilson  # noqa: E402
-from hpt_hf.threat import ThreatModel  # noqa: E402
-from hpt_hf.trainer import HPTTrainer, TrainingAttack  # noqa: E402
-from hpt_hf.zero_shot import ZeroShotCLIP  # noqa: E402
+from hpt_hf.method.objectives import OBJECTIVES, Divergence  # noqa: E402
+from hpt_hf.method.schedule import Schedule  # noqa: E402
+from hpt_hf.models.zero_shot import ZeroShotClassifier  # noqa: E402
+from hpt_hf.training.config import HPTConfig  # noqa: E402
+from hpt_hf.training.trainer import HPTTrainer  # noqa: E402
 
 CLASSES = ("cat", "dog", "house", "tree", "red car")
 # Each word twice as often as the one before: BPE breaks ties between equal counts by chance, and no two runs would have one tokenizer.
 WORDS = [w for i, w in enumerate(sorted(set(f"this is a photo of {' '.join(CLASSES)}".split()))) for _ in range(2**i)]
 
 
-def save_tiny_clip(folder, *, patch_size: int = 8, image_size: int = 32, width: int = 32, layers: int = 2, seed: int = 0):
+def save_tiny_clip(
+    folder, *, patch_size: int = 8, image_size: int = 32, width: int = 32, layers: int = 2, seed: int = 0
+):
     """A random CLIP of about 40,000 parameters with its processor, saved as a user would find it."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(WORDS, vocab_size=600)
-    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 2}
-    model = new_clip(tokenizer, vision={**size, "patch_size": patch_size}, text=size, image_size=image_size, projection_dim=24)
+    size = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+    }
+    model = new_clip(
+        tokenizer, vision={**size, "patch_size": patch_size}, text=size, image_size=image_size, projection_dim=24
+    )
     model.logit_scale.data.fill_(float(np.log(50)))
     model.save_pretrained(folder)
     new_processor(tokenizer, image_size).save_pretrained(folder)
@@ -66,16 +78,16 @@ def proxy_path(tmp_path_factory):
 
 @pytest.fixture
 def student(student_path):
-    return ZeroShotCLIP.load(student_path).set_classes(CLASSES)
+    return ZeroShotClassifier.from_pretrained(student_path).set_classes(CLASSES)
 
 
 @pytest.fixture
 def proxy(proxy_path):
-    return ZeroShotCLIP.load(proxy_path).set_classes(CLASSES)
+    return ZeroShotClassifier.from_pretrained(proxy_path).set_classes(CLASSES)
 
 
 class Rows:
-    """Pictures in memory, in the form LabelledPictures reads."""
+    """Pictures in memory, in the form LabelledImages reads."""
 
     def __init__(self, images, labels):
         self.images, self.labels = images, labels
@@ -87,13 +99,15 @@ class Rows:
         return {"image": self.images[index], "label": None if self.labels is None else self.labels[index]}
 
 
-def make_pictures(count: int = 40, *, labelled: bool = True, size: int = 32, seed: int = 0) -> LabelledPictures:
+def make_pictures(count: int = 40, *, labelled: bool = True, size: int = 32, seed: int = 0) -> LabelledImages:
     """Random pictures whose class can be learned: the class sets the mean colour."""
     rng = np.random.default_rng(seed)
     labels = [i % len(CLASSES) for i in range(count)]
     base = rng.integers(40, 216, (len(CLASSES), 3))
-    images = [Image.fromarray(np.clip(base[y] + rng.normal(0, 30, (size, size, 3)), 0, 255).astype(np.uint8)) for y in labels]
-    return LabelledPictures(Rows(images, labels if labelled else None), CLASSES, name="made")
+    images = [
+        Image.fromarray(np.clip(base[y] + rng.normal(0, 30, (size, size, 3)), 0, 255).astype(np.uint8)) for y in labels
+    ]
+    return LabelledImages(Rows(images, labels if labelled else None), CLASSES, name="made")
 
 
 @pytest.fixture
@@ -103,14 +117,14 @@ def pictures():
 
 def make_batch(model, count=40):
     pictures = make_pictures(count)
-    return Collate(model.processor)([pictures[i] for i in range(count)])
+    return Collator(model.processor)([pictures[i] for i in range(count)])
 
 
 @pytest.fixture(scope="module")
 def trained(student_path):
     """A student that has learned the made pictures: on a random one no attack could be told from chance."""
     torch.manual_seed(0)
-    model = ZeroShotCLIP.load(student_path).set_classes(CLASSES).freeze_text()
+    model = ZeroShotClassifier.from_pretrained(student_path).set_classes(CLASSES).freeze_text()
     batch = make_batch(model)
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-3)
     for _ in range(25):
@@ -147,7 +161,9 @@ def single_schedule(name: str, *, steps: int = 5, learning_rate: float = 1e-2, *
     return Schedule.single(OBJECTIVES[name], steps=steps, learning_rate=learning_rate, **changes)
 
 
-def make_trainer(folder, student, schedule, *, proxy=None, data=None, held_out=None, eps="8/255", callbacks=None, **changes):
+def make_trainer(
+    folder, student, schedule, *, proxy=None, data=None, held_out=None, eps="8/255", callbacks=None, **changes
+):
     """An HPTTrainer as the recipes make it (SGD with momentum, batch 8), on CPU, saving nothing; `changes` are TrainingArguments."""
     settings = {
         "per_device_train_batch_size": 8,
@@ -159,13 +175,13 @@ def make_trainer(folder, student, schedule, *, proxy=None, data=None, held_out=N
     }
     return HPTTrainer(
         student,
-        RecipeTrainingArguments(output_dir=str(folder), **(settings | changes)),
+        HPTConfig(output_dir=str(folder), **(settings | changes)),
         schedule=schedule,
         attack=TrainingAttack(ThreatModel("linf", eps)),
         proxy=proxy,
         train_dataset=make_pictures() if data is None else data,
         eval_dataset=held_out,
-        data_collator=Collate(student.processor),
+        data_collator=Collator(student.processor),
         callbacks=callbacks,
     )
 
@@ -185,8 +201,8 @@ def write_image_folder(folder, pictures) -> str:
     return str(folder)
 
 
-def make_score(**changes) -> Score:
-    """A Score that no model was asked for: by default 60 of 100 pictures right, 40 robust. Its percentages follow from `per_class`."""
+def make_result(**changes) -> EvalResult:
+    """A EvalResult that no model was asked for: by default 60 of 100 pictures right, 40 robust. Its percentages follow from `per_class`."""
     per_class = changes.get("per_class", {"cat": (50, 40, 30), "dog": (50, 20, 10)})
     n, right, robust = (sum(counts) for counts in zip(*per_class.values(), strict=True))
     settings = {
@@ -220,4 +236,4 @@ def make_score(**changes) -> Score:
         "versions": {"torch": "2", "hpt_hf": "0.1.0"},
         "hardware": "a CPU",
     }
-    return Score(**(settings | changes))
+    return EvalResult(**(settings | changes))

@@ -81,7 +81,9 @@ def card_problems(text: str) -> tuple[list[str], list[str]]:
         return [], ["empty or missing yaml metadata in repo card"]
     errors = []
     for name, known in KNOWN.items():
-        errors += [f'"{name}" must be one of [{known}], not {v!r}' for v in _listed(data.get(name)) if v not in known.split()]
+        errors += [
+            f'"{name}" must be one of [{known}], not {v!r}' for v in _listed(data.get(name)) if v not in known.split()
+        ]
     for name, what in (("base_model", "model"), ("datasets", "dataset")):
         bad = [v for v in _listed(data.get(name)) if not isinstance(v, str) or not HUB_ID.fullmatch(v)]
         errors += [f'"{name}" with value "{v}" is not valid. Use a {what} id from https://hf.co/{what}s.' for v in bad]
@@ -133,7 +135,9 @@ class Blob:
 
     def entry(self, path: str) -> dict:
         lfs = {"oid": self.sha256, "sha256": self.sha256, "size": len(self.data), "pointerSize": len(self.in_git)}
-        return {"type": "file", "path": path, "oid": self.oid, "size": len(self.data)} | ({"lfs": lfs} if self.lfs else {})
+        return {"type": "file", "path": path, "oid": self.oid, "size": len(self.data)} | (
+            {"lfs": lfs} if self.lfs else {}
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,12 @@ class Commit:
         found = {path: blob.entry(path) for path, blob in self.files.items()}
         for folder in {path[:i] for path in self.files for i, c in enumerate(path) if c == "/"}:
             inside = repr(sorted((p, b.oid) for p, b in self.files.items() if p.startswith(f"{folder}/")))
-            found[folder] = {"type": "directory", "path": folder, "oid": hashlib.sha1(inside.encode()).hexdigest(), "size": 0}
+            found[folder] = {
+                "type": "directory",
+                "path": folder,
+                "oid": hashlib.sha1(inside.encode()).hexdigest(),
+                "size": 0,
+            }
         return dict(sorted(found.items()))
 
 
@@ -285,7 +294,10 @@ class LoopbackHub:
         self.errors: list[str] = []  # where the double itself broke
         self.faults: list[Fault] = []  # those that are still to come
         self._key, self._lock = secrets.token_hex(8), threading.Lock()
-        self._servers = [_Server(("127.0.0.1", port), self, stores=False), _Server(("127.0.0.1", 0), self, stores=True)]
+        self._servers = [
+            _Server(("127.0.0.1", port), self, stores=False),
+            _Server(("127.0.0.1", 0), self, stores=True),
+        ]
         self.url, self.storage_url = (f"http://127.0.0.1:{s.server_address[1]}" for s in self._servers)
         for server in self._servers:
             # At the default interval of half a second every test would take a second to close its hub.
@@ -397,7 +409,10 @@ class LoopbackHub:
 
     @_route("GET", "/api/whoami-v2", needs="user")
     def _whoami(self, request: Request) -> dict:
-        auth = {"type": "access_token", "accessToken": {"displayName": "", "role": "write" if request.may_write else "read"}}
+        auth = {
+            "type": "access_token",
+            "accessToken": {"displayName": "", "role": "write" if request.may_write else "read"},
+        }
         return {"type": "user", "id": request.user, "name": request.user, "orgs": [], "auth": auth}
 
     @_route("POST", "/api/repos/create", needs="user")
@@ -413,7 +428,12 @@ class LoopbackHub:
             told = {"error": f"You already created this {kind} repo", "url": f"{self.url}/{repo_id}"}
             return Answer(told, 409, {"X-Error-Message": told["error"]})
         self.repos[repo_id] = repo = Repo(repo_id, private=ask.get("visibility") == "private")
-        repo.add("main", {".gitattributes": Blob("".join(map(LFS_RULE.format, LARGE.split())).encode())}, owner, "initial commit")
+        repo.add(
+            "main",
+            {".gitattributes": Blob("".join(map(LFS_RULE.format, LARGE.split())).encode())},
+            owner,
+            "initial commit",
+        )
         return Answer({"url": f"{self.url}/{repo_id}", "name": f"{owner}/{ask['name']}"})
 
     @_route("DELETE", "/api/repos/delete", needs="user")
@@ -446,8 +466,15 @@ class LoopbackHub:
             card = None
         # Where the card names no library the Hub guesses from the files.
         about = {"library_name": "transformers"} if "config.json" in commit.files else {}
-        about |= {k: v for k, v in (card or {}).items() if k in ("pipeline_tag", "library_name", "tags", "model-index")}
-        about |= {"id": repo.id.removeprefix("datasets/"), "author": repo.owner, "sha": commit.sha, "private": repo.private}
+        about |= {
+            k: v for k, v in (card or {}).items() if k in ("pipeline_tag", "library_name", "tags", "model-index")
+        }
+        about |= {
+            "id": repo.id.removeprefix("datasets/"),
+            "author": repo.owner,
+            "sha": commit.sha,
+            "private": repo.private,
+        }
         about |= {"createdAt": list(repo.history(revision))[-1].date, "lastModified": commit.date, "gated": False}
         siblings = [{"rfilename": path, "blobId": blob.oid} | blob.entry(path) for path, blob in commit.files.items()]
         return about | {"siblings": siblings, "cardData": card}
@@ -480,14 +507,22 @@ class LoopbackHub:
     @_route("GET", f"{_API}/commits/<revision>", needs="read")
     def _commits(self, request: Request, repo: Repo, revision: str) -> list[dict]:
         told = ("title", "message", "date")
-        return [{"id": c.sha, "authors": [{"user": c.author}]} | {k: getattr(c, k) for k in told} for c in repo.history(revision)]
+        return [
+            {"id": c.sha, "authors": [{"user": c.author}]} | {k: getattr(c, k) for k in told}
+            for c in repo.history(revision)
+        ]
 
     @_route("GET", f"{_API}/refs", needs="read")
     def _refs(self, request: Request, repo: Repo) -> dict:
         def told(place: str, refs: dict[str, str]) -> list[dict]:
             return [{"name": name, "ref": f"refs/{place}/{name}", "targetCommit": sha} for name, sha in refs.items()]
 
-        return {"branches": told("heads", repo.branches), "tags": told("tags", repo.tags), "converts": [], "pullRequests": []}
+        return {
+            "branches": told("heads", repo.branches),
+            "tags": told("tags", repo.tags),
+            "converts": [],
+            "pullRequests": [],
+        }
 
     # Writing.
 
@@ -496,7 +531,9 @@ class LoopbackHub:
         """Makes or deletes a branch or a tag. A new tag is named in the body, and `name` is the revision it goes to."""
         refs, start = repo.branches if what == "branch" else repo.tags, "main"
         if request.method == "POST":
-            name, start = (name, request.json.get("startingPoint") or start) if what == "branch" else (request.json["tag"], name)
+            name, start = (
+                (name, request.json.get("startingPoint") or start) if what == "branch" else (request.json["tag"], name)
+            )
             if name in refs:
                 raise Refusal(409, f"Reference already exists: {name}")
             refs[name] = repo.at(start).sha
@@ -520,7 +557,9 @@ class LoopbackHub:
             large = _is_large(files, file["path"], file["size"], base64.b64decode(file["sample"]))
             old = files.get(file["path"])
             oid = {"oid": old.sha256 if old.lfs else old.oid} if old else {}
-            told.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False} | oid)
+            told.append(
+                {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False} | oid
+            )
         return {"files": told}
 
     @_route("POST", rf"{_WEB}\.git/info/lfs/objects/batch", needs="write")
@@ -575,7 +614,9 @@ class LoopbackHub:
 
     def _signed(self, method: str, repo: Repo, oid: str) -> str:
         path = f"/storage/{repo.id}/{oid}"
-        return f"{self.storage_url}{path}?signature={hashlib.sha256(f'{self._key} {method} {path}'.encode()).hexdigest()}"
+        return (
+            f"{self.storage_url}{path}?signature={hashlib.sha256(f'{self._key} {method} {path}'.encode()).hexdigest()}"
+        )
 
     def _store(self, request: Request) -> Answer:
         if "authorization" in request.headers:
@@ -608,7 +649,9 @@ def _slice(data: bytes, request: Request, headers: dict[str, str]) -> Answer:
 
 
 class _Server(ThreadingHTTPServer):
-    request_queue_size = 64  # a snapshot's many threads connect at once; one too many for the default of 5 waits a second
+    request_queue_size = (
+        64  # a snapshot's many threads connect at once; one too many for the default of 5 waits a second
+    )
 
     def __init__(self, address: tuple[str, int], hub: LoopbackHub, *, stores: bool):
         super().__init__(address, _Handler)
@@ -623,7 +666,9 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body are two writes: otherwise each answer waits 40 ms for the client's receipt
+    disable_nagle_algorithm = (
+        True  # head and body are two writes: otherwise each answer waits 40 ms for the client's receipt
+    )
 
     def log_message(self, *_: object) -> None:
         pass
@@ -655,11 +700,17 @@ class _Handler(BaseHTTPRequestHandler):
             answer = refusal.answer
         except Exception:
             hub.errors.append(traceback.format_exc())
-            answer = Answer({"error": traceback.format_exc()}, 501)  # not 500, which the client would repeat for half a minute
+            answer = Answer(
+                {"error": traceback.format_exc()}, 501
+            )  # not 500, which the client would repeat for half a minute
         request.status = answer.status
         content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body, default=str).encode()
         self.send_response(answer.status)
-        for name, value in {"Content-Type": "application/json", **answer.headers, "Content-Length": len(content)}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            **answer.headers,
+            "Content-Length": len(content),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

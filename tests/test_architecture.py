@@ -58,7 +58,10 @@ SEAMS = {
     "datasets": {"data", "lab.suite", "metric", "stream"},
     "huggingface_hub": {"card", "convert", "hub", "sets", "verify"},
     "yaml": {"arguments"},
-    "argparse": {"lab.pretrain", "lab.quickstart"},  # apart from arguments.py, which reaches it through HfArgumentParser
+    "argparse": {
+        "lab.pretrain",
+        "lab.quickstart",
+    },  # apart from arguments.py, which reaches it through HfArgumentParser
     "matplotlib": {"report", "page", "lab.glyphs"},
     "jinja2": {"card", "page"},
     "evaluate": {"metric"},
@@ -78,7 +81,9 @@ TRANSFORMERS = {
 
 def modules() -> dict[str, ast.Module]:
     files = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"]
-    return {".".join(p.relative_to(PACKAGE).with_suffix("").parts): ast.parse(p.read_text(encoding="utf-8")) for p in files}
+    return {
+        ".".join(p.relative_to(PACKAGE).with_suffix("").parts): ast.parse(p.read_text(encoding="utf-8")) for p in files
+    }
 
 
 def imported(tree: ast.AST) -> list[tuple[str, str | None]]:

@@ -8,8 +8,9 @@ import datasets
 import pytest
 from conftest import CLASSES, make_pictures
 
-from hpt_hf.arguments import RECIPE, DataArguments, MethodArguments, RecipeTrainingArguments, parse
-from hpt_hf.train import build_attack, run
+from hpt_hf.commands.parser import parse
+from hpt_hf.commands.train import RECIPE, DataArguments, MethodArguments, build_attack, run
+from hpt_hf.training.config import HPTConfig
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "attacks"))
@@ -21,7 +22,9 @@ def test_the_recipes_that_were_asked_for_are_there():
     names = {str(p.relative_to(ROOT / "recipes")) for p in RECIPES}
     methods = ("hpt", "hpt_gpd", "tecoa", "fare", "pmg_aft", "anchor_clean")
     wanted = {"quickstart.yaml", *(f"lab/{m}.yaml" for m in methods), *(f"real/{m}.yaml" for m in methods)}
-    wanted |= {f"tiny_imagenet/hpt_gpd_vit_b32_eps{e}.yaml" for e in (1, 2, 4)} | {"tiny_imagenet/hpt_gpd_vit_l14_eps1.yaml"}
+    wanted |= {f"tiny_imagenet/hpt_gpd_vit_b32_eps{e}.yaml" for e in (1, 2, 4)} | {
+        "tiny_imagenet/hpt_gpd_vit_l14_eps1.yaml"
+    }
     wanted |= {f"tiny_imagenet/{m}_vit_b32_eps1.yaml" for m in methods}
     assert wanted <= names
     assert len(RECIPES) == len(wanted) == 22
@@ -61,10 +64,19 @@ def test_recipe_runs_two_steps(recipe, tmp_path, student_path, proxy_path, monke
         "--gradient_accumulation_steps",
         "1",
     ]
-    flags += ["--output_dir", str(tmp_path / "out"), "--held_out", "0.2", "--logging_steps", "1", "--disable_tqdm", "true"]
+    flags += [
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--held_out",
+        "0.2",
+        "--logging_steps",
+        "1",
+        "--disable_tqdm",
+        "true",
+    ]
     if "proxy_name_or_path" in text:
         flags += ["--proxy_name_or_path", proxy_path]
-    data, method, training = parse((DataArguments, MethodArguments, RecipeTrainingArguments), flags)
+    data, method, training = parse((DataArguments, MethodArguments, HPTConfig), flags)
     record = run(data, method, training)
     assert record["steps"] == record["trainer"].state.global_step == 2
     logged = [row["phase"] for row in record["trainer"].state.log_history if "phase" in row]
@@ -87,10 +99,14 @@ def test_recipes_of_one_experiment_differ_only_in_the_method():
         )
         shared = set()
         totals = set()
-        for recipe in (p for p in RECIPES if p.parent.name == group and not any(e in p.stem for e in ("eps2", "eps4", "l14"))):
+        for recipe in (
+            p for p in RECIPES if p.parent.name == group and not any(e in p.stem for e in ("eps2", "eps4", "l14"))
+        ):
             lines = [line for line in recipe.read_text().splitlines() if not line.startswith("#")]
             shared.add(tuple(line for line in lines if line.startswith(same)))
-            epochs = [float(line.split(":")[1]) for line in lines if line.startswith(("ga_epochs:", "num_train_epochs:"))]
+            epochs = [
+                float(line.split(":")[1]) for line in lines if line.startswith(("ga_epochs:", "num_train_epochs:"))
+            ]
             totals.add(sum(epochs))
         assert len(shared) == 1 and len(totals) == 1, (group, shared, totals)
 

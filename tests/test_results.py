@@ -12,11 +12,11 @@ import pytest
 import scaling
 import step
 
-from hpt_hf import dial
-from hpt_hf.arguments import RECIPE, parse
-from hpt_hf.lab.quickstart import result_table
-from hpt_hf.report import markdown
-from hpt_hf.train import build_attack
+from hpt_hf.commands import interpolate as dial
+from hpt_hf.commands.parser import parse
+from hpt_hf.commands.quickstart import result_table
+from hpt_hf.commands.train import RECIPE, build_attack
+from hpt_hf.utils import markdown
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +45,9 @@ def test_results_show_the_comparisons_own_tables(group, sets):
         if method != "vanilla":
             chosen = float(compare.choose(record["rates"]))
             assert {run["learning_rate"] for run in record["runs"]} == {chosen}
-            assert compare.recipe(group, method, [])[2].learning_rate == chosen, "the recipe holds the rate that was chosen"
+            assert compare.recipe(group, method, [])[2].learning_rate == chosen, (
+                "the recipe holds the rate that was chosen"
+            )
     assert missing(compare.table(results), "docs/results.md") == []
     assert missing(compare.rate_table(results), "docs/results.md") == []
     assert len(compare.table(results).splitlines()) == 2 + len(results) + 2
@@ -57,7 +59,9 @@ def test_evaluation_shows_the_comparison_with_the_independent_implementation():
         assert missing(independent.table(run), "docs/evaluation.md") == []
         for total in run["eps"].values():
             ours, theirs = (total[who]["square"][0] for who in ("ours", "independent"))
-            assert 100 * abs(ours - theirs) / total["n"] <= 0.5, "another implementation of the same attacks, the same accuracy"
+            assert 100 * abs(ours - theirs) / total["n"] <= 0.5, (
+                "another implementation of the same attacks, the same accuracy"
+            )
     assert len({eps for run in runs for eps in run["eps"]}) == 3
 
 
@@ -101,13 +105,20 @@ def test_performance_shows_how_a_step_grows():
 
 def test_performance_shows_what_attacks_cost_and_presets_are_those_that_were_measured():
     results = json.loads((ROOT / "docs" / "results" / "attack_cost.json").read_text())
-    assert [{r["seed"] for r in runs} for runs in results["options"].values()] == [{0, 1, 2}] * len(attack_cost.OPTIONS)
+    assert [{r["seed"] for r in runs} for runs in results["options"].values()] == [{0, 1, 2}] * len(
+        attack_cost.OPTIONS
+    )
     assert missing(attack_cost.table(results), "docs/performance.md") == []
     assert missing(attack_cost.watch_table(results["watch"]), "docs/performance.md") == []
     presets = {"one_step": "1 step, no random start", "paper": attack_cost.PAPER, "five_steps": "5 steps"}
     assert presets["one_step"] in attack_cost.holds(results)
     for preset, name in presets.items():
-        said = ["--config", str(ROOT / attack_cost.RECIPE_FILE), "--config", str(ROOT / "recipes" / "attacks" / f"{preset}.yaml")]
+        said = [
+            "--config",
+            str(ROOT / attack_cost.RECIPE_FILE),
+            "--config",
+            str(ROOT / "recipes" / "attacks" / f"{preset}.yaml"),
+        ]
         laid = build_attack(parse(RECIPE, said)[1])
         kind, steps, size, _ = attack_cost.OPTIONS[name]
         measured = kind(laid.threat, steps, size / 255)
@@ -118,6 +129,8 @@ def test_performance_shows_what_attacks_cost_and_presets_are_those_that_were_mea
 def test_counting_plain_operations_from_small_steps_is_exact(monkeypatch):
     """The four small counts give the large one, whatever the four terms are."""
     monkeypatch.setattr(
-        step, "count_flops", lambda kind, folder, classes, images: 7 + 11 * classes + 13 * images + 17 * classes * images
+        step,
+        "count_flops",
+        lambda kind, folder, classes, images: 7 + 11 * classes + 13 * images + 17 * classes * images,
     )
     assert step.count_plain_flops(Path(), 200, 16) == 7 + 11 * 200 + 13 * 16 + 17 * 200 * 16

@@ -46,6 +46,7 @@ GROUPS: dict[str, str] = {
     "mathematics": "∀∂∃∅∆∇∈∏∑∓√∞∟∩∪∫≈≠≡≤≥⊂⊃⊕⊗",
 }
 
+
 # Names, sRGB values: different in brightness, so that a figure stays visible on every ground it is paired with.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (12, 12, 12),
@@ -55,6 +56,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "yellow": (246, 214, 40),
     "white": (245, 245, 245),
 }
+
 
 # face file -> (family, weight, slant), the words of the captions. The cm* faces map only letters and digits to Unicode.
 FACES: dict[str, tuple[str, str, str]] = {
@@ -80,11 +82,19 @@ FACES: dict[str, tuple[str, str, str]] = {
     "cmss10": ("sans serif", "regular", "upright"),
     "cmtt10": ("monospace", "regular", "upright"),
 }
+
+
 TEST_FACES = ("DejaVuSans-BoldOblique", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic", "STIXGeneralBol")
 
+
 SCRIPTS = ("latin", "greek", "cyrillic", "hebrew", "armenian")
+
+
 TEMPLATE = "This is a photo of {}."  # the pipeline's own default, and the paper's
+
+
 _TEMPLATES = (("{}", 0.35), (TEMPLATE, 0.45), ("a picture of {}", 0.2))
+
 
 # Tasks about something other than the glyph's name: task -> what is asked of a picture.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -93,10 +103,15 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "script": tuple(f"{s} script" for s in SCRIPTS),
     "typeface": ("sans serif typeface", "monospace typeface", "serif typeface"),
 }
+
+
 # An l-inf ball of the usual sizes repaints neither a ground nor a stroke: under PGD-20 at 6/255 the vanilla student still names 83% of the
 # text colours right, against 9% of all else. Such tasks measure nothing and stay out of every average.
 UNATTACKABLE = ("background colour", "text colour")
+
+
 TASKS: tuple[str, ...] = (*GROUPS, *ATTRIBUTES)
+
 
 _EM = 64  # side in pixels of the cached masks; pictures are drawn from them at 32 px or so
 
@@ -217,7 +232,9 @@ class GlyphWorld:
         scale = self.size * rng.uniform(0.70, 0.88) / max(mask.size)
         width, height = (max(1, round(side * scale)) for side in mask.size)
         mask = mask.resize((width, height), Image.Resampling.BOX)
-        left, top = (rng.integers((self.size - side) // 4, (3 * (self.size - side) + 3) // 4 + 1) for side in (width, height))
+        left, top = (
+            rng.integers((self.size - side) // 4, (3 * (self.size - side) + 3) // 4 + 1) for side in (width, height)
+        )
         ink = np.zeros((self.size, self.size, 1), np.float32)
         ink[top : top + height, left : left + width, 0] = np.asarray(mask, np.float32) / 255
         colour, background = (np.clip(np.array(COLOURS[n]) + rng.integers(-10, 11, 3), 0, 255) for n in (text, ground))
@@ -265,7 +282,9 @@ def task_classes(task: str) -> tuple[str, ...]:
     return tuple(glyph_name(c) for c in GlyphWorld(groups=(task,)).glyphs[task])
 
 
-def task_rows(task: str, count: int, *, seed: int = 0, faces: str = "test", size: int = 32) -> list[tuple[Image.Image, int]]:
+def task_rows(
+    task: str, count: int, *, seed: int = 0, faces: str = "test", size: int = 32
+) -> list[tuple[Image.Image, int]]:
     """`count` (image, label) rows of a task, classes in turn, so that any `count` is balanced to within one row.
 
     The first n rows are the same for every `count` >= n.

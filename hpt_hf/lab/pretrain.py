@@ -7,12 +7,10 @@ One difference from CLIP: pictures with the same caption are positives of each o
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,14 +23,18 @@ from transformers.utils import logging
 
 from hpt_hf.lab.glyphs import GlyphWorld
 
-logger = logging.get_logger("hpt_hf.pretrain")
+logger = logging.get_logger(__name__)
+
 
 # A batch of captioned pictures: step -> (uint8 array (batch, size, size, 3), captions).
 Batches = Callable[[int], tuple[np.ndarray, list[str]]]
 
+
 # The lab's two architectures. The proxy sees a grid four times as fine, so the two fail on different pixels.
 # GELU instead of CLIP's quick_gelu: one fused kernel instead of three, a quarter faster on a CPU.
 _TEXT = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
 ARCHITECTURES: dict[str, dict[str, dict[str, int]]] = {
     "student": {
         "text": _TEXT,
@@ -75,13 +77,22 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 640, max_lengt
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocab_size - len(alphabet) - 2,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
     state = json.loads(bpe.to_str())["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in state["merges"]]
     vocab: dict[str, int] = {}
-    for token in (*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"):
+    for token in (
+        *alphabet,
+        *(a + "</w>" for a in alphabet),
+        *("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ):
         vocab.setdefault(token, len(vocab))
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=10_000)
     lengths = [len(ids) for ids in tokenizer(sorted(set(captions)))["input_ids"]]
@@ -93,9 +104,15 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 640, max_lengt
     return tokenizer
 
 
-def new_clip(tokenizer: CLIPTokenizer, *, vision: dict, text: dict, image_size: int = 32, projection_dim: int = 64) -> CLIPModel:
+def new_clip(
+    tokenizer: CLIPTokenizer, *, vision: dict, text: dict, image_size: int = 32, projection_dim: int = 64
+) -> CLIPModel:
     """A CLIP with random weights that fits `tokenizer`; `vision` and `text` are fields of transformers' CLIP configs."""
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
     return CLIPModel(
         CLIPConfig(
@@ -226,7 +243,12 @@ def world_batches(world: GlyphWorld, batch_size: int) -> Batches:
 
 
 def row_batches(
-    rows: list[tuple[Image.Image, tuple[str, ...]]], batch_size: int, *, image_size: int = 32, seed: int = 0, jitter: float = 1.0
+    rows: list[tuple[Image.Image, tuple[str, ...]]],
+    batch_size: int,
+    *,
+    image_size: int = 32,
+    seed: int = 0,
+    jitter: float = 1.0,
 ) -> Batches:
     """Batches of a finite list of (picture, its captions): drawn with replacement, one caption at random, redrawn in another hand.
 
@@ -237,7 +259,9 @@ def row_batches(
         jitter: how far from the original, 0 (not at all) to 1.
     """
     side = image_size + image_size // 4
-    store = np.stack([np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) for image, _ in rows])
+    store = np.stack(
+        [np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) for image, _ in rows]
+    )
 
     def batch(step: int) -> tuple[np.ndarray, list[str]]:
         rng = np.random.default_rng([seed, step])
@@ -247,7 +271,10 @@ def row_batches(
         mixing = np.eye(3) * contrast + jitter * rng.normal(0, 0.07, (batch_size, 3, 3))
         shift = jitter * rng.normal(0, 0.07, (batch_size, 1, 1, 1))
         pictures = np.clip(np.einsum("bhwc,bdc->bhwd", pictures - 0.5, mixing) + 0.5 + shift, 0, 1)
-        shades = np.where(rng.random(batch_size) < 0.35 * jitter, rng.integers(3, 9, batch_size), 256)[:, None, None, None] - 1
+        shades = (
+            np.where(rng.random(batch_size) < 0.35 * jitter, rng.integers(3, 9, batch_size), 256)[:, None, None, None]
+            - 1
+        )
         pictures = np.rint(np.rint(pictures * shades) / shades * 255).astype(np.uint8)
         return pictures, [rows[i][1][rng.integers(len(rows[i][1]))] for i in chosen]
 
@@ -270,64 +297,7 @@ def _warped(pixels: np.ndarray, size: int, jitter: float, rng: np.random.Generat
     )
     if rng.random() < 0.25 * jitter:
         coarse = int(rng.integers(size // 2, size))
-        picture = picture.resize((coarse, coarse), Image.Resampling.BOX).resize((size, size), Image.Resampling.BILINEAR)
+        picture = picture.resize((coarse, coarse), Image.Resampling.BOX).resize(
+            (size, size), Image.Resampling.BILINEAR
+        )
     return np.asarray(picture)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hpt_hf.lab.pretrain", description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the model, its processor and pretrain.json")
-    parser.add_argument(
-        "--data", type=Path, help="a folder of captioned parquet files (shared/data); without it, the glyph world"
-    )
-    parser.add_argument("--start", type=Path, help="go on from the model in this folder instead of random weights")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument(
-        "--context", type=int, help="tokens the text tower reads; left out: as the longest caption needs, at most 77"
-    )
-    parser.add_argument("--vocab_size", type=int, default=640)
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jitter", type=float, default=1.0, help="with --data: how far the pictures are redrawn, 0 to 1")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    if args.data is None:
-        world = GlyphWorld(args.seed)
-        batches = world_batches(world, args.batch_size)
-        captions = [world[i].caption for i in range(20_000)]
-    else:
-        from hpt_hf.lab.suite import captioned_rows
-
-        rows = captioned_rows(args.data)
-        batches = row_batches(rows, args.batch_size, seed=args.seed, jitter=args.jitter)
-        captions = [c for _, cs in rows for c in cs]
-    if args.start is None:
-        tokenizer = train_tokenizer(captions, vocab_size=args.vocab_size, max_length=args.context)
-        model = new_clip(tokenizer, **ARCHITECTURES[args.architecture])
-    else:
-        model, tokenizer = CLIPModel.from_pretrained(args.start), CLIPTokenizer.from_pretrained(args.start)
-    processor = new_processor(tokenizer)
-    start = time.time()
-    log = pretrain(model, processor, batches, steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, bf16=args.bf16)
-    model.save_pretrained(args.output)
-    processor.save_pretrained(args.output)
-    record = {
-        "start": None if args.start is None else json.loads((args.start / "pretrain.json").read_text()),
-        "command": "python -m hpt_hf.lab.pretrain " + " ".join(argv if argv is not None else sys.argv[1:]),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(time.time() - start),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "log": log[:: max(1, len(log) // 40)] + log[-1:],
-    }
-    (args.output / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

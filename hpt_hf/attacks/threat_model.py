@@ -1,0 +1,132 @@
+"""The threat model: which perturbations an attacker may use, as a ball around the image intersected with [0, 1].
+
+l-inf and l-2 balls as in Madry et al. 2018 (arXiv 1706.06083). Every returned image lies in the ball and in [0, 1] to the last
+bit, in float32 and in float64 arithmetic alike; `contains` is the check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from hpt_hf.attacks.noise import Noise
+from hpt_hf.types import Images, PerExample
+
+NORMS = ("linf", "l2")
+
+
+def parse_eps(eps: str | float | int) -> float:
+    """`"8/255"` or `0.03` -> float; anything that is not a finite number of at least 0 is an error."""
+    try:
+        top, *bottom = (Fraction(part.strip()) for part in str(eps).split("/"))  # also "0.5/255"
+        value = float(top / (bottom[0] if bottom else 1))
+        if len(bottom) > 1:
+            raise ValueError("two fraction strokes")
+    except (ValueError, ArithmeticError):  # "a", "8/", 1/0, 1e400
+        raise ValueError(f"eps={eps!r} is not a number: write a fraction such as '8/255'") from None
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"eps={eps!r}: expected a finite number of at least 0, such as '8/255'")
+    return value
+
+
+def _float32_below(value: float) -> float:
+    """The largest float32 that is not above `value`: a bound that holds however it is compared."""
+    rounded = torch.tensor(value, dtype=torch.float32)
+    if rounded.item() > value:
+        rounded = torch.nextafter(rounded, torch.tensor(-math.inf))
+    return rounded.item()
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A ball of radius `eps` in `norm`, around images in [0, 1].
+
+    Args:
+        norm: `"linf"` or `"l2"`.
+        eps: radius as a fraction of the pixel range, `"8/255"` or a float.
+
+    Raises:
+        ValueError: unknown norm, or an l-inf radius above 1 (8 where 8/255 is meant).
+    """
+
+    norm: str = "linf"
+    eps: str | float | int = "1/255"
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r}: expected one of {', '.join(NORMS)}")
+        radius = self.radius  # whatever the norm: an eps that is no number fails here and not in the first step
+        if self.norm == "linf" and radius > 1:
+            raise ValueError(
+                f"eps={self.eps}: images live in [0, 1], so an l-inf radius above 1 is no constraint; did you mean '{self.eps}/255'?"
+            )
+
+    @property
+    def radius(self) -> float:
+        return _float32_below(parse_eps(self.eps))
+
+    def __str__(self) -> str:
+        return f"{self.norm} {self.eps}"
+
+    def random_start(self, images: Images, noise: Noise) -> Images:
+        """A uniformly random point of the ball, then clipped to [0, 1]."""
+        shape = tuple(images.shape[1:])
+        if self.norm == "linf":
+            delta = (2 * noise.uniform(shape) - 1) * self.radius
+        else:
+            direction = noise.normal(shape)
+            length = noise.uniform((1,)) ** (1 / math.prod(shape))  # volume grows as radius^dimension
+            delta = direction / l2_norm(direction).clamp_min(1e-12) * (length * self.radius).view(-1, 1, 1, 1)
+        return self.project(images + delta, images)
+
+    def ascent_direction(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The steepest ascent of unit size: sign for l-inf, the normalised gradient for l-2 (0 where the gradient is 0)."""
+        if self.norm == "linf":
+            return gradient.sign()
+        return gradient / l2_norm(gradient).clamp_min(1e-12)
+
+    def corners(self, images: Images) -> dict[str, Images]:
+        """`low` and `high`, the ends of each pixel's range, for l-inf; empty for l-2. To be handed to `project`, which works them out otherwise."""
+        if self.norm != "linf":
+            return {}
+        # Bounds are rounded inwards: x + eps in float32 may lie one bit outside.
+        exact_low, exact_high = images.double() - self.radius, images.double() + self.radius
+        low, high = exact_low.float(), exact_high.float()
+        low = torch.where(low.double() < exact_low, torch.nextafter(low, torch.full_like(low, math.inf)), low)
+        high = torch.where(high.double() > exact_high, torch.nextafter(high, torch.full_like(high, -math.inf)), high)
+        return {"low": low.clamp_min(0), "high": high.clamp_max(1)}
+
+    def project(self, perturbed: Images, images: Images, corners: Mapping[str, Images] | None = None) -> Images:
+        """The nearest point of the ball around `images` within [0, 1]; for l-2 the nearest of the ball, then clipped, as usual.
+
+        `corners`: of these images, from whoever has them already.
+        """
+        if self.norm == "linf":
+            corners = corners or self.corners(images)
+            return torch.minimum(torch.maximum(perturbed, corners["low"]), corners["high"])
+        # In float64, each pixel rounded towards the clean one: however small the ball, no rounding leaves it. A hair inside, so that
+        # a norm taken in float32 agrees.
+        delta = perturbed.double() - images.double()
+        exact = images.double() + delta * (self.radius * (1 - 1e-6) / l2_norm(delta).clamp_min(1e-30)).clamp_max(1)
+        nearest = exact.float()
+        outwards = (nearest.double() - images.double()).abs() > (exact - images.double()).abs()
+        return torch.where(outwards, torch.nextafter(nearest, images.float()), nearest).clamp(0, 1)
+
+    def distance(self, perturbed: Images, images: Images) -> PerExample:
+        """The norm of each perturbation, in float64."""
+        delta = (perturbed.double() - images.double()).flatten(1)
+        return delta.abs().amax(1) if self.norm == "linf" else delta.norm(dim=1)
+
+    def contains(self, perturbed: Images, images: Images) -> torch.Tensor:
+        """(batch,) bool: inside the ball and inside [0, 1], with no tolerance."""
+        inside = ((perturbed >= 0) & (perturbed <= 1)).flatten(1).all(1)
+        return inside & (self.distance(perturbed, images) <= self.radius)
+
+
+def l2_norm(delta: torch.Tensor) -> torch.Tensor:
+    """(batch, …) -> (batch, 1, 1, 1), to be divided by."""
+    return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

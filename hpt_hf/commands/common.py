@@ -1,0 +1,161 @@
+"""What several commands need: models and data sets by name, on this machine's device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hpt_hf.commands.parser import RecipeError
+from hpt_hf.data.class_names import read_classes
+from hpt_hf.data.dataset import DatasetSpec, LabelledImages, load_images
+from hpt_hf.data.zero_shot_sets import SETS, open_set
+from hpt_hf.lab.datasets import LAB_SUITE, LAB_TRAINING_SIZE, WEIGHTS, lab_images, real_images, real_suite
+from hpt_hf.models.zero_shot import ZeroShotClassifier
+from hpt_hf.utils import did_you_mean, processes, progress
+
+
+@dataclass
+class ImageArguments:
+    """Which labelled pictures, how many, under which attack's ball and protocol: what all that measures asks."""
+
+    output_dir: str = field(metadata={"help": "folder for scores/*.json, report.md and report.html"})
+    dataset: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "names of hpt_hf.sets, parquet files, image folders, shards, Hub ids, lab:<task> or real:<set>"
+        },
+    )
+    suite: Literal["lab", "real", "zero-shot-17"] | None = field(
+        default=None, metadata={"help": "a named list of zero-shot sets"}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "the folder of the real suite"})
+    split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    classes: list[str] | None = None
+    classes_file: str | None = None
+    templates: list[str] | None = None
+    on_corrupt: Literal["error", "skip"] = "error"
+    norm: Literal["linf", "l2"] = "linf"
+    protocol: Literal["input", "native"] = field(
+        default="input", metadata={"help": "eps counts on the model's pixels, or on the picture's own"}
+    )
+    limit: int | None = field(default=None, metadata={"help": "a fixed random sample of so many pictures of each set"})
+    batch_size: int = 128
+    seed: int = 0
+
+
+def load_model(source: str, revision: str | None = None) -> ZeroShotClassifier:
+    """`lab:student` and `lab:proxy` are the pair that ships with the package; all else is a folder or a Hub id."""
+    return ZeroShotClassifier.from_pretrained(
+        WEIGHTS / source[4:] if source.startswith("lab:") else source, revision=revision
+    )
+
+
+def dataset_spec(args, path: str, split: str, *, revision: str | None = None) -> DatasetSpec:
+    """What the data flags say of one path."""
+    if args.classes and args.classes_file:
+        raise RecipeError("both --classes and --classes_file name the classes: give one of them")
+    classes = read_classes(args.classes_file) if args.classes_file else tuple(args.classes) if args.classes else None
+    templates = tuple(args.templates) if args.templates else None
+    return DatasetSpec(
+        path,
+        split=split,
+        revision=revision,
+        image=args.image_column,
+        label=args.label_column,
+        classes=classes,
+        templates=templates,
+    )
+
+
+def on_device(model: ZeroShotClassifier) -> ZeroShotClassifier:
+    """The model where this process computes, with the attention that is fastest there: on CPU and for short sequences the plain one, by a tenth."""
+    device = processes().device
+    model.model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
+    return model.to(device)
+
+
+def open_sets(args: ImageArguments) -> list[LabelledImages]:
+    """What --data or --suite names. All sets are opened before the first is attacked: a mistake in the last should not cost the hours of the others."""
+    if bool(args.dataset) == bool(args.suite):
+        raise RecipeError("say what to evaluate on: --dataset PATH … or --suite lab, one of them")
+    if args.limit is not None and args.limit < 1:
+        raise RecipeError(f"--limit {args.limit}: expected at least 1 picture")
+    if args.batch_size < 1:
+        raise RecipeError(f"--batch_size {args.batch_size}: expected at least 1 picture")
+    suites = {"lab": LAB_SUITE, "real": real_suite(), "zero-shot-17": tuple(SETS)}
+    paths = args.dataset or suites[args.suite]
+    if args.suite and args.protocol == "native":
+        without = [p for p in paths if p in SETS and SETS[p].native is None]
+        paths = [p for p in paths if p not in without]
+        if without:
+            progress(f"left out, since the protocol 'native' has no known source for it: {', '.join(without)}")
+    # One process after the other: what the first puts into the cache the others find there.
+    with processes().main_process_first():
+        return [_open(args, path) for path in paths]
+
+
+def _open(args: ImageArguments, path: str) -> LabelledImages:
+    named = path in SETS and not Path(path).exists()
+    if named or path.startswith(("lab:", "real:")):
+        given = [
+            k for k in ("classes", "classes_file", "templates", "image_column", "label_column") if getattr(args, k)
+        ]
+        if given:
+            raise RecipeError(
+                f"{path} comes with its own classes and prompts: leave out {', '.join('--' + g for g in given)}"
+            )
+    if named:
+        return open_set(path, args.protocol, on_corrupt=args.on_corrupt)
+    if not Path(path).exists() and "/" not in path and ":" not in path:
+        known = (*SETS, *LAB_SUITE, *real_suite())
+        raise RecipeError(
+            f"no data at {path}: no file or folder, and no set of that name"
+            + did_you_mean(path, known, f"there are {', '.join(SETS)}, and lab:<task>, real:<set>")
+        )
+    spec = dataset_spec(args, path, args.split)
+    return open_images(spec, training=False, limit=args.limit, data_dir=args.data_dir, on_corrupt=args.on_corrupt)
+
+
+def reopen(source: dict, *, data_dir: str | None = None, on_corrupt: str = "error") -> LabelledImages:
+    """The pictures of a EvalResult again, from its `source`; what does not lie there any more is looked for by its name in `data_dir`.
+
+    Raises:
+        ValueError, OSError: they are not there any more.
+    """
+    source = {k: v for k, v in source.items() if k != "limit"}
+    if "set" in source:
+        return open_set(source["set"], source["protocol"], revision=source["revision"], on_corrupt=on_corrupt)
+    if "path" not in source:
+        raise ValueError(f"the EvalResult does not say where its pictures came from ({source or 'no source'})")
+    path, folder = source["path"], data_dir or source.get("data_dir")
+    if path.startswith("lab:"):
+        return lab_images(path[4:], source["count"], faces=source["faces"], seed=source["seed"])
+    if path.startswith("real:"):
+        return open_images(DatasetSpec(path), training=source.get("split") == "train", data_dir=folder)
+    if data_dir and not Path(path).exists() and (moved := Path(data_dir) / Path(path).name).exists():
+        source["path"] = str(moved)
+    return open_images(DatasetSpec(**source), training=False, on_corrupt=on_corrupt)
+
+
+def open_images(
+    spec: DatasetSpec,
+    *,
+    training: bool,
+    limit: int | None = None,
+    data_dir: str | None = None,
+    on_corrupt: str = "error",
+) -> LabelledImages:
+    """Any data set a recipe can name: `lab:…`, `real:…`, or whatever `hpt_hf.data.dataset.load_images` takes."""
+    kind, _, name = spec.path.partition(":")
+    if kind == "lab" and name:
+        if training:
+            return lab_images(name, limit or LAB_TRAINING_SIZE, faces="train", seed=1)
+        return lab_images(name, limit or 500, faces="test", seed=2)
+    if kind == "real" and name:
+        if data_dir is None:
+            raise ValueError(f"{spec.path} lies in a folder of real pictures: give it with --data_dir")
+        return real_images(name, data_dir, training=training)
+    return load_images(spec, on_corrupt=on_corrupt)

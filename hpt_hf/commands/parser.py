@@ -1,0 +1,97 @@
+"""Recipes: a flat YAML file becomes a command line, the real command line is appended, and one parser checks it all.
+
+Read as typed text every value is validated (YAML alone keeps `2e-5` a string and lets a typo in a choice through); an unknown key is an
+error that names the nearest one. The seam to yaml and argparse.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from hpt_hf.utils import did_you_mean
+
+
+class RecipeError(ValueError):
+    """A recipe or command line that cannot be run; the message says which key, what was given and what was expected."""
+
+
+@contextmanager
+def exit_on_user_error(script: str) -> Iterator[None]:
+    """Exit 1 with one line for a mistake in recipe, data or model (OSError: also what the Hub's client raises); everything else is a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"{script}: {' '.join(str(error).split())}")
+
+
+def parse(types: tuple[type, ...], argv: list[str] | None = None, *, positional: tuple[str, ...] = ()):
+    """`--config recipe.yaml` and flags -> one instance of each type; flags win over the recipe.
+
+    Args:
+        positional: keys whose values may also stand first, without their names.
+
+    Raises:
+        RecipeError: missing file, unknown key, a value that does not fit.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for place, name in enumerate(positional):
+        if len(argv) > 2 * place and not argv[2 * place].startswith("-"):
+            argv.insert(2 * place, f"--{name}")
+        else:
+            break
+    argv = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    # Abbreviations are off: with them, a mistyped key is taken for a longer one that begins the same way.
+    parser = HfArgumentParser(types, allow_abbrev=False, prog=Path(sys.argv[0]).name)
+    known = {name.lstrip("-") for name in parser._option_string_actions}
+    recipe: list[str] = []
+    while "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise RecipeError("--config needs the path of a recipe")
+        recipe += _recipe_to_argv(Path(argv[at + 1]), known)
+        del argv[at : at + 2]
+    for flag in argv:
+        if flag.startswith("--") and (name := flag[2:].split("=")[0]) not in known:
+            raise RecipeError(_unknown(f"--{name}", name, known))
+    if "-h" in argv or "--help" in argv:
+        parser.parse_args(["--help"])
+    parser.error = _fail  # type: ignore[method-assign]
+    parsed = parser.parse_args_into_dataclasses(recipe + argv, return_remaining_strings=True, look_for_args_file=False)
+    if parsed[-1]:
+        raise RecipeError(f"not understood: {' '.join(parsed[-1])}")
+    return parsed[:-1]
+
+
+def _fail(message: str):
+    raise RecipeError(message)
+
+
+def _unknown(shown: str, name: str, known: set[str]) -> str:
+    return f"unknown key {shown}{did_you_mean(name, known, 'see --help for the keys there are')}"
+
+
+def _recipe_to_argv(path: Path, known: set[str]) -> list[str]:
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise RecipeError(f"{path} must be a flat list of `key: value` lines, it is a {type(recipe).__name__}")
+    argv: list[str] = []
+    for key, value in recipe.items():
+        if key not in known:
+            raise RecipeError(_unknown(f"{key!r} in {path}", str(key), known))
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            raise RecipeError(f"{key!r} in {path} is nested: recipes are flat")
+        argv += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return argv

@@ -1,0 +1,108 @@
+"""From encoded images of any mode to a batch: RGB in [0, 1], cut as the model's processor cuts, and the ids that noise hangs on."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from hpt_hf.types import Images
+
+
+def encoded(cell: dict) -> bytes:
+    """What a cell of an image column that is not decoded holds, or points to."""
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+
+def to_rgb(image: Image.Image | bytes) -> Image.Image:
+    """Any picture -> 8-bit RGB, upright. Transparency is laid on white, 16 bits are scaled to 8, not cut off."""
+    if isinstance(image, bytes):
+        image = Image.open(io.BytesIO(image))
+        image.load()  # decode now: a truncated file fails here and not in the middle of a batch
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, dtype=np.float64)
+        # Integers are 16 bits, however dark the picture; floats say by their range whether 1 or 255 is white.
+        top = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
+        return Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_id(pixels: np.ndarray) -> int:
+    """A 63-bit digest of a uint8 picture: the same picture always draws the same noise (`hpt_hf.attacks.noise.Noise`)."""
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows -> a batch: `images` float32 (batch, 3, height, width) in [0, 1], `image_ids` (batch,), and `labels` (batch,) if there are any.
+
+    Args:
+        processor: the student's; its resize and crop are applied, its normalisation is not (it lies in the model).
+        native: keep every picture's own size instead; a batch must then hold pictures of one size.
+    """
+
+    processor: object
+    native: bool = False
+
+    @functools.cached_property
+    def _side(self) -> int | None:
+        """Side of the square pictures that the processor gives back as they are, which is found out on one of noise; None if it changes them."""
+        if not self.processor.image_processor.do_center_crop:
+            return None
+        side = int(self.processor.image_processor.crop_size["height"])
+        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        return side if np.array_equal(self._cut([Image.fromarray(noise)])[0], noise) else None
+
+    def _cut(self, pictures: list[Image.Image]) -> list[np.ndarray]:
+        """Each as (height, width, 3), resized and cropped by the processor."""
+        cut = self.processor.image_processor(pictures, do_normalize=False, do_rescale=False)["pixel_values"]
+        return [np.asarray(p).transpose(1, 2, 0) for p in cut]
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        pictures = [_decoded(r) for r in rows]
+        if self.native or all(p.size == (self._side, self._side) for p in pictures):
+            images = np.stack([np.asarray(p) for p in pictures])
+        else:
+            images = np.stack(self._cut(pictures))
+        if images.dtype != np.uint8:
+            images = np.clip(np.rint(images), 0, 255).astype(np.uint8)
+        batch = {"images": to_images(images), "image_ids": torch.tensor([image_id(i) for i in images])}
+        if rows[0]["label"] is not None:
+            batch["labels"] = torch.tensor([r["label"] for r in rows])
+        return batch
+
+
+def _decoded(row: dict) -> Image.Image:
+    """The picture of a row; a stream's are decoded here, by the process that asks for them."""
+    if not isinstance(row["image"], bytes):
+        return row["image"]
+    try:
+        return to_rgb(row["image"])
+    except Exception as error:  # Pillow's decoders raise a zoo of types on damaged files
+        raise ValueError(
+            f"{row['where']} cannot be read ({type(error).__name__}: {error}): a stream cannot leave pictures out, since its epochs would lose their length; repair or remove it"
+        ) from error
+
+
+def to_images(pixels: np.ndarray) -> Images:
+    """uint8 (batch, height, width, 3) -> float32 (batch, 3, height, width) in [0, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def to_png(image: torch.Tensor) -> str:
+    """(3, height, width) in [0, 1] -> PNG in base64."""
+    file = io.BytesIO()
+    Image.fromarray((image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,19 @@
+"""Statistics: Wilson's interval, percentages."""
+
+from __future__ import annotations
+
+import math
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a proportion, in percent (Wilson 1927): honest near 0 and 100, where n p (1 - p) is not."""
+    if n == 0:
+        return (0.0, 100.0)
+    p = right / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (round(100 * max(0.0, centre - half), 2), round(100 * min(1.0, centre + half), 2))
+
+
+def percent(count: int, n: int) -> float:
+    return round(100 * count / n, 2)

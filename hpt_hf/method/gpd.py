@@ -1,0 +1,130 @@
+"""GPDCallback: what Generalization-Pivot Decoupling (arXiv 2601.12865) does between the steps: average, restart, pull."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from hpt_hf.method.schedule import Schedule
+from hpt_hf.models.fsdp import full_tensor, parameters, shard_like
+from hpt_hf.models.zero_shot import digest
+
+logger = logging.get_logger(__name__)
+
+
+PIVOT_FILE = "gpd_pivot.safetensors"
+
+
+class GPDCallback(TrainerCallback):
+    """Carries out what the schedule says happens between steps: average, restart, pull.
+
+    It owns two copies of the trained parameters: the vanilla weights, and the moving average that becomes the pivot. The average is saved with
+    every checkpoint (`gpd_pivot.safetensors`) and read back by `load`; *when* something happens is never counted here but asked of the
+    schedule, so a resumed run cannot drift.
+
+    Args:
+        schedule: the phases.
+        student: the model that is trained, with its vanilla weights (of a `ZeroShotClassifier`, its `model`).
+    """
+
+    def __init__(self, schedule: Schedule, student: torch.nn.Module):
+        self.schedule, self.student = schedule, student
+        names = [n for n, p in student.named_parameters() if p.requires_grad]
+        weights = dict(student.named_parameters())
+        needed = any(p.restart or p.ema is not None or p.pull is not None for p in schedule.phases)
+        self.vanilla = {n: weights[n].detach().clone() for n in names} if needed else {}
+        self.average = {n: w.clone() for n, w in self.vanilla.items()}
+        self.origin = digest(self.vanilla)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Keep the copies where the student trains, in parts if it lies in parts."""
+        trained = dict(self._trained())
+        self.vanilla = {n: shard_like(t, trained[n]) for n, t in self.vanilla.items()}
+        self.average = {n: shard_like(t, trained[n]) for n, t in self.average.items()}
+
+    @torch.no_grad()
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        step = state.global_step
+        if self.schedule.restarts_at(step):
+            distance = math.sqrt(
+                sum(float(full_tensor((self.average[n] - v).square().sum())) for n, v in self.vanilla.items())
+            )
+            logger.info(
+                f"step {step}: the pivot stands, {distance:.3g} from the vanilla weights; the student restarts from those"
+            )
+            for name, parameter in self._trained():
+                parameter.copy_(self.vanilla[name])
+            # Momentum gathered elsewhere, at another rate, would throw the restarted student off.
+            optimizer.state.clear()
+        if self.schedule.pulls_at(step):
+            ratio = self.schedule.phase(step).pull
+            for name, parameter in self._trained():
+                parameter.mul_(ratio).add_(self.average[name], alpha=1 - ratio)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        done = state.global_step - 1  # the Trainer has counted the step already
+        if self.schedule.averages_after(done):
+            decay = self.schedule.phase(done).ema
+            for name, parameter in self._trained():
+                self.average[name] = decay * self.average[name] + (1 - decay) * parameter.detach()
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.vanilla:
+            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", first=state.is_world_process_zero)
+
+    def save(self, folder: Path, *, first: bool = True) -> None:
+        """Write the average beside a checkpoint, whole or not at all. Every process gives its part, the `first` one writes."""
+        average = {n: full_tensor(t).contiguous().cpu() for n, t in self.average.items()}
+        if not first:
+            return
+        metadata = {"vanilla": self.origin, "schedule": json.dumps(self._describe())}
+        temporary = folder / (PIVOT_FILE + ".part")
+        save_file(average, temporary, metadata=metadata)
+        temporary.replace(folder / PIVOT_FILE)
+
+    def load(self, folder: str | Path) -> None:
+        """Take the average from a checkpoint.
+
+        Raises:
+            FileNotFoundError: the checkpoint has none: it was cut off while being saved, or another method made it.
+            ValueError: it belongs to a run with other vanilla weights or another schedule.
+        """
+        if not self.vanilla:
+            return
+        path = Path(folder) / PIVOT_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: this checkpoint was cut off while being saved, or was not made by this recipe; resume from an earlier one"
+            )
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata["vanilla"] != self.origin:
+                raise ValueError(
+                    f"{folder} was trained from other vanilla weights than the model given now: resume with the same --model_name_or_path"
+                )
+            if json.loads(metadata["schedule"]) != self._describe():
+                raise ValueError(
+                    f"{folder} was trained under another schedule, {metadata['schedule']}, than the one given now, {json.dumps(self._describe())}: resume with the same recipe"
+                )
+            self.average = {n: file.get_tensor(n) for n in self.vanilla}
+
+    def _describe(self) -> list:
+        return [
+            self.schedule.interval,
+            *(
+                [p.objective.name, p.steps, p.learning_rate, p.warmup_steps, p.restart, p.ema, p.pull]
+                for p in self.schedule.phases
+            ),
+        ]
+
+    def _trained(self) -> Sequence[tuple[str, torch.nn.Parameter]]:
+        return [(n, p) for n, p in parameters(self.student).items() if n in self.vanilla]

@@ -1,0 +1,204 @@
+"""Objectives: what the student minimises and what the attack maximises, each a few lines over the views of one batch.
+
+Sources: HPT and GA (arXiv 2601.12865), TeCoA (2212.07016), FARE (2402.12336), PMG-AFT (2401.04350).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from hpt_hf.attacks.losses import cross_entropy
+from hpt_hf.types import Images, Labels, Logits, PerExample, ZeroShotOutput
+
+
+class ModelViews:
+    """What one model says of one batch, clean and adversarial: each forward runs at most once, and only when asked for."""
+
+    def __init__(self, model: Callable[[Images], ZeroShotOutput], batch: Views, *, gradients: bool):
+        self._model, self._batch, self._gradients = model, batch, gradients
+
+    def _forward(self, images: Images) -> ZeroShotOutput:
+        with torch.set_grad_enabled(self._gradients and torch.is_grad_enabled()):
+            return self._model(images)
+
+    @cached_property
+    def clean(self) -> ZeroShotOutput:
+        return self._forward(self._batch.images)
+
+    @cached_property
+    def adversarial(self) -> ZeroShotOutput:
+        return self._forward(self._batch.adversarial_images)
+
+
+class Views:
+    """One batch as every model sees it.
+
+    Args:
+        images: the clean batch.
+        student: the wrapped model in training; its forwards carry gradients.
+        proxy, anchor: references or None; their forwards never do.
+        labels: class indices, or None for unlabelled images: then the label is the reference's own prediction on the clean image
+            (the proxy's where there is one, else the anchor's).
+        adversarial_images: set once the attack has run.
+    """
+
+    adversarial_images: Images | None = None
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        student: Callable,
+        proxy: Callable | None = None,
+        anchor: Callable | None = None,
+        labels: Labels | None = None,
+    ):
+        self.images = images
+        self._labels = labels
+        self.student = ModelViews(student, self, gradients=True)
+        self.proxy = None if proxy is None else ModelViews(proxy, self, gradients=False)
+        self.anchor = None if anchor is None else ModelViews(anchor, self, gradients=False)
+
+    @cached_property
+    def labels(self) -> Labels:
+        if self._labels is not None:
+            return self._labels
+        reference = self.proxy or self.anchor
+        if reference is None:
+            raise ValueError("these images have no labels, and there is neither a proxy nor an anchor to predict them")
+        return reference.clean.logits.argmax(dim=1)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Mean over the batch of the Kullback-Leibler divergence between teacher and student, with softened logits.
+
+    Args:
+        direction: `"forward"` is KL(teacher || student), the distillation loss of Hinton et al. 2015 and of the authors' code;
+            `"reverse"` is KL(student || teacher), the paper's equation.
+        temperature: both logits are divided by it; the result is multiplied by its square, so gradients keep their size.
+    """
+
+    direction: str = "forward"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("forward", "reverse"):
+            raise ValueError(
+                f"direction={self.direction!r}: expected 'forward', KL(teacher || student), or 'reverse', KL(student || teacher)"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: expected a positive number")
+
+    def __call__(self, student: Logits, teacher: Logits) -> torch.Tensor:
+        log_s, log_t = (F.log_softmax(logits.float() / self.temperature, dim=-1) for logits in (student, teacher))
+        if self.direction == "reverse":
+            log_s, log_t = log_t, log_s
+        return self.temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
+Terms = dict[str, torch.Tensor]
+
+
+def hpt(views: Views, kl: Divergence) -> Terms:
+    """Student and proxy see the same adversarial images."""
+    return {"hpt": kl(views.student.adversarial.logits, views.proxy.adversarial.logits)}
+
+
+def ga(views: Views, kl: Divergence) -> Terms:
+    """The student sees the adversarial images, the proxy the clean ones."""
+    return {"ga": kl(views.student.adversarial.logits, views.proxy.clean.logits)}
+
+
+def anchor_clean(views: Views, kl: Divergence) -> Terms:
+    """The same with the student's own vanilla self as teacher: the control for whether another architecture is needed."""
+    return {"anchor_clean": kl(views.student.adversarial.logits, views.anchor.clean.logits)}
+
+
+def tecoa(views: Views, kl: Divergence) -> Terms:
+    """Text-guided contrastive adversarial training: cross-entropy over the class prompts."""
+    return {"ce": F.cross_entropy(views.student.adversarial.logits, views.labels)}
+
+
+def fare(views: Views, kl: Divergence) -> Terms:
+    """The adversarial embedding stays at the clean embedding of the vanilla model; no labels, no text."""
+    return {"fare": (views.student.adversarial.embeds - views.anchor.clean.embeds).square().sum(-1).mean()}
+
+
+def pmg_aft(views: Views, kl: Divergence) -> Terms:
+    """TeCoA, held to the vanilla model on adversarial images and to itself on clean ones."""
+    adversarial = views.student.adversarial.logits
+    return {
+        "ce": F.cross_entropy(adversarial, views.labels),
+        "anchor": kl(adversarial, views.anchor.adversarial.logits),
+        "clean": kl(adversarial, views.student.clean.logits),
+    }
+
+
+def maximise_cross_entropy(output: ZeroShotOutput, views: Views) -> PerExample:
+    return cross_entropy(output.logits, views.labels)
+
+
+def maximise_embedding_distance(output: ZeroShotOutput, views: Views) -> PerExample:
+    return (output.embeds - views.anchor.clean.embeds).square().sum(-1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A method: its loss, its attack and the models it refers to.
+
+    Args:
+        name: the word in recipes and logs.
+        loss: views -> named scalar terms; their sum is minimised.
+        attack: (output on the perturbed images, views) -> (batch,) what the attack maximises.
+        references: which frozen models it needs, of "proxy" and "anchor".
+        paper: where it is defined.
+        needs_labels: False if images without labels will do; `Views.labels` says what the attack uses then.
+        divergence: KL direction and temperature, for those that have a KL.
+        attack_on: which model the adversarial images are crafted on, `"student"` (the paper) or `"proxy"`.
+    """
+
+    name: str
+    loss: Callable[[Views, Divergence], Terms]
+    attack: Callable[[ZeroShotOutput, Views], PerExample]
+    references: tuple[str, ...]
+    paper: str
+    needs_labels: bool
+    divergence: Divergence = field(default_factory=Divergence)
+    attack_on: str = "student"
+
+    def __post_init__(self) -> None:
+        if self.attack_on not in ("student", "proxy"):
+            raise ValueError(f"attack_on={self.attack_on!r}: expected 'student' or 'proxy'")
+        if self.attack_on == "proxy" and "proxy" not in self.references:
+            raise ValueError(
+                f"attack_on='proxy', but {self.name} has no proxy: it refers to {self.references or 'no other model'}"
+            )
+
+    def __call__(self, views: Views) -> Terms:
+        return self.loss(views, self.divergence)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    o.name: o
+    for o in (
+        Objective("hpt", hpt, maximise_cross_entropy, ("proxy",), "arXiv 2601.12865, stage 2", needs_labels=False),
+        Objective("ga", ga, maximise_cross_entropy, ("proxy",), "arXiv 2601.12865, stage 1", needs_labels=False),
+        Objective(
+            "anchor_clean",
+            anchor_clean,
+            maximise_cross_entropy,
+            ("anchor",),
+            "control; close to AGFT",
+            needs_labels=False,
+        ),
+        Objective("tecoa", tecoa, maximise_cross_entropy, (), "arXiv 2212.07016", needs_labels=True),
+        Objective("fare", fare, maximise_embedding_distance, ("anchor",), "arXiv 2402.12336", needs_labels=False),
+        Objective("pmg_aft", pmg_aft, maximise_cross_entropy, ("anchor",), "arXiv 2401.04350", needs_labels=True),
+    )
+}

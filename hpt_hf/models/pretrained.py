@@ -1,0 +1,102 @@
+"""Loading: a dual encoder and its processor from a folder or the Hub, whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import cached_file
+
+from hpt_hf.models.families import FAMILIES
+
+CONVERT = "Fix: hpt-hf convert with --base takes it from the model it came from"
+
+
+def load_pretrained(
+    source: str | Path, *, revision: str | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin, str | None]:
+    """(model in float32 and eval mode, processor, the Hub's commit or None).
+
+    Raises:
+        OSError, ValueError: nothing there, another family, or weights, tokenizer or processor that are not whole.
+    """
+    family = FAMILIES[_model_type(source, revision)]
+    try:
+        # dtype: the default is the checkpoint's own, and a half-precision model weakens every attack.
+        model, report = family.model_class.from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+        raise ValueError(f"the weights of {source} cannot be used: {_why_not(error)}") from error
+    except OSError as error:
+        if error.errno is None:  # transformers' own: a file is missing, and the message says which
+            raise
+        raise ValueError(
+            f"the weights of {source} cannot be used: a file is damaged or unreadable ({error})"
+        ) from error
+    # transformers only warns of these, fills in random numbers for the first and leaves out the second.
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"the weights of {source} lack {len(missing)} tensors, such as {missing[:3]}. {CONVERT}")
+    if surplus := sorted(k for k in report["unexpected_keys"] if not k.endswith("position_ids")):
+        raise ValueError(
+            f"the weights of {source} hold {len(surplus)} tensors that config.json has no place for, such as {surplus[:3]}: "
+            "they belong to another model"
+        )
+    file = Path(cached_file(source, "config.json", revision=revision))
+    commit = file.parent.name if file.parent.parent.name == "snapshots" else None  # so the Hub's cache is laid out
+    return model.eval(), _load_processor(source, revision), commit
+
+
+def _model_type(source: str | Path, revision: str | None) -> str:
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        found = sorted(p.name for p in path.iterdir())[:8]
+        raise ValueError(f"{source} holds no config.json: found {found}, expected a folder of save_pretrained")
+    if not path.exists() and (path.is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")):
+        raise ValueError(f"no model at {source}: neither a folder nor a Hub id of the form owner/name")
+    try:
+        config = PretrainedConfig.get_config_dict(source, revision=revision)[0]
+    except OSError as error:  # offline, transformers' own message does not say what it looked for
+        raise OSError(f"no model could be loaded from {source}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"the config.json of {source} holds a {type(config).__name__}: expected a model's names and values"
+        )
+    if (
+        config.get("model_type") not in FAMILIES
+    ):  # transformers would only warn, and fill a whole CLIP with random weights
+        known = " or ".join(repr(name) for name in FAMILIES)
+        raise ValueError(
+            f"{source} holds a model of type {config.get('model_type')!r}: expected {known}, with both towers"
+        )
+    return config["model_type"]
+
+
+def _load_processor(source: str | Path, revision: str | None) -> ProcessorMixin:
+    try:
+        # backend: torchvision's bicubic differs from Pillow's by up to 2/255, more than some threat models.
+        processor = AutoProcessor.from_pretrained(source, revision=revision, backend="pil")
+    except OSError as error:
+        raise OSError(f"{source} has weights but no processor that can be read ({error}). {CONVERT}") from error
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"the tokenizer or processor of {source} is damaged ({type(error).__name__}: {error})"
+        ) from error
+    if len(processor.tokenizer) <= len(
+        processor.tokenizer.all_special_ids
+    ):  # what transformers makes where there is no file
+        raise ValueError(f"{source} has weights but no tokenizer. {CONVERT}")
+    return processor
+
+
+def _why_not(error: Exception) -> str:
+    if isinstance(error, SafetensorError):
+        return f"the safetensors file is damaged or not one ({error}). Fix: download or export it again"
+    if isinstance(error, pickle.UnpicklingError):
+        return "they are a pickle that is damaged or holds more than tensors; nothing in it was run. Fix: ask for safetensors"
+    if "ignore_mismatched_sizes" in str(error):
+        return "they do not have the shapes that config.json says (the report above names the tensors)"
+    return str(error)

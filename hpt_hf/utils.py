@@ -1,0 +1,135 @@
+"""Small helpers without a home: versions, files written whole, progress, processes."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """ "; did you mean x or y?", or `otherwise` where nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else otherwise and f"; {otherwise}"
+
+
+def processes() -> PartialState:
+    """The processes of a launch. Without an accelerator, accelerate takes each for the only one unless told `cpu`."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def shutdown_distributed() -> None:
+    """The end of a launch, together: a process that takes its group down while another still talks in it can be aborted by gloo's threads."""
+    processes().wait_for_everyone()
+    processes().destroy_process_group()
+
+
+def slug(name: str) -> str:
+    """Letters, digits and dashes, for a file's name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "Pillow", "hpt_hf")}
+
+
+def commit() -> str | None:
+    """The commit of this code, marked if files differ from it; None where it was installed without its history."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"],
+            cwd=root, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):  # no git, or not ours to read
+        return None
+
+
+def hardware() -> str:
+    """The machine, in a word: the same for every process on it."""
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    )
+
+
+def write_json(path: str | Path, value: object) -> Path:
+    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write whole or not at all: a reader, or a full disk, never leaves half a file under the final name.
+
+    Raises:
+        OSError: it could not be written; the message says what and why, and nothing half-written is left.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"{path} could not be written ({error.strerror}); what stood there before still does"
+        ) from error
+    return path
+
+
+def progress(message: str) -> None:
+    """One line for the person watching, apart from what the program prints as its result."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; numbers are right-aligned and shown with one decimal."""
+    rows = [
+        [f"{cell:.1f}" if isinstance(cell, float) else str(cell).replace("|", "\\|") for cell in row] for row in rows
+    ]
+    widths = [max(len(str(h)), *(len(r[i]) for r in rows), 3) for i, h in enumerate(header)]
+    lines = ["| " + " | ".join(str(h).ljust(w) for h, w in zip(header, widths, strict=True)) + " |"]
+    lines += ["|" + "|".join(("-" * (w + 1) + ":") if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"]
+    lines += [
+        "| "
+        + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        + " |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: of the GPU's memory, or, on a CPU, of the machine's; 0 where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def duration(seconds: float) -> str:
+    """`95` -> "1 min 35 s"; the two largest units."""
+    rest, said = round(seconds), []
+    for name, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        if rest >= size or (name == "s" and not said):
+            said.append(f"{rest // size} {name}")
+        rest %= size
+    return " ".join(said[:2])

@@ -1,0 +1,270 @@
+"""Proves that transfer is what it says: pictures attacked for one model at full length, answered by others; and the tables made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, Rows, make_pictures, save_tiny_clip, write_image_folder
+from PIL import Image
+
+from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.commands.transfer import Transfer, main, matrix, matrix_table, means, ranking, transfer
+from hpt_hf.data.collator import Collator
+from hpt_hf.data.dataset import LabelledImages
+from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate, sample
+from hpt_hf.evaluation.statistics import wilson
+from hpt_hf.models.zero_shot import ZeroShotClassifier
+
+EPS = "16/255"  # breaks about half of what the trained student knows
+
+
+def attack(eps=EPS, steps=5, **changes) -> EvaluationAttack:
+    return EvaluationAttack(ThreatModel("linf", eps), "pgd", steps, **changes)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Another architecture that reads pictures of 48 pixels."""
+    path = save_tiny_clip(tmp_path_factory.mktemp("other"), patch_size=16, image_size=48, width=24, layers=1, seed=3)
+    return ZeroShotClassifier.from_pretrained(path).set_classes(CLASSES)
+
+
+@pytest.fixture(scope="module")
+def trained_path(tmp_path_factory, trained):
+    path = tmp_path_factory.mktemp("transfer") / "trained"
+    trained.save_pretrained(path)
+    return str(path)
+
+
+def mixed_pictures(count=20) -> LabelledImages:
+    even, sizes = make_pictures(count), ((32, 32), (48, 40), (40, 64))
+    images = [even[i]["image"].resize(sizes[i // 3 % 3], Image.Resampling.BICUBIC) for i in range(count)]
+    return LabelledImages(Rows(images, [even[i]["label"] for i in range(count)]), CLASSES, name="mixed")
+
+
+# --- transfer -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["input", "native"])
+def test_transfer_equals_a_plain_loop(protocol, trained, proxy, other):
+    """One picture at a time; the judges read 32 and 48 pixels, and under `native` the pictures have sizes of their own."""
+    pictures, chosen, judges = (
+        mixed_pictures(),
+        attack(protocol=protocol, seed=3),
+        {"p": proxy, "s": trained, "o": other},
+    )
+    found = transfer(("s", trained), judges, pictures, chosen, batch_size=7)
+    clean, adversarial, kl = ({name: [] for name in judges} for _ in range(3))
+    for i in range(len(pictures)):
+        batch = Collator(trained.processor, native=protocol == "native")([pictures[i]])
+        x = batch["images"]
+        perturbed = chosen.craft(trained, x, batch["image_ids"], batch["labels"])
+        assert chosen.threat.contains(perturbed, x).all() and x.shape[-2:] == (
+            (32, 32) if protocol == "input" else x.shape[-2:]
+        )
+        for name, judge in judges.items():
+            with torch.no_grad():
+                before, after = (judge.classify(v).logits[0].double().softmax(0) for v in (x, perturbed))
+            clean[name].append(before.argmax().item() == pictures[i]["label"])
+            adversarial[name].append(after.argmax().item() == pictures[i]["label"])
+            kl[name].append(float((after * (after / before).log()).sum()))
+    for one in found:
+        assert one.clean == pytest.approx(100 * np.mean(clean[one.judge])) and one.n == len(pictures) == 20
+        assert one.adversarial == pytest.approx(100 * np.mean(adversarial[one.judge]))
+        assert one.interval == wilson(sum(adversarial[one.judge]), 20)
+        assert one.kl == pytest.approx(np.mean(kl[one.judge]), abs=1e-3) and one.kl > 0
+        assert (one.source, one.dataset, one.protocol, one.attack, one.eps) == ("s", "mixed", protocol, "pgd-5", EPS)
+    assert [one.judge for one in found] == ["p", "s", "o"]
+    own = found[1]
+    assert 0 < own.adversarial < own.clean and len({(t.clean, t.adversarial, t.kl) for t in found}) == 3
+
+
+def test_transfer_to_itself_is_the_white_box_attack_at_full_length(trained):
+    pictures, chosen = make_pictures(), attack(steps=20)
+    (own,) = transfer(("s", trained), {"s": trained}, pictures, chosen)
+    batch = Collator(trained.processor)([pictures[i] for i in range(40)])
+    with torch.no_grad():
+        after = trained.classify(chosen.craft(trained, batch["images"], batch["image_ids"], batch["labels"])).logits
+    assert own.adversarial == pytest.approx(100 * float((after.argmax(1) == batch["labels"]).float().mean()))
+    # A EvalResult counts every iterate, transfer the last one only; both begin with the same noise.
+    score = evaluate(trained, pictures, chosen, name="s", probe=0)
+    assert (
+        score.clean == own.clean
+        and score.robust <= own.adversarial <= score.robust + 10
+        and 0 < own.adversarial < own.clean
+    )
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_ball_of_no_size_changes_nothing(norm, trained, proxy):
+    chosen = EvaluationAttack(ThreatModel(norm, "0"), "pgd", 3)
+    for one in transfer(("s", trained), {"s": trained, "p": proxy}, make_pictures(), chosen):
+        assert one.adversarial == one.clean and one.kl == 0 and (one.kept == 100 or one.clean == 0)
+
+
+def test_transfer_does_not_depend_on_batches_or_judges_and_leaves_no_trace(trained, proxy):
+    trained.train()
+    torch.manual_seed(1)
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    before = {n: t.clone() for n, t in trained.state_dict().items()}
+    found = transfer(("s", trained), {"s": trained, "p": proxy}, make_pictures(), attack(), batch_size=40)
+    assert torch.equal(torch.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], numpy_state)
+    assert not trained.training and all(p.grad is None for p in trained.parameters())
+    assert all(torch.equal(t, before[n]) for n, t in trained.state_dict().items())
+    for size, judges in ((40, {"p": proxy}), (7, {"p": proxy, "s": trained}), (1, {"p": proxy})):
+        again = {t.judge: t for t in transfer(("s", trained), judges, make_pictures(), attack(), batch_size=size)}["p"]
+        assert dataclasses.replace(again, kl=0) == dataclasses.replace(found[1], kl=0) and again.kl == pytest.approx(
+            found[1].kl, abs=2e-4
+        )
+
+
+def test_a_limit_is_the_same_sample_as_an_evaluations(trained):
+    chosen = dataclasses.replace(make_pictures(), kept=sample(40, 15))
+    found, expected = (
+        transfer(("s", trained), {"s": trained}, *asked) for asked in ((make_pictures(), attack()), (chosen, attack()))
+    )
+    limited = transfer(("s", trained), {"s": trained}, make_pictures(), attack(), limit=15)
+    assert limited == expected != found and limited[0].n == 15
+
+
+def test_pictures_without_labels_are_an_error(trained):
+    with pytest.raises(ValueError, match="has no labels"):
+        transfer(("s", trained), {"s": trained}, make_pictures(labelled=False), attack())
+
+
+def test_the_matrix_holds_every_cell_in_every_set(trained, proxy):
+    models, sets = {"s": trained, "p": proxy}, [make_pictures(10), mixed_pictures(10)]
+    found = matrix(models, sets, attack(steps=2), batch_size=5)
+    cells = [(t.source, t.judge, t.dataset) for t in found]
+    assert (
+        sorted(cells) == sorted((s, j, d.name) for s in models for j in models for d in sets) and len(set(cells)) == 8
+    )
+    assert matrix(models, sets, attack(steps=2), batch_size=5, sources=["p"]) == [t for t in found if t.source == "p"]
+    for one in (
+        found
+    ):  # clean accuracy is the judge's, whoever was attacked; but for the pictures' cut, which is the source's
+        assert one.clean == {(t.judge, t.dataset): t.clean for t in found}[one.judge, one.dataset]
+
+
+# --- what is made of it -----------------------------------------------------------------------------------------------------
+
+
+def cell(source, judge, dataset, clean, adversarial, kl=0.5, n=10) -> Transfer:
+    return Transfer(
+        source, judge, dataset, n, clean, adversarial, (0.0, 100.0), kl, "pgd-20", "linf", "1/255", "input"
+    )
+
+
+FOUND = [
+    cell("s", "s", "a", 90.0, 0.0, kl=9.0),
+    cell("s", "worse", "a", 80.0, 40.0),
+    cell("s", "better", "a", 60.0, 50.0),
+    cell("s", "s", "b", 90.0, 98.0, kl=9.0, n=1000),
+    cell("s", "worse", "b", 40.0, 10.0, kl=1.5, n=1000),
+    cell("s", "better", "b", 60.0, 10.0, n=1000),
+    cell("better", "s", "a", 90.0, 89.0),
+    cell("better", "best elsewhere", "a", 90.0, 90.0),
+]
+
+
+def test_means_are_unweighted_over_sets():
+    found = means(FOUND)
+    assert found["s", "worse"] == {
+        "clean": 60.0,
+        "adversarial": 25.0,
+        "kl": 1.0,
+        "kept": pytest.approx(100 * 25 / 60),
+        "n": 1010,
+    }
+    assert len(found) == 5 and means(list(reversed(FOUND))) == {k: pytest.approx(v) for k, v in found.items()}
+    assert means([cell("s", "j", "a", 0.0, 0.0)])["s", "j"]["kept"] == 0
+
+
+def test_the_ranking_is_by_accuracy_on_the_students_attack_without_the_student():
+    """The student would be first here, a judge of another student's pictures second."""
+    found = ranking(FOUND, "s")
+    assert [name for name, _ in found] == ["better", "worse"] and found[0][1]["adversarial"] == 30
+    assert ranking(FOUND, "nobody") == []
+
+
+def test_the_worst_surrogate_is_the_lowest_of_the_others_attacks():
+    figures = {
+        ("a", "a"): 1.0,
+        ("a", "b"): 20.0,
+        ("a", "c"): 30.0,
+        ("b", "a"): 40.0,
+        ("b", "b"): 2.0,
+        ("b", "c"): 25.0,
+    }
+    table = matrix_table([cell(s, j, "d", 50.0 + 10 * (j == "b"), v) for (s, j), v in figures.items()])
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    assert rows[2:] == [
+        ["(clean)", "50.0", "60.0", "50.0"],
+        ["a", "1.0", "20.0", "30.0"],
+        ["b", "40.0", "2.0", "25.0"],
+        ["worst surrogate", "40.0", "20.0", "25.0"],
+    ]
+
+
+def test_the_share_kept_is_of_the_clean_accuracy():
+    assert cell("s", "j", "a", 80.0, 20.0).kept == 25 and cell("s", "j", "a", 0.0, 0.0).kept == 0
+
+
+# --- the command ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flags(tmp_path, trained_path):
+    data = write_image_folder(tmp_path / "data", make_pictures(20))
+    return ["--dataset", data, "--output_dir", str(tmp_path / "out"), "--attack_steps", "3", "--eps", EPS]
+
+
+def written(tmp_path) -> dict:
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1000
+    return json.loads((tmp_path / "out" / "transfer.json").read_text())
+
+
+def test_the_command_writes_the_matrix_and_its_page(flags, tmp_path, trained_path, proxy_path, trained, proxy, capsys):
+    main([*flags, "--models", trained_path, proxy_path, trained_path])
+    result = written(tmp_path)
+    assert result["sources"] == result["judges"] == [trained_path, proxy_path], "named twice is meant once"
+    assert result["student"] is None and result["ranking"] is None and len(result["cells"]) == 4
+    expected = matrix({trained_path: trained, proxy_path: proxy}, [make_pictures(20)], attack(steps=3))
+    figures = {(t.source, t.judge): round(t.adversarial, 2) for t in expected}
+    assert result["adversarial"] == [[figures[s, j] for j in result["judges"]] for s in result["sources"]]
+    table, page = result["table"], (tmp_path / "out" / "report.html").read_text()
+    assert "worst surrogate" in table and table in capsys.readouterr().out
+    assert table in (tmp_path / "out" / "report.md").read_text() and "<svg" in page
+
+
+def test_with_a_student_the_command_ranks_its_proxies(flags, tmp_path, trained_path, proxy_path, student_path, capsys):
+    main([*flags, "--student", trained_path, "--models", proxy_path, student_path])
+    result = written(tmp_path)
+    assert result["sources"] == [trained_path] and result["judges"] == [trained_path, proxy_path, student_path]
+    figures = dict(zip(result["judges"], result["adversarial"][0], strict=True))
+    assert sorted(result["ranking"]) == sorted([proxy_path, student_path])
+    assert figures[result["ranking"][0]] >= figures[result["ranking"][1]]
+    lines = capsys.readouterr().out.splitlines()
+    assert [p in line for p, line in zip(result["ranking"], lines[2:4], strict=True)] == [True, True]
+    assert f"({trained_path} itself)" in lines[4] and lines[0].startswith(f"| proxy for {trained_path}")
+
+
+def test_one_model_alone_is_an_error(flags, tmp_path, trained_path):
+    for models in (
+        [],
+        ["--models", trained_path],
+        ["--student", trained_path, "--models", trained_path],
+        ["--student", trained_path],
+    ):
+        with pytest.raises(SystemExit, match="recipes/transfer.py: name at least two models"):
+            main([*flags, *models])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_is_an_error_in_one_line(flags, tmp_path, trained_path):
+    with pytest.raises(SystemExit, match="recipes/transfer.py: no model at .*gone"):
+        main([*flags, "--models", trained_path, str(tmp_path / "gone")])

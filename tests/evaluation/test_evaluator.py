@@ -1,0 +1,602 @@
+"""Proves that a EvalResult is a property of model, pictures and attack: not of batch size, order of calls, or the global random state."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CLASSES, Rows, gpd_schedule, make_pictures, make_trainer, single_schedule, write_image_folder
+from PIL import Image
+
+from hpt_hf.attacks.losses import cross_entropy
+from hpt_hf.attacks.noise import Noise
+from hpt_hf.attacks.pgd import pgd
+from hpt_hf.attacks.suite import ATTACKS
+from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.commands.common import open_sets, reopen
+from hpt_hf.commands.evaluate import EvaluateArguments
+from hpt_hf.commands.parser import parse
+from hpt_hf.data.collator import Collator
+from hpt_hf.data.dataset import LabelledImages
+from hpt_hf.evaluation import evaluator as evaluation
+from hpt_hf.evaluation import sanity_checks as suspicions
+from hpt_hf.evaluation.evaluator import EvaluationAttack, answer, batches, evaluate, sample
+from hpt_hf.evaluation.result import EvalResult
+from hpt_hf.models.zero_shot import ZeroShotClassifier
+from hpt_hf.utils import write_json
+
+EPS = "20/255"  # where about half of what the trained student below gets right withstands the attack
+VOLATILE = ("seconds", "versions", "hardware")
+
+
+@pytest.fixture(scope="module")
+def able_path(tmp_path_factory, student_path):
+    """A student that gets some pictures right and some of those right under attack; the tests below need both kinds."""
+    student = ZeroShotClassifier.from_pretrained(student_path).set_classes(CLASSES)
+    make_trainer(tmp_path_factory.mktemp("training"), student, single_schedule("tecoa", steps=40), eps="2/255").train()
+    path = tmp_path_factory.mktemp("able")
+    student.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def able(able_path):
+    return ZeroShotClassifier.from_pretrained(able_path).set_classes(CLASSES)
+
+
+def attack(name="pgd", steps=5, eps=EPS, **changes) -> EvaluationAttack:
+    return EvaluationAttack(ThreatModel("linf", eps), name, steps, **changes)
+
+
+def measure(model, pictures, chosen: EvaluationAttack, **settings) -> EvalResult:
+    """`evaluate` without the checks, which have a file of tests of their own."""
+    return evaluate(model, pictures, chosen, **({"name": "m", "probe": 0} | settings))
+
+
+def stable(score: EvalResult) -> dict:
+    return {k: v for k, v in score.to_json().items() if k not in VOLATILE}
+
+
+def mixed_pictures(count=24, sizes=((32, 32), (48, 40), (40, 64))) -> LabelledImages:
+    """Pictures of several sizes, one after another, the class in the colour as in `make_pictures`."""
+    even = make_pictures(count, seed=0)
+    images = [even[i]["image"].resize(sizes[i // 2 % len(sizes)], Image.Resampling.BICUBIC) for i in range(count)]
+    return LabelledImages(Rows(images, [even[i]["label"] for i in range(count)]), CLASSES, name="mixed")
+
+
+# --- invariances ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "norm", "eps"), [("pgd", "linf", EPS), ("cw", "linf", EPS), ("pgd", "l2", "4")])
+@pytest.mark.parametrize("protocol", ["input", "native"])
+def test_a_score_does_not_depend_on_the_batch_size(name, norm, eps, protocol, able):
+    pictures = mixed_pictures() if protocol == "native" else make_pictures(40)
+    chosen = EvaluationAttack(ThreatModel(norm, eps), name, 5, protocol)
+    scores = [stable(measure(able, pictures, chosen, batch_size=b)) for b in (1, 7, 64)]
+    assert scores[0] == scores[1] == scores[2]
+    assert 0 < scores[0]["robust"] < scores[0]["clean"], "an attack that does all or nothing proves no invariance"
+
+
+def test_answers_are_deterministic_and_leave_no_trace(able):
+    able.train()  # evaluate must not depend on the mode it finds
+    torch.manual_seed(1)
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    gradients = [p.requires_grad for p in able.parameters()]
+    before = {n: t.clone() for n, t in able.state_dict().items()}
+    first = measure(able, make_pictures(), attack())
+    assert torch.equal(torch.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], numpy_state)
+    assert not able.training and [p.requires_grad for p in able.parameters()] == gradients
+    assert all(p.grad is None for p in able.parameters())
+    assert all(torch.equal(t, before[n]) for n, t in able.state_dict().items())
+    torch.manual_seed(2)
+    torch.rand(7)
+    assert stable(measure(able, make_pictures(), attack())) == stable(first)
+
+
+def test_the_attacks_seed_changes_its_start_and_the_score_says_so(able):
+    pictures = make_pictures(8)
+    batch = Collator(able.processor)([pictures[i] for i in range(8)])
+    x, y = (attack(seed=s, steps=1).craft(able, batch["images"], batch["image_ids"], batch["labels"]) for s in (0, 1))
+    assert not torch.equal(x, y)
+    assert measure(able, pictures, attack(seed=1)).seed == 1
+
+
+def test_robust_never_exceeds_clean_picture_by_picture(able):
+    """Also where the attack itself would turn a wrong answer into the right one: those pictures are not attacked."""
+    answers = answer(able, make_pictures(60, seed=4), attack(steps=1))
+    assert not (answers.robust & ~answers.clean).any() and answers.clean.sum() > answers.robust.sum()
+
+
+def test_a_larger_ball_is_no_safer_and_a_huge_one_leaves_nothing(able):
+    robust = [measure(able, make_pictures(), attack(eps=e, steps=20)).robust for e in ("0", "12/255", EPS, "64/255")]
+    clean = measure(able, make_pictures(), attack()).clean
+    assert robust[0] == clean and robust == sorted(robust, reverse=True) and robust[-1] == 0 and len(set(robust)) == 4
+
+
+# --- against a plain loop ---------------------------------------------------------------------------------------------------
+
+
+def plain_loop(model, pictures, chosen: EvaluationAttack) -> tuple[float, float]:
+    """One picture at a time, in float32, with backward() instead of the package's attack loop."""
+    eps, clean, robust = chosen.threat.radius, 0, 0
+    target = None if chosen.target is None else pictures.classes.index(chosen.target)
+    for index in range(len(pictures)):
+        row = pictures[index]
+        if chosen.protocol == "native":
+            pixels = np.asarray(row["image"])
+        else:
+            pixels = np.asarray(
+                model.processor.image_processor(row["image"], do_normalize=False, do_rescale=False)["pixel_values"][0]
+            )
+            pixels = np.clip(np.rint(pixels), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        x0 = torch.tensor(pixels / 255, dtype=torch.float32).permute(2, 0, 1)[None].contiguous()
+        y = torch.tensor([row["label"]])
+        stands = model.classify(x0).logits.argmax().item() == row["label"]
+        clean += stands
+        keys = Collator(model.processor, native=chosen.protocol == "native")([row])["image_ids"]
+        x = chosen.threat.random_start(x0, Noise(keys, chosen.seed))
+        for _ in range(chosen.steps):
+            x = x.detach().requires_grad_(True)
+            logits = model.classify(x).logits
+            stands = stands and withstands(logits, row["label"], target)  # one iterate is enough to lose it
+            if target is not None:
+                loss = -F.cross_entropy(logits, torch.tensor([target]))
+            elif chosen.name == "pgd":
+                loss = F.cross_entropy(logits, y)
+            else:
+                others = [c for c in range(logits.shape[1]) if c != row["label"]]
+                loss = logits[0, others].max() - logits[0, row["label"]]
+            loss.backward()
+            x = (x + 2.5 * eps / chosen.steps * x.grad.sign()).detach()
+            x = torch.clamp(torch.minimum(torch.maximum(x, x0 - eps), x0 + eps), 0, 1)
+        robust += stands and withstands(model.classify(x).logits, row["label"], target)
+    model.zero_grad()
+    return round(100 * clean / len(pictures), 2), round(100 * robust / len(pictures), 2)
+
+
+def withstands(logits, label: int, target: int | None) -> bool:
+    answer = logits.argmax().item()
+    return answer == label if target is None else answer != target
+
+
+@pytest.mark.parametrize("name", ["pgd", "cw"])
+@pytest.mark.parametrize("protocol", ["input", "native"])
+def test_a_score_equals_a_plain_loops(name, protocol, able):
+    pictures, chosen = mixed_pictures(), attack(name, protocol=protocol, seed=3)
+    score = measure(able, pictures, chosen)
+    assert (score.clean, score.robust) == plain_loop(able, pictures, chosen)
+    assert 0 < score.robust < score.clean
+
+
+def test_native_protocol_attacks_the_pictures_own_pixels(able):
+    """The ball then lies around pixels that the model has yet to resize, so the two protocols are not one."""
+    pictures = mixed_pictures(sizes=((64, 64),))
+    collate = [Collator(able.processor, native=n)([pictures[0]]) for n in (False, True)]
+    assert [tuple(c["images"].shape) for c in collate] == [(1, 3, 32, 32), (1, 3, 64, 64)]
+    scores = [measure(able, pictures, attack(protocol=r)) for r in ("input", "native")]
+    assert [s.protocol for s in scores] == ["input", "native"]
+    assert scores[0].rows != scores[1].rows, "other pixels are other pictures"
+
+
+def test_native_batches_hold_one_size_and_keep_the_order(able):
+    pictures = mixed_pictures(24)
+    got = list(batches(pictures, Collator(able.processor, native=True), 3))
+    assert torch.cat([b["labels"] for b in got]).tolist() == pictures.rows.labels
+    assert len(got) == 12 and {tuple(b["images"].shape[2:]) for b in got} == {(32, 32), (40, 48), (64, 40)}
+    assert [len(b["labels"]) for b in batches(make_pictures(20), Collator(able.processor), 8)] == [8, 8, 4]
+
+
+# --- samples, sets, names ----------------------------------------------------------------------------------------------------
+
+
+def test_limit_is_a_fixed_sample_spread_over_the_set(able):
+    assert sample(10, None) == sample(10, 10) == sample(10, 99) == list(range(10))
+    kept = sample(1000, 50)
+    assert kept == sample(1000, 50) == sorted(set(kept)) and len(kept) == 50 and kept[0] >= 0 and kept[-1] < 1000
+    assert 300 < np.mean(kept) < 700 and kept != list(range(50)), (
+        "the first fifty of a set sorted by class are one class"
+    )
+    state = np.random.get_state()[1].copy()
+    sample(1000, 50)
+    assert np.array_equal(np.random.get_state()[1], state)
+    pictures = make_pictures(40)
+    limited = measure(able, pictures, attack(), limit=11)
+    by_hand = dataclasses.replace(pictures, kept=sample(40, 11))
+    same = dataclasses.replace(measure(able, by_hand, attack()), source=limited.source)
+    assert stable(limited) == stable(same) and (limited.n, limited.source["limit"]) == (11, 11)
+    assert limited.rows != measure(able, pictures, attack(), limit=12).rows
+
+
+def test_a_set_without_labels_is_an_error(able):
+    with pytest.raises(ValueError, match="made has no labels: accuracy cannot be measured"):
+        measure(able, make_pictures(4, labelled=False), attack())
+
+
+def test_evaluate_asks_for_the_sets_own_classes(student):
+    """The classes set before belong to another data set; those of the pictures are set, with their templates."""
+    student.set_classes(("zebra", "car"))
+    pictures = dataclasses.replace(make_pictures(4), templates=("a photo of the {}", "{}"))
+    score = measure(student, pictures, attack(steps=1))
+    assert student.classes == CLASSES and score.classes == 5 and score.templates == ("a photo of the {}", "{}")
+    assert torch.equal(student.head, student.embed_classes(CLASSES, pictures.templates))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"name": "pgdd"}, "no attack is called 'pgdd'; did you mean pgd"),
+        ({"protocol": "full"}, "protocol='full': expected 'input'"),
+        ({"steps": 0}, "steps=0: expected at least 1"),
+    ],
+)
+def test_an_attack_that_does_not_exist_is_an_error(settings, says):
+    with pytest.raises(ValueError) as error:
+        attack(**settings)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("apgd_ce", "did you mean apgd-ce"), ("squares", "did you mean square?"), ("standart", "did you mean standard?")],
+)
+def test_an_unknown_attack_names_its_nearest(name, near):
+    with pytest.raises(ValueError, match=f"no attack is called '{name}'") as error:
+        attack(name)
+    assert near in str(error.value)
+    with pytest.raises(ValueError) as error:
+        attack("zzz")
+    assert str(error.value).endswith(f"there are {', '.join(ATTACKS)}, standard"), "nothing is near: all are named"
+
+
+def test_every_attack_has_its_name_its_own_steps_and_says_both():
+    """The names and numbers under which robust accuracies are compared in print; a record that says less cannot be repeated."""
+    default = {name: str(EvaluationAttack(ThreatModel(), name)) for name in (*ATTACKS, "standard")}
+    assert default == {
+        "pgd": "pgd-20",
+        "cw": "cw-20",
+        "apgd-ce": "apgd-ce-100",
+        "apgd-t": "apgd-t-100",
+        "square": "square-5000",
+        "standard": "standard",
+    }
+    assert str(attack("cw", 50)) == "cw-50" and str(attack("standard", 7)) == "standard-7"
+    assert attack("standard").parts == ("apgd-ce", "apgd-t", "square") and attack("cw").parts == ("cw",)
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, "standard"])
+def test_left_out_steps_are_the_attacks_own_and_given_ones_are_everybodys(monkeypatch, able, name):
+    """That what `str` says is what runs: every part writes down the steps that it was given."""
+    ran = []
+
+    def spy(part):
+        def run(logits_fn, images, labels, threat, steps, noise):
+            ran.append((part, steps))
+            return images.clone(), torch.zeros(len(images), dtype=torch.bool)
+
+        return run
+
+    for part, (_, own) in list(ATTACKS.items()):
+        monkeypatch.setitem(ATTACKS, part, (spy(part), own))
+    batch = Collator(able.processor)([make_pictures(2)[i] for i in range(2)])
+    parts = ("apgd-ce", "apgd-t", "square") if name == "standard" else (name,)
+    for steps in (None, 3):
+        attack(name, steps).breaks(able, batch["images"], batch["image_ids"], batch["labels"])
+        own = {"apgd-ce": 100, "apgd-t": 100, "square": 500} if name == "standard" else {name: ATTACKS[name][1]}
+        assert ran == [(part, steps or own[part]) for part in parts]
+        ran.clear()
+
+
+@pytest.mark.parametrize("name", ["pgd", "cw", "square", "standard"])
+def test_craft_is_full_length_pgd_whatever_the_name(able, name):
+    """What stops at its first success hardly fools another model, so what is shown and transferred goes on to the end."""
+    batch = Collator(able.processor)([make_pictures(16)[i] for i in range(16)])
+    images, keys, labels = batch["images"], batch["image_ids"], batch["labels"]
+    chosen = attack(name, 6, seed=2)
+    crafted = chosen.craft(able, images, keys, labels)
+    step = 2.5 * chosen.threat.radius / 6
+    expected = pgd(
+        lambda x: cross_entropy(able.classify(x).logits, labels),
+        images,
+        chosen.threat,
+        steps=6,
+        step_size=step,
+        noise=Noise(keys, 2),
+    )
+    assert torch.equal(crafted, expected)
+    assert not torch.equal(crafted, attack("pgd", 6, seed=2).breaks(able, images, keys, labels)[0]), (
+        "this one stops early"
+    )
+
+
+def test_standard_is_the_worst_case_over_its_parts_picture_by_picture(able):
+    """Broken by one part is broken by all together, and nothing else is; each part with the noise that it gets as one of several."""
+    batch = Collator(able.processor)([make_pictures(60)[i] for i in range(60)])
+    images, keys, labels = batch["images"], batch["image_ids"], batch["labels"]
+    chosen = attack("standard", 3, eps="26/255", seed=4)
+    found, by = chosen.breaks(able, images, keys, labels)
+    broken = by >= 0
+    assert chosen.threat.contains(found, images).all()
+    with torch.no_grad():
+        assert torch.equal(able.classify(found).logits.argmax(1) != labels, broken)
+    first = attack("apgd-ce", 3, eps="26/255", seed=4).breaks(able, images, keys, labels)[1] >= 0
+    alone = []
+    for number, name in enumerate(chosen.parts):
+        noise = Noise(keys, 4, round=number * 1_000_003)
+        alone.append(ATTACKS[name][0](lambda x: able.classify(x).logits, images, labels, chosen.threat, 3, noise)[1])
+    assert torch.equal(first, alone[0]), "the first part is the attack of that name, to the bit"
+    expected = torch.full_like(by, -1)
+    for number in (2, 1, 0):
+        expected[alone[number]] = number
+    assert torch.equal(by, expected), "each picture is counted for the first part that breaks it"
+    assert first.sum() < broken.sum() < len(images), "a later part adds to the first, or this proves little"
+
+
+# --- towards a target -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_targeted_score_equals_a_plain_loops_on_the_other_classes(able):
+    """Robust then means never taken for the target: pictures that only become some other wrong class still stand."""
+    pictures, chosen = make_pictures(40), attack(steps=8, eps="22/255", target="cat", seed=1)
+    others = dataclasses.replace(pictures, kept=[i for i in range(40) if pictures[i]["label"] != CLASSES.index("cat")])
+    score = measure(able, pictures, chosen)
+    assert (score.n, score.classes, score.target) == (32, 5, "cat") and "cat" not in score.per_class
+    assert (score.clean, score.robust) == plain_loop(able, others, chosen)
+    assert 0 < score.robust < score.clean and score.attack == "pgd-8 towards cat"
+    assert score.robust_is == "right on the clean picture and never taken for 'cat' on any iterate"
+    untargeted = measure(able, others, attack(steps=8, eps="22/255", seed=1))
+    assert (
+        untargeted.robust < score.robust
+        and untargeted.robust_is == "right on the clean picture and on every iterate of the attack"
+    )
+
+
+def test_what_a_targeted_attack_breaks_is_taken_for_the_target_and_nothing_else_is(able):
+    pictures = make_pictures(40).without_class("tree")
+    batch = Collator(able.processor)([pictures[i] for i in range(len(pictures))])
+    chosen = attack("cw", 10, eps="26/255", target="tree")
+    found, by = chosen.breaks(able, batch["images"], batch["image_ids"], batch["labels"])
+    with torch.no_grad():
+        said = able.classify(found).logits.argmax(1)
+    assert torch.equal(said == CLASSES.index("tree"), by == 0) and 0 < (by == 0).sum() < len(by)
+    assert chosen.threat.contains(found, batch["images"]).all()
+
+
+def test_a_target_that_cannot_be_asked_for_is_an_error(able):
+    with pytest.raises(ValueError, match="'hose' is none of the 5 classes of made; did you mean house?"):
+        measure(able, make_pictures(5), attack(target="hose"))
+    for name in ("apgd-t", "standard"):
+        with pytest.raises(ValueError, match=f"no attack towards a target is called '{name}'"):
+            attack(name, target="cat")
+    only = dataclasses.replace(make_pictures(10), kept=[0, 5])
+    with pytest.raises(ValueError, match="made holds no picture of another class than 'cat'"):
+        measure(able, only, attack(target="cat"))
+
+
+# --- models that cannot be measured, and such that hide their gradient ----------------------------------------------------------
+
+
+def test_logits_that_are_not_finite_are_an_error_that_names_the_pictures(able, monkeypatch):
+    classify, pictures = able.classify, make_pictures(12)
+    bad = Collator(able.processor)([pictures[i] for i in (5, 9)])["images"]
+
+    def broken(images):
+        said = classify(images)
+        said.logits[[any(torch.equal(image, b) for b in bad) for image in images], 2] = torch.inf
+        return said
+
+    monkeypatch.setattr(able, "classify", broken, raising=False)
+    for size, named in ((64, r"\[5, 9\]"), (4, r"\[5\]")):
+        with pytest.raises(
+            ValueError, match=f"logits are not finite on pictures {named}: no accuracy of it means anything"
+        ):
+            measure(able, pictures, attack(), batch_size=size)
+
+
+def test_a_model_cut_off_from_its_pixels_can_be_evaluated_and_is_doubted(able, monkeypatch):
+    """Its gradient is zero, so the attack stays at its random start; the figure comes out too high, and the check says why."""
+    honest, classify = measure(able, make_pictures(), attack()), able.classify
+    monkeypatch.setattr(able, "classify", lambda images: classify(images.detach()), raising=False)
+    monkeypatch.setattr(evaluation, "CHECKS", (suspicions.detached, suspicions.zero_gradient))
+    score = measure(able, make_pictures(), attack(), probe=6)
+    assert score.clean == honest.clean and score.robust > honest.robust
+    assert score.verdict == "suspicious" and [s["name"] for s in score.suspicions] == ["detached", "zero_gradient"]
+    for name in ("apgd-ce", "apgd-t", "cw"):
+        assert measure(able, make_pictures(10), attack(name, 2)).n == 10
+
+
+# --- the checks get what they need ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["input", "native"])
+def test_the_checks_see_few_pictures_that_are_what_they_are_called_whatever_the_batch_size(
+    able, monkeypatch, protocol
+):
+    pictures, chosen = mixed_pictures(), attack(protocol=protocol)
+    probes = []
+
+    def spy(probe):
+        probes.append(probe)
+        return suspicions.Check("spy", False, f"{len(probe.right)} right, {len(probe.standing)} standing")
+
+    monkeypatch.setattr(evaluation, "CHECKS", (spy,))
+    scores = [measure(able, pictures, chosen, probe=3, batch_size=b, baseline=able) for b in (1, 5, 64)]
+    assert stable(scores[0]) == stable(scores[1]) == stable(scores[2]) and scores[0].verdict == "clear"
+    for probe, score in zip(probes, scores, strict=True):
+        assert (probe.n, probe.clean, probe.robust, probe.outside) == (score.n, score.clean, score.robust, 0)
+        assert sum(probe.broken_by.values()) == sum(right - robust for _, right, robust in score.per_class.values())
+        for part in (probe.right, probe.standing):
+            assert 0 < len(part) <= 3
+            assert torch.equal(able.classify(part.images).logits.argmax(1), part.labels)
+        assert (
+            chosen.breaks(able, probe.standing.images, probe.standing.image_ids, probe.standing.labels)[1] == -1
+        ).all()
+        attacked, standing = probe.baseline()
+        assert 0 <= standing <= attacked <= 6
+
+
+def test_the_verdict_is_the_worst_of_the_checks_and_unchecked_without_any(able, monkeypatch):
+    good, bad, unknown = (suspicions.Check(str(raised), raised, "seen") for raised in (False, True, None))
+    for found, verdict, raised in (([good, unknown], "clear", []), ([good, bad, unknown], "suspicious", ["True"])):
+        monkeypatch.setattr(evaluation, "CHECKS", tuple(lambda _, c=c: c for c in found))
+        for number, check in enumerate(evaluation.CHECKS):
+            check.__name__ = f"check{number}"
+        score = measure(able, make_pictures(6), attack(steps=1), probe=2)
+        assert score.verdict == verdict and [s["name"] for s in score.suspicions] == raised
+        assert score.checks == tuple(c.to_json() for c in found)
+    assert measure(able, make_pictures(6), attack(steps=1)).verdict == "unchecked"
+
+
+# --- the record -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_score_is_json_and_tells_its_settings(able):
+    chosen = attack("cw", 7, eps="3/255", seed=5)
+    record = json.loads(json.dumps(measure(able, make_pictures(10), chosen, name="mine").to_json()))
+    told = {k: record[k] for k in ("model", "dataset", "n", "attack", "norm", "eps", "protocol", "seed", "classes")}
+    assert told == {
+        "model": "mine",
+        "dataset": "made",
+        "n": 10,
+        "attack": "cw-7",
+        "norm": "linf",
+        "eps": "3/255",
+        "protocol": "input",
+        "seed": 5,
+        "classes": 5,
+    }
+    assert record["interval"][0] <= record["robust"] <= record["interval"][1]
+    assert record["clean_interval"][0] <= record["clean"] <= record["clean_interval"][1]
+    assert {"torch", "transformers", "hpt_hf"} <= record["versions"].keys() and record["hardware"]
+
+
+def test_another_model_or_other_pictures_are_another_record(able, student):
+    a, b = (measure(m, make_pictures(6), attack()) for m in (able, student))
+    assert a.fingerprint != b.fingerprint and a.rows == b.rows
+    assert measure(able, make_pictures(6, seed=9), attack()).rows != a.rows
+
+
+def test_training_moves_the_score(able, able_path, proxy, tmp_path):
+    """The measure can tell a trained student from the one before, or all the above would hold for a constant."""
+    before = measure(able, make_pictures(), attack())
+    make_trainer(tmp_path, able, gpd_schedule(learning_rate=0.05), proxy=proxy.set_classes(CLASSES)).train()
+    assert stable(measure(able, make_pictures(), attack())) != stable(before)
+
+
+def test_too_few_classes_for_the_dlr_loss_are_said(able):
+    whole = make_pictures(10)
+    kept = [i for i in range(10) if whole[i]["label"] < 3]
+    pictures = LabelledImages(
+        Rows([whole[i]["image"] for i in kept], [whole[i]["label"] for i in kept]), CLASSES[:3], name="few"
+    )
+    (note,) = measure(able, pictures, attack("apgd-t", 1)).notes
+    assert "needs four classes and there are 3" in note
+    assert measure(able, pictures, attack("pgd", 1)).notes == ()
+    assert attack("standard").notes(3) and not attack("standard").notes(4)
+
+
+def test_the_classes_counts_sum_to_the_whole(able):
+    pictures = dataclasses.replace(make_pictures(40), kept=[i for i in range(40) if i % 5 != 2 and i != 0])
+    score, answers = measure(able, pictures, attack()), answer(able, pictures, attack())
+    assert list(score.per_class) == ["cat", "dog", "tree", "red car"], "a class without pictures has no accuracy"
+    n, clean, robust = (sum(counts[i] for counts in score.per_class.values()) for i in range(3))
+    assert (n, clean, robust) == (31, int(answers.clean.sum()), int(answers.robust.sum()))
+    assert (score.n, score.clean, score.robust) == (n, round(100 * clean / n, 2), round(100 * robust / n, 2))
+    assert answers.labels.tolist() == [pictures[i]["label"] for i in range(31)] and answers.indices.tolist() == list(
+        range(31)
+    )
+    assert score.per_class["cat"][0] == 7 and all(a >= b >= c >= 0 for a, b, c in score.per_class.values())
+
+
+def test_each_part_leaves_no_more_than_the_one_before_and_the_last_leaves_what_is_robust(able):
+    score = measure(able, make_pictures(60), attack("standard", 3, eps="26/255", seed=4))
+    left = list(score.parts.values())
+    assert list(score.parts) == ["apgd-ce", "apgd-t", "square"] and left == sorted(left, reverse=True)
+    assert left[-1] == score.robust < left[0] < score.clean
+    assert left[0] == measure(able, make_pictures(60), attack("apgd-ce", 3, eps="26/255", seed=4)).robust
+    assert measure(able, make_pictures(), attack()).parts.keys() == {"pgd"}
+
+
+def unpack(png: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))).transpose(2, 0, 1) / 255
+
+
+@pytest.mark.parametrize("target", [None, "tree"])
+@pytest.mark.parametrize("protocol", ["input", "native"])
+def test_the_gallery_shows_the_first_broken_pictures_as_they_were_attacked(able, tmp_path, protocol, target):
+    pictures, chosen = mixed_pictures(sizes=((40, 40),)), attack(protocol=protocol, eps="26/255", target=target)
+    score = measure(able, pictures, chosen, folder=tmp_path)
+    (file,) = (tmp_path / "gallery").iterdir()
+    shown = json.loads(file.read_text())
+    assert file.name == score.file_name and len(shown) == 2
+    others = pictures.without_class(target)
+    batch = Collator(able.processor, native=protocol == "native")([others[i] for i in range(len(others))])
+    with torch.no_grad():
+        right = able.classify(batch["images"]).logits.argmax(1) == batch["labels"]
+    images, keys, labels = (batch[k][right] for k in ("images", "image_ids", "labels"))
+    attacked, by = chosen.breaks(able, images, keys, labels)
+    for one, i in zip(shown, (by >= 0).nonzero()[:2, 0].tolist(), strict=True):
+        assert np.abs(unpack(one["clean"]) - images[i].numpy()).max() < 1e-6
+        assert np.abs(unpack(one["attacked"]) - attacked[i].numpy()).max() <= 0.5 / 255 + 1e-6
+        delta = (attacked[i] - images[i]).numpy()
+        assert np.abs((unpack(one["perturbation"]) - 0.5) * 2 - delta / np.abs(delta).max()).max() <= 1 / 255 + 1e-6
+        assert one["truth"] == CLASSES[labels[i]] and one["said"].startswith(f"{one['truth']} (")
+        said = one["said_attacked"].rsplit(" (", 1)[0]
+        assert said in CLASSES and said != one["truth"] and target in (None, said)
+
+
+def test_no_picture_is_shown_where_none_was_broken(able, tmp_path):
+    score = measure(able, make_pictures(6), attack(eps="0"), folder=tmp_path)
+    assert json.loads((tmp_path / "gallery" / score.file_name).read_text()) == []
+
+
+def test_a_score_in_a_folder_is_that_without_and_comes_out_again(able, tmp_path):
+    alone = stable(measure(able, make_pictures(20), attack(), batch_size=6))
+    for _ in range(2):
+        assert stable(measure(able, make_pictures(20), attack(), batch_size=6, folder=tmp_path)) == alone
+
+
+def test_other_labels_on_the_same_pictures_are_answered_afresh(able, tmp_path):
+    """Someone mends the labels of a set and runs again into the same folder: nothing of the old run may be taken over."""
+    before = make_pictures(20)
+    after = dataclasses.replace(before, rows=Rows(before.rows.images, [(y + 1) % 5 for y in before.rows.labels]))
+    old = measure(able, before, attack(), folder=tmp_path)
+    new = measure(able, after, attack(), folder=tmp_path)
+    assert stable(new) == stable(measure(able, after, attack())) and new.clean != old.clean
+
+
+# --- opening the same pictures again -----------------------------------------------------------------------------------------------
+
+
+def as_folder(place: Path) -> list[str]:
+    return [write_image_folder(place / "set", make_pictures(20))]
+
+
+def as_parquet(place: Path) -> list[str]:
+    made = make_pictures(20)
+    columns = {"image": made.rows.images, "label": made.rows.labels}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(place / "set.parquet")
+    return [str(place / "set.parquet"), "--classes", *CLASSES, "--templates", "a {}", "{}"]
+
+
+@pytest.mark.parametrize("flags", [as_folder, as_parquet, lambda _: ["lab:digits"]], ids=["folder", "parquet", "lab"])
+@pytest.mark.parametrize("limit", [None, 7])
+def test_a_scores_source_opens_the_same_pictures_again(flags, limit, able_path, tmp_path):
+    able = ZeroShotClassifier.from_pretrained(able_path)
+    sizes = [] if limit is None else ["--limit", str(limit)]
+    (args,) = parse((EvaluateArguments,), ["--output_dir", "o", "--dataset", *flags(tmp_path), *sizes])
+    (pictures,) = open_sets(args)
+    score = measure(able, pictures, attack(steps=1), limit=args.limit)
+    source = EvalResult.read(write_json(tmp_path / "score.json", score.to_json())).source
+    again = reopen(source)
+    assert (again.classes, again.templates, again.name) == (pictures.classes, pictures.templates, pictures.name)
+    assert stable(measure(able, again, attack(steps=1), limit=source["limit"])) == stable(score)
+    assert score.n == (limit or len(pictures)) and source["limit"] == limit
