@@ -23,13 +23,14 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import load_model, open_images
 from hpt_hf.commands.parser import parse
 from hpt_hf.commands.train import RECIPE, run
 from hpt_hf.commands.transfer import matrix, means
 from hpt_hf.data.dataset import DatasetSpec
-from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate
+from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import mean
 from hpt_hf.lab.datasets import LAB_SUITE, LAB_VALIDATION, REAL_VALIDATION, real_suite
 from hpt_hf.models.zero_shot import ZeroShotClassifier

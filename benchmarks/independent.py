@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from transformers import CLIPModel
 
 from hpt_hf.attacks.engine import frozen
-from hpt_hf.attacks.suite import STANDARD
+from hpt_hf.attacks.suite import STANDARD, EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import load_model, on_device
 from hpt_hf.data.collator import Collator
-from hpt_hf.evaluation.evaluator import EvaluationAttack
 from hpt_hf.lab.datasets import LAB_SUITE, lab_images
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.utils import hardware, markdown, progress, versions, write_json
@@ -82,7 +81,7 @@ def ours(model: ZeroShotClassifier, batch: dict, threat: ThreatModel, parts) -> 
         start = time.time()
         if len(images):
             with torch.no_grad():
-                _, by = EvaluationAttack(threat, part, STANDARD[part]).breaks(model, images, keys, labels)
+                _, by = EvaluationAttack(threat, part, STANDARD[part]).run(model, images, keys, labels)
             images, keys, labels = images[by < 0], keys[by < 0], labels[by < 0]
         found[part] = (len(images), time.time() - start)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,14 +16,16 @@ from hpt_hf.attacks.engine import (
     TargetedMisclassification,
     TargetReached,
     checked,
+    frozen,
     search,
 )
 from hpt_hf.attacks.losses import cross_entropy, margin
 from hpt_hf.attacks.noise import Noise
-from hpt_hf.attacks.pgd import even_steps
+from hpt_hf.attacks.pgd import even_steps, pgd
 from hpt_hf.attacks.square import Square
-from hpt_hf.attacks.threat_model import ThreatModel
-from hpt_hf.types import Images, Labels, Logits, PerExample
+from hpt_hf.attacks.threat_model import PROTOCOLS, ThreatModel
+from hpt_hf.types import ImageIds, Images, Labels, Logits, PerExample
+from hpt_hf.utils import did_you_mean
 
 
 def any_answer(loss_fn: Callable[[Logits, Labels], PerExample], strategy: Callable[[int, ThreatModel], Strategy]):
@@ -122,3 +124,112 @@ TARGETED: dict[str, tuple[Callable[..., Outcome], int]] = {
 
 # 500 queries and not 5,000: two thirds of all time would go into pictures that the white-box attacks had left, and find nothing (docs/evaluation.md).
 STANDARD = {"apgd-ce": 100, "apgd-t": 100, "square": 500}
+
+
+@dataclass(frozen=True)
+class EvaluationAttack:
+    """An attack by the field's name, in a ball, under a protocol.
+
+    Args:
+        threat: the ball.
+        name: a row of `hpt_hf.attacks.suite.ATTACKS`, or `"standard"`: APGD-CE, APGD-T and Square, the worst case of the three.
+        steps: gradient steps, or queries of Square; None: each attack's own number (PGD and CW 20, APGD 100, Square 5000, in `standard` 500).
+        protocol: a row of `PROTOCOLS`.
+        seed: of the random starts.
+        target: the class that every picture shall be taken for; None: any wrong answer will do.
+    """
+
+    threat: ThreatModel
+    name: str = "pgd"
+    steps: int | None = None
+    protocol: str = "input"
+    seed: int = 0
+    target: str | None = None
+
+    def __post_init__(self) -> None:
+        known = (*ATTACKS, "standard") if self.target is None else tuple(TARGETED)
+        if self.name not in known:
+            raise ValueError(
+                f"no attack {'towards a target ' * (self.target is not None)}is called {self.name!r}"
+                + did_you_mean(self.name, known, f"there are {', '.join(known)}")
+            )
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(
+                f"protocol={self.protocol!r}: expected " + " or ".join(f"{k!r} ({v})" for k, v in PROTOCOLS.items())
+            )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps}: expected at least 1")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The attacks it consists of, in the order in which they run."""
+        return tuple(STANDARD) if self.name == "standard" else (self.name,)
+
+    @property
+    def native(self) -> bool:
+        return self.protocol == "native"
+
+    @property
+    def pgd_steps(self) -> int:
+        """Steps of `craft`."""
+        return self.steps or ATTACKS["pgd"][1]
+
+    @property
+    def robust_is(self) -> str:
+        goal = (
+            "on every iterate of the attack"
+            if self.target is None
+            else f"never taken for {self.target!r} on any iterate"
+        )
+        return f"right on the clean picture and {goal}"
+
+    def notes(self, classes: int) -> tuple[str, ...]:
+        """What a reader must know of this attack on so many classes."""
+        if "apgd-t" in self.stages and classes < 4:
+            return (
+                f"apgd-t: the DLR loss needs four classes and there are {classes}; the plain difference of logits took its place",
+            )
+        return ()
+
+    def run(
+        self, classifier: torch.nn.Module, images: Images, image_ids: ImageIds, labels: Labels
+    ) -> tuple[Images, torch.Tensor]:
+        """(perturbed images, (batch,) which of `stages` broke each; -1: it stands). A picture is lost at the first query that succeeds."""
+        attacks, goals = (
+            (ATTACKS, labels)
+            if self.target is None
+            else (TARGETED, torch.full_like(labels, classifier.classes.index(self.target)))
+        )
+
+        def part(name):
+            attack, own = attacks[name]
+            steps = self.steps or (STANDARD[name] if self.name == "standard" else own)
+            return lambda x, rows, noise: attack(logits_fn, x, goals[rows], self.threat, steps, noise)
+
+        def logits_fn(x):
+            return classifier.classify(x).logits
+
+        with frozen(classifier):
+            return worst_case([part(name) for name in self.stages], images, Noise(image_ids, self.seed))
+
+    def craft(self, classifier: torch.nn.Module, images: Images, image_ids: ImageIds, labels: Labels) -> Images:
+        """The last iterates of PGD on the cross-entropy, whatever the name: for showing, and for transfer to other models.
+
+        What stops at its first success is as weak as its source allows, so transfer needs the whole length.
+        """
+        with frozen(classifier):
+            return pgd(
+                lambda perturbed: cross_entropy(classifier.classify(perturbed).logits, labels),
+                images,
+                self.threat,
+                steps=self.pgd_steps,
+                step_size=even_steps(self.pgd_steps, self.threat).step_size,
+                noise=Noise(image_ids, self.seed),
+            )
+
+    def __str__(self) -> str:
+        """`pgd-20`, `apgd-ce-100`, `standard`, `pgd-20 towards cat`: the name, with the number of steps where it is one."""
+        steps = self.steps or (None if self.name == "standard" else ATTACKS[self.name][1])
+        return (self.name if steps is None else f"{self.name}-{steps}") + (
+            f" towards {self.target}" if self.target else ""
+        )

@@ -18,6 +18,12 @@ from hpt_hf.types import Images, PerExample
 
 NORMS = ("linf", "l2")
 
+# On which pixels eps counts.
+PROTOCOLS = {
+    "input": "eps counts on the pixels the model reads; template ensembles and splits of clip-benchmark (FARE)",
+    "native": "eps counts on the picture's own pixels, which the model then resizes; one template, torchvision splits (TeCoA, PMG-AFT, HPT-GPD)",
+}
+
 
 def parse_eps(eps: str | float | int) -> float:
     """`"8/255"` or `0.03` -> float; anything that is not a finite number of at least 0 is an error."""

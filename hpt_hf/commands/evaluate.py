@@ -7,10 +7,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import ImageArguments, load_model, on_device, open_sets
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
-from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate
+from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.html_report import write_html_report
 from hpt_hf.evaluation.result import EvalResult, read_results
 from hpt_hf.models.fast_layers import keep_memory

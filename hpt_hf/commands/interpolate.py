@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import dataset_spec, load_model, on_device, open_images
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.commands.train import DataArguments
 from hpt_hf.data.dataset import DatasetSpec, LabelledImages, held_out
-from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate
+from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import EvalResult, mean
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.export import export

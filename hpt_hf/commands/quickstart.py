@@ -17,13 +17,14 @@ import torch
 from transformers import pipeline
 from transformers.utils import logging
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import load_model
 from hpt_hf.commands.parser import parse
 from hpt_hf.commands.train import RECIPE, run
 from hpt_hf.commands.transfer import matrix, means
 from hpt_hf.data.collator import Collator
-from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate
+from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import mean
 from hpt_hf.lab.datasets import LAB_SUITE, lab_images
 from hpt_hf.lab.glyphs import TEMPLATE

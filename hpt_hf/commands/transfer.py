@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import ImageArguments, load_model, on_device, open_sets
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages
-from hpt_hf.evaluation.evaluator import EvaluationAttack, batches
+from hpt_hf.evaluation.evaluator import batches
 from hpt_hf.evaluation.html_report import write_html_report
 from hpt_hf.evaluation.statistics import percent, wilson
 from hpt_hf.models.zero_shot import ZeroShotClassifier

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import load_model, on_device, reopen
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
-from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate
+from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import EvalResult, read_results
 from hpt_hf.evaluation.statistics import wilson
 from hpt_hf.models.zero_shot import ZeroShotClassifier

@@ -17,12 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from hpt_hf.attacks.engine import frozen
-from hpt_hf.attacks.losses import cross_entropy
-from hpt_hf.attacks.noise import Noise
-from hpt_hf.attacks.pgd import even_steps, pgd
-from hpt_hf.attacks.suite import ATTACKS, STANDARD, TARGETED, worst_case
-from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.data.collator import Collator, to_png
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation.result import EvalResult
@@ -30,122 +25,8 @@ from hpt_hf.evaluation.resume import Journal
 from hpt_hf.evaluation.sanity_checks import BASELINE, CHECKS, PROBE, Batch, Check, Probe
 from hpt_hf.evaluation.statistics import percent, wilson
 from hpt_hf.models.zero_shot import ZeroShotClassifier, digest, fingerprint
-from hpt_hf.types import ImageIds, Images, Labels, Logits
-from hpt_hf.utils import did_you_mean, hardware, processes, versions, write_json
-
-PROTOCOLS = {
-    "input": "eps counts on the pixels the model reads; template ensembles and splits of clip-benchmark (FARE)",
-    "native": "eps counts on the picture's own pixels, which the model then resizes; one template, torchvision splits (TeCoA, PMG-AFT, HPT-GPD)",
-}
-
-
-@dataclass(frozen=True)
-class EvaluationAttack:
-    """An attack by the field's name, in a ball, under a protocol.
-
-    Args:
-        threat: the ball.
-        name: a row of `hpt_hf.attacks.suite.ATTACKS`, or `"standard"`: APGD-CE, APGD-T and Square, the worst case of the three.
-        steps: gradient steps, or queries of Square; None: each attack's own number (PGD and CW 20, APGD 100, Square 5000, in `standard` 500).
-        protocol: a row of `PROTOCOLS`.
-        seed: of the random starts.
-        target: the class that every picture shall be taken for; None: any wrong answer will do.
-    """
-
-    threat: ThreatModel
-    name: str = "pgd"
-    steps: int | None = None
-    protocol: str = "input"
-    seed: int = 0
-    target: str | None = None
-
-    def __post_init__(self) -> None:
-        known = (*ATTACKS, "standard") if self.target is None else tuple(TARGETED)
-        if self.name not in known:
-            raise ValueError(
-                f"no attack {'towards a target ' * (self.target is not None)}is called {self.name!r}"
-                + did_you_mean(self.name, known, f"there are {', '.join(known)}")
-            )
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(
-                f"protocol={self.protocol!r}: expected " + " or ".join(f"{k!r} ({v})" for k, v in PROTOCOLS.items())
-            )
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps={self.steps}: expected at least 1")
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The attacks it consists of, in the order in which they run."""
-        return tuple(STANDARD) if self.name == "standard" else (self.name,)
-
-    @property
-    def native(self) -> bool:
-        return self.protocol == "native"
-
-    @property
-    def pgd_steps(self) -> int:
-        """Steps of `craft`."""
-        return self.steps or ATTACKS["pgd"][1]
-
-    @property
-    def robust_is(self) -> str:
-        goal = (
-            "on every iterate of the attack"
-            if self.target is None
-            else f"never taken for {self.target!r} on any iterate"
-        )
-        return f"right on the clean picture and {goal}"
-
-    def notes(self, classes: int) -> tuple[str, ...]:
-        """What a reader must know of this attack on so many classes."""
-        if "apgd-t" in self.parts and classes < 4:
-            return (
-                f"apgd-t: the DLR loss needs four classes and there are {classes}; the plain difference of logits took its place",
-            )
-        return ()
-
-    def breaks(
-        self, model: ZeroShotClassifier, images: Images, image_ids: ImageIds, labels: Labels
-    ) -> tuple[Images, torch.Tensor]:
-        """(perturbed images, (batch,) which of `parts` broke each; -1: it stands). A picture is lost at the first query that succeeds."""
-        attacks, goals = (
-            (ATTACKS, labels)
-            if self.target is None
-            else (TARGETED, torch.full_like(labels, model.classes.index(self.target)))
-        )
-
-        def part(name):
-            attack, own = attacks[name]
-            steps = self.steps or (STANDARD[name] if self.name == "standard" else own)
-            return lambda x, rows, noise: attack(logits_fn, x, goals[rows], self.threat, steps, noise)
-
-        def logits_fn(x):
-            return model.classify(x).logits
-
-        with frozen(model):
-            return worst_case([part(name) for name in self.parts], images, Noise(image_ids, self.seed))
-
-    def craft(self, model: ZeroShotClassifier, images: Images, image_ids: ImageIds, labels: Labels) -> Images:
-        """The last iterates of PGD on the cross-entropy, whatever the name: for showing, and for transfer to other models.
-
-        What stops at its first success is as weak as its source allows, so transfer needs the whole length.
-        """
-        with frozen(model):
-            return pgd(
-                lambda perturbed: cross_entropy(model.classify(perturbed).logits, labels),
-                images,
-                self.threat,
-                steps=self.pgd_steps,
-                step_size=even_steps(self.pgd_steps, self.threat).step_size,
-                noise=Noise(image_ids, self.seed),
-            )
-
-    def __str__(self) -> str:
-        """`pgd-20`, `apgd-ce-100`, `standard`, `pgd-20 towards cat`: the name, with the number of steps where it is one."""
-        steps = self.steps or (None if self.name == "standard" else ATTACKS[self.name][1])
-        return (self.name if steps is None else f"{self.name}-{steps}") + (
-            f" towards {self.target}" if self.target else ""
-        )
+from hpt_hf.types import ImageIds, Images, Logits
+from hpt_hf.utils import hardware, processes, versions, write_json
 
 
 def sample(size: int, limit: int | None) -> list[int]:
@@ -261,7 +142,7 @@ def answer_batch(
     ends, outside, examples = torch.full_like(batch["labels"], WRONG), 0, []
     if right.any():
         images = batch["images"][right]
-        perturbed, ends[right] = attack.breaks(model, images, batch["image_ids"][right], batch["labels"][right])
+        perturbed, ends[right] = attack.run(model, images, batch["image_ids"][right], batch["labels"][right])
         outside = int((~attack.threat.contains(perturbed, images)).sum())
         for i in (ends[right] >= 0).nonzero()[:show, 0].tolist():
             examples.append(example(model, images[i], perturbed[i], int(batch["labels"][right][i])))
@@ -365,7 +246,7 @@ def evaluate(
         robust_is=attack.robust_is,
         parts={
             p: percent(int(((answers.ends == STANDS) | (answers.ends > i)).sum()), n)
-            for i, p in enumerate(attack.parts)
+            for i, p in enumerate(attack.stages)
         },
         per_class=per_class(pictures, answers),
         verdict="unchecked" if not checks else "suspicious" if raised else "clear",
@@ -423,10 +304,10 @@ def examine(
     def undefended() -> tuple[int, int]:
         some = batch(_some(torch.ones_like(answers.clean), 2 * probe))
         known = baseline.classify(some.images).logits.argmax(1) == some.labels
-        first = replace(attack, name=attack.parts[0])  # if that is enough, the rest of `standard` would be of no use
-        _, by = first.breaks(baseline, some.images[known], some.image_ids[known], some.labels[known])
+        first = replace(attack, name=attack.stages[0])  # if that is enough, the rest of `standard` would be of no use
+        _, by = first.run(baseline, some.images[known], some.image_ids[known], some.labels[known])
         if int((by < 0).sum()) > BASELINE * int(known.sum()):
-            _, by = attack.breaks(baseline, some.images[known], some.image_ids[known], some.labels[known])
+            _, by = attack.run(baseline, some.images[known], some.image_ids[known], some.labels[known])
         return int(known.sum()), int((by < 0).sum())
 
     def logits_fn(x: Images) -> Logits:
@@ -446,7 +327,7 @@ def examine(
         n=n,
         classes=len(pictures.classes),
         outside=answers.outside,
-        broken_by={part: int((answers.ends == i).sum()) for i, part in enumerate(attack.parts)},
+        broken_by={part: int((answers.ends == i).sum()) for i, part in enumerate(attack.stages)},
         target=None if attack.target is None else pictures.classes.index(attack.target),
         baseline=undefended if baseline is not None else None,
     )

@@ -40,7 +40,7 @@ class EvalResult:
         fingerprint: digest of the weights. `revision`: the model's commit on the Hub, if it came from there.
         source: how to open the data again (`hpt_hf.data.dataset.LabelledImages.source`), its `revision` and the `limit` included.
         rows: digest of the pictures as the model saw them, in order.
-        attack, norm, eps, protocol, seed, target: the attack. `protocol` says on which pixels eps counts (`hpt_hf.evaluation.evaluator.PROTOCOLS`).
+        attack, norm, eps, protocol, seed, target: the attack. `protocol` says on which pixels eps counts (`hpt_hf.attacks.threat_model.PROTOCOLS`).
         parts: robust accuracy after each of the attacks that ran in turn.
         per_class: class -> (pictures, right, robust), as counts.
         verdict: one of `VERDICTS`: were the checks run, and was one raised? `suspicions` holds those, `checks` all.

@@ -31,7 +31,7 @@ def run(model, batch, name, norm, *, eps=None, steps=None, seed=0, rows=slice(No
     """An attack by its name on pictures of the batch, at the settings of its case."""
     own_eps, own_steps = CASES[name, norm]
     threat = ThreatModel(norm, own_eps if eps is None else eps)
-    noise = Noise((batch["image_ids"] if keys is None else keys)[rows], seed)
+    noise = Noise((batch["image_ids"] if image_ids is None else image_ids)[rows], seed)
     attack = ATTACKS[name][0]
     with frozen(model):
         return attack(
@@ -127,7 +127,7 @@ def test_an_attack_changes_nothing_but_what_it_returns(trained, batch, name, nor
     parameters = dict(trained.named_parameters())
     weights = {n: p.detach().clone() for n, p in parameters.items()}
     asked = {n: p.requires_grad for n, p in parameters.items()}
-    held = "visual_projection.weight"
+    held = "model.visual_projection.weight"
     parameters[held].grad = torch.full_like(parameters[held], 7.0)  # of an accumulation step, say
     images, keys, state = batch["images"].clone(), batch["image_ids"].clone(), torch.get_rng_state()
     eps, _ = CASES[name, norm]

@@ -96,7 +96,7 @@ def test_no_gradient_reaches_the_parameters(trained, batch, freeze):
     asked = {name: p.requires_grad for name, p in parameters.items()}
     assert any(asked.values()) and not all(asked.values())
     weights = {name: p.detach().clone() for name, p in parameters.items()}
-    held = "visual_projection.weight"
+    held = "model.visual_projection.weight"
     parameters[held].grad = torch.full_like(parameters[held], 7.0)  # of an accumulation step, say
     try:
         if freeze:

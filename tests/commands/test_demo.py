@@ -32,12 +32,12 @@ from PIL import Image
 from transformers import pipeline
 
 from hpt_hf.attacks.losses import margin
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands import demo
 from hpt_hf.commands.common import load_model
 from hpt_hf.commands.demo import Guard, attack_picture, choose, examples, main, read_labels, read_picture, render
 from hpt_hf.data.collator import Collator
-from hpt_hf.evaluation.evaluator import EvaluationAttack
 from hpt_hf.lab.datasets import lab_images
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 
@@ -99,7 +99,7 @@ def test_a_picture_is_fooled_where_the_evaluation_says_it_breaks(trained):
     attack = EvaluationAttack(ThreatModel("linf", "14/255"), steps=5)
     with torch.no_grad():
         right = trained.classify(batch["images"]).logits.argmax(1) == batch["labels"]
-    _, by = attack.breaks(trained, batch["images"], batch["image_ids"], batch["labels"])
+    _, by = attack.run(trained, batch["images"], batch["image_ids"], batch["labels"])
     found = [ask(trained, pictures[i]["image"], eps=14, truth=CLASSES[pictures[i]["label"]]) for i in range(20)]
     expected = [
         "wrong" if not r else "holds" if b < 0 else "fooled" for r, b in zip(right.tolist(), by.tolist(), strict=True)

@@ -21,13 +21,14 @@ from huggingface_hub import constants
 from loopback_hub import LoopbackHub, card_problems
 from transformers import CLIPModel, pipeline
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands import interpolate as dial
 from hpt_hf.commands.interpolate import InterpolateArguments, Point, choose, interpolate
 from hpt_hf.commands.parser import RecipeError, parse
 from hpt_hf.commands.train import RECIPE
 from hpt_hf.commands.train import run as train
-from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate
+from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.export import check
 from hpt_hf.publishing.model_card import MIXED, TRAINED, check_figures, own_results

@@ -11,11 +11,12 @@ import torch
 from conftest import CLASSES, Rows, make_pictures, save_tiny_clip, write_image_folder
 from PIL import Image
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.transfer import Transfer, main, matrix, matrix_table, means, ranking, transfer
 from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages
-from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate, sample
+from hpt_hf.evaluation.evaluator import evaluate, sample
 from hpt_hf.evaluation.statistics import wilson
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 

@@ -12,9 +12,9 @@ import pytest
 from conftest import CLASSES, make_pictures, save_tiny_clip, write_image_folder
 from PIL import Image
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands import evaluate, verify
-from hpt_hf.evaluation.evaluator import EvaluationAttack
 from hpt_hf.evaluation.evaluator import evaluate as measure
 from hpt_hf.evaluation.result import EvalResult, read_results
 from hpt_hf.evaluation.statistics import wilson

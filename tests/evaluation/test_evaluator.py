@@ -19,7 +19,7 @@ from PIL import Image
 from hpt_hf.attacks.losses import cross_entropy
 from hpt_hf.attacks.noise import Noise
 from hpt_hf.attacks.pgd import pgd
-from hpt_hf.attacks.suite import ATTACKS
+from hpt_hf.attacks.suite import ATTACKS, EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import open_sets, reopen
 from hpt_hf.commands.evaluate import EvaluateArguments
@@ -28,7 +28,7 @@ from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation import evaluator as evaluation
 from hpt_hf.evaluation import sanity_checks as suspicions
-from hpt_hf.evaluation.evaluator import EvaluationAttack, answer, batches, evaluate, sample
+from hpt_hf.evaluation.evaluator import answer, batches, evaluate, sample
 from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.utils import write_json
@@ -268,7 +268,7 @@ def test_every_attack_has_its_name_its_own_steps_and_says_both():
         "standard": "standard",
     }
     assert str(attack("cw", 50)) == "cw-50" and str(attack("standard", 7)) == "standard-7"
-    assert attack("standard").parts == ("apgd-ce", "apgd-t", "square") and attack("cw").parts == ("cw",)
+    assert attack("standard").stages == ("apgd-ce", "apgd-t", "square") and attack("cw").stages == ("cw",)
 
 
 @pytest.mark.parametrize("name", [*ATTACKS, "standard"])
@@ -288,7 +288,7 @@ def test_left_out_steps_are_the_attacks_own_and_given_ones_are_everybodys(monkey
     batch = Collator(able.processor)([make_pictures(2)[i] for i in range(2)])
     parts = ("apgd-ce", "apgd-t", "square") if name == "standard" else (name,)
     for steps in (None, 3):
-        attack(name, steps).breaks(able, batch["images"], batch["image_ids"], batch["labels"])
+        attack(name, steps).run(able, batch["images"], batch["image_ids"], batch["labels"])
         own = {"apgd-ce": 100, "apgd-t": 100, "square": 500} if name == "standard" else {name: ATTACKS[name][1]}
         assert ran == [(part, steps or own[part]) for part in parts]
         ran.clear()
@@ -311,7 +311,7 @@ def test_craft_is_full_length_pgd_whatever_the_name(able, name):
         noise=Noise(keys, 2),
     )
     assert torch.equal(crafted, expected)
-    assert not torch.equal(crafted, attack("pgd", 6, seed=2).breaks(able, images, keys, labels)[0]), (
+    assert not torch.equal(crafted, attack("pgd", 6, seed=2).run(able, images, keys, labels)[0]), (
         "this one stops early"
     )
 
@@ -321,14 +321,14 @@ def test_standard_is_the_worst_case_over_its_parts_picture_by_picture(able):
     batch = Collator(able.processor)([make_pictures(60)[i] for i in range(60)])
     images, keys, labels = batch["images"], batch["image_ids"], batch["labels"]
     chosen = attack("standard", 3, eps="26/255", seed=4)
-    found, by = chosen.breaks(able, images, keys, labels)
+    found, by = chosen.run(able, images, keys, labels)
     broken = by >= 0
     assert chosen.threat.contains(found, images).all()
     with torch.no_grad():
         assert torch.equal(able.classify(found).logits.argmax(1) != labels, broken)
-    first = attack("apgd-ce", 3, eps="26/255", seed=4).breaks(able, images, keys, labels)[1] >= 0
+    first = attack("apgd-ce", 3, eps="26/255", seed=4).run(able, images, keys, labels)[1] >= 0
     alone = []
-    for number, name in enumerate(chosen.parts):
+    for number, name in enumerate(chosen.stages):
         noise = Noise(keys, 4, round=number * 1_000_003)
         alone.append(ATTACKS[name][0](lambda x: able.classify(x).logits, images, labels, chosen.threat, 3, noise)[1])
     assert torch.equal(first, alone[0]), "the first part is the attack of that name, to the bit"
@@ -362,7 +362,7 @@ def test_what_a_targeted_attack_breaks_is_taken_for_the_target_and_nothing_else_
     pictures = make_pictures(40).without_class("tree")
     batch = Collator(able.processor)([pictures[i] for i in range(len(pictures))])
     chosen = attack("cw", 10, eps="26/255", target="tree")
-    found, by = chosen.breaks(able, batch["images"], batch["image_ids"], batch["labels"])
+    found, by = chosen.run(able, batch["images"], batch["image_ids"], batch["labels"])
     with torch.no_grad():
         said = able.classify(found).logits.argmax(1)
     assert torch.equal(said == CLASSES.index("tree"), by == 0) and 0 < (by == 0).sum() < len(by)
@@ -436,7 +436,7 @@ def test_the_checks_see_few_pictures_that_are_what_they_are_called_whatever_the_
             assert 0 < len(part) <= 3
             assert torch.equal(able.classify(part.images).logits.argmax(1), part.labels)
         assert (
-            chosen.breaks(able, probe.standing.images, probe.standing.image_ids, probe.standing.labels)[1] == -1
+            chosen.run(able, probe.standing.images, probe.standing.image_ids, probe.standing.labels)[1] == -1
         ).all()
         attacked, standing = probe.baseline()
         assert 0 <= standing <= attacked <= 6
@@ -541,7 +541,7 @@ def test_the_gallery_shows_the_first_broken_pictures_as_they_were_attacked(able,
     with torch.no_grad():
         right = able.classify(batch["images"]).logits.argmax(1) == batch["labels"]
     images, keys, labels = (batch[k][right] for k in ("images", "image_ids", "labels"))
-    attacked, by = chosen.breaks(able, images, keys, labels)
+    attacked, by = chosen.run(able, images, keys, labels)
     for one, i in zip(shown, (by >= 0).nonzero()[:2, 0].tolist(), strict=True):
         assert np.abs(unpack(one["clean"]) - images[i].numpy()).max() < 1e-6
         assert np.abs(unpack(one["attacked"]) - attacked[i].numpy()).max() <= 0.5 / 255 + 1e-6

@@ -15,11 +15,12 @@ import pytest
 from conftest import CLASSES, make_pictures, write_image_folder
 from PIL import Image
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.evaluate import main
 from hpt_hf.data.dataset import load_images
 from hpt_hf.evaluation import evaluator as evaluation
-from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate
+from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import read_results
 from hpt_hf.evaluation.resume import Journal
 from hpt_hf.models.zero_shot import ZeroShotClassifier
@@ -177,7 +178,7 @@ def counted(monkeypatch):
         return wrapped
 
     monkeypatch.setattr(evaluation, "answer_batch", counting(evaluation.answer_batch, "answer_batch"))
-    monkeypatch.setattr(EvaluationAttack, "breaks", counting(EvaluationAttack.breaks, "breaks"))
+    monkeypatch.setattr(EvaluationAttack, "run", counting(EvaluationAttack.run, "breaks"))
     monkeypatch.setattr(evaluation, "CHECKS", tuple(counting(c, "checks") for c in CHEAP))
     return count
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASSES, Rows, make_pictures, weights, write_image_folder
 
-from hpt_hf.attacks.suite import ATTACKS
+from hpt_hf.attacks.suite import ATTACKS, EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands import evaluate as recipe
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation import evaluator as evaluation
-from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate
+from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import VERDICTS, EvalResult
 from hpt_hf.evaluation.sanity_checks import CHECKS, FEW_CLASSES, FEW_SAMPLES, Batch, Check, Probe
 from hpt_hf.models.zero_shot import ZeroShotClassifier
@@ -215,7 +215,7 @@ def test_a_gradient_that_saturates_one_loss_only_is_not_called_detached(trained)
 class Idle(EvaluationAttack):
     """Leaves every picture as it is."""
 
-    def breaks(self, model, images, keys, labels):
+    def run(self, model, images, keys, labels):
         return images.clone(), torch.full_like(labels, -1)
 
 
@@ -223,7 +223,7 @@ class Idle(EvaluationAttack):
 class Short(EvaluationAttack):
     """One step of a thousandth of the radius, and only its end counts."""
 
-    def breaks(self, model, images, keys, labels):
+    def run(self, model, images, keys, labels):
         with torch.enable_grad():
             x = images.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(F.cross_entropy(model.classify(x).logits, labels), x)
@@ -235,9 +235,9 @@ class Short(EvaluationAttack):
 class Outside(EvaluationAttack):
     """Allows itself a hair more than the ball."""
 
-    def breaks(self, model, images, keys, labels):
+    def run(self, model, images, keys, labels):
         wider = dataclasses.replace(self, threat=ThreatModel(self.threat.norm, self.threat.radius * 1.01))
-        return EvaluationAttack.breaks(wider, model, images, keys, labels)
+        return EvaluationAttack.run(wider, model, images, keys, labels)
 
 
 def idle(logits_fn, images, labels, threat, steps, noise):
@@ -533,7 +533,7 @@ def fault_7_an_attack_that_returns_nothing(model, patch):
         evaluate(model, make_pictures(4), attack(), name="m", probe=0)
     unchanged = look(model, "more_steps", "baseline", baseline=model, chosen=attack(kind=Idle))
     assert unchanged["more_steps"].raised and unchanged["baseline"].raised
-    assert "apgd-t" in attack("standard").parts
+    assert "apgd-t" in attack("standard").stages
 
 
 def fault_8_samples_by_batches(model, patch):

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import load_model, open_images
 from hpt_hf.commands.parser import parse
 from hpt_hf.commands.quickstart import overrides
 from hpt_hf.commands.train import RECIPE, build_schedule
 from hpt_hf.data.dataset import DatasetSpec
-from hpt_hf.evaluation.evaluator import EvaluationAttack, answer
+from hpt_hf.evaluation.evaluator import answer
 from hpt_hf.lab.datasets import EMOJI_CATEGORIES, LAB_SUITE, LAB_TRAINING, WEIGHTS, lab_images, real_suite
 from hpt_hf.lab.glyphs import GlyphWorld
 from hpt_hf.lab.pretrain import (

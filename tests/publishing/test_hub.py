@@ -22,9 +22,10 @@ from huggingface_hub import ModelCard, constants
 from loopback_hub import LoopbackHub, card_problems
 from safetensors.torch import load_file, save_file
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands import push as push_main
-from hpt_hf.evaluation.evaluator import EvaluationAttack, evaluate
+from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.publishing.convert_checkpoint import write_open_clip
