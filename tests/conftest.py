@@ -237,3 +237,29 @@ def make_result(**changes) -> EvalResult:
         "hardware": "a CPU",
     }
     return EvalResult(**(settings | changes))
+
+
+class Recorder:
+    """A classifier of pixels that remembers every batch it was asked about."""
+
+    def __init__(self, answer):
+        self.answer, self.calls = answer, []
+
+    def __call__(self, x):
+        self.calls.append(x.detach().clone())
+        return self.answer(x)
+
+    def who(self, call: int, images) -> list[int]:
+        """Which images these were: the nearest ones, in balls far smaller than the distance between images."""
+        return torch.cdist(self.calls[call].flatten(1), images.flatten(1)).argmin(1).tolist()
+
+
+def grey(count, side=8, seed=0):
+    """Random images clear of 0 and 1, where balls are whole and optima have closed forms."""
+    return 0.3 + 0.4 * torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(classes, side=8, seed=1):
+    """(weight, classifier) of random linear logits."""
+    weight = torch.randn(classes, 3 * side * side, generator=torch.Generator().manual_seed(seed))
+    return weight, lambda x: (x.flatten(1) - 0.5) @ weight.to(x.device).T

@@ -14,18 +14,13 @@ def cross_entropy(logits: Logits, labels: Labels) -> PerExample:
 
 
 def margin(logits: Logits, labels: Labels) -> PerExample:
-    """Best wrong logit minus the right one: what CW maximises; it does not saturate where the cross-entropy does."""
-    right = logits.gather(1, labels[:, None])[:, 0]
+    """Best wrong logit minus the right one (Carlini & Wagner 2017); unlike the cross-entropy it does not saturate."""
     wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-    return wrong - right
+    return wrong - logits.gather(1, labels[:, None])[:, 0]
 
 
 def targeted_dlr(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
-    """The target's logit minus the right one, in units of the spread between the best and the mean of the third and the fourth.
-
-    The targeted DLR loss (Croce & Hein 2020, equation 7): no rescaling of the logits changes it. It needs four classes; with fewer the difference
-    stands as it is, since no logit would be left that the loss does not move itself.
-    """
+    """(z_target - z_label) / (z_1 - (z_3 + z_4) / 2) (Croce & Hein 2020, equation 7); below four classes undivided."""
     difference = (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
     if logits.shape[1] < 4:
         return difference

@@ -12,15 +12,11 @@ from hpt_hf.types import ImageIds
 
 @dataclass(frozen=True)
 class Noise:
-    """Uniform noise as a pure function of (seed, draw, image, pixel).
-
-    The attack's own random generator: it never touches torch's global one, and gives an image the same noise on any device, in any
-    batch, at any place in it and on any process. That is what makes resumed == uninterrupted and 1 process == 2 exact.
+    """An image gets the same noise on any device and process, at any place in any batch: resuming is exact.
 
     Args:
         image_ids: (batch,) one number per image, see `hpt_hf.data.collator.image_id`.
-        seed: of the run.
-        round: which draw for this image, for example the training step.
+        seed, round: of the run, and which draw for this image, for example the training step.
     """
 
     image_ids: ImageIds
@@ -29,7 +25,6 @@ class Noise:
 
     def uniform(self, shape: tuple[int, ...]) -> torch.Tensor:
         """float32 in [0, 1), of shape (batch, *shape)."""
-        # Wrapped to 64 bits: any seed that torch takes will do, and its largest would overflow an int64 here.
         stream = _signed((self.seed * 0x9E3779B1 + self.round) % 2**64)
         start = _mix(self.image_ids.long() ^ _mix(torch.tensor(stream, device=self.image_ids.device)))
         counter = torch.arange(math.prod(shape), device=self.image_ids.device)

@@ -1,7 +1,6 @@
 """The threat model: which perturbations an attacker may use, as a ball around the image intersected with [0, 1].
 
-l-inf and l-2 balls as in Madry et al. 2018 (arXiv 1706.06083). Every returned image lies in the ball and in [0, 1] to the last
-bit, in float32 and in float64 arithmetic alike; `contains` is the check.
+Every returned image lies in the ball and in [0, 1] to the last bit, in float32 and in float64 arithmetic alike.
 """
 
 from __future__ import annotations
@@ -20,43 +19,31 @@ NORMS = ("linf", "l2")
 
 # On which pixels eps counts.
 PROTOCOLS = {
-    "input": "eps counts on the pixels the model reads; template ensembles and splits of clip-benchmark (FARE)",
-    "native": "eps counts on the picture's own pixels, which the model then resizes; one template, torchvision splits (TeCoA, PMG-AFT, HPT-GPD)",
+    "input": "eps on the pixels that the model reads; template ensembles and splits of clip-benchmark (FARE)",
+    "native": "eps on the image's own pixels, then resized; one template, torchvision splits (TeCoA, HPT-GPD)",
 }
 
 
 def parse_eps(eps: str | float | int) -> float:
-    """`"8/255"` or `0.03` -> float; anything that is not a finite number of at least 0 is an error."""
+    """`"8/255"` or `0.03` -> float; ValueError for anything that is not a finite number of at least 0."""
     try:
         top, *bottom = (Fraction(part.strip()) for part in str(eps).split("/"))  # also "0.5/255"
-        value = float(top / (bottom[0] if bottom else 1))
-        if len(bottom) > 1:
-            raise ValueError("two fraction strokes")
-    except (ValueError, ArithmeticError):  # "a", "8/", 1/0, 1e400
-        raise ValueError(f"eps={eps!r} is not a number: write a fraction such as '8/255'") from None
-    if not math.isfinite(value) or value < 0:
+        (bottom,) = bottom or [1]
+        value = float(top / bottom)
+    except (ValueError, ArithmeticError):  # "a", "8/", "1/2/3", "nan", 1/0, 1e400
+        value = -1.0
+    if value < 0:
         raise ValueError(f"eps={eps!r}: expected a finite number of at least 0, such as '8/255'")
     return value
 
 
-def _float32_below(value: float) -> float:
-    """The largest float32 that is not above `value`: a bound that holds however it is compared."""
-    rounded = torch.tensor(value, dtype=torch.float32)
-    if rounded.item() > value:
-        rounded = torch.nextafter(rounded, torch.tensor(-math.inf))
-    return rounded.item()
-
-
 @dataclass(frozen=True)
 class ThreatModel:
-    """A ball of radius `eps` in `norm`, around images in [0, 1].
+    """A ball around images in [0, 1] (Madry et al. 2018).
 
     Args:
         norm: `"linf"` or `"l2"`.
-        eps: radius as a fraction of the pixel range, `"8/255"` or a float.
-
-    Raises:
-        ValueError: unknown norm, or an l-inf radius above 1 (8 where 8/255 is meant).
+        eps: radius as a fraction of the pixel range, `"8/255"` or a float; for l-inf at most 1.
     """
 
     norm: str = "linf"
@@ -65,15 +52,15 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r}: expected one of {', '.join(NORMS)}")
-        radius = self.radius  # whatever the norm: an eps that is no number fails here and not in the first step
-        if self.norm == "linf" and radius > 1:
-            raise ValueError(
-                f"eps={self.eps}: images live in [0, 1], so an l-inf radius above 1 is no constraint; did you mean '{self.eps}/255'?"
-            )
+        if self.radius > 1 and self.norm == "linf":
+            raise ValueError(f"eps={self.eps}: expected an l-inf radius of at most 1. Fix: '{self.eps}/255'.")
 
     @property
     def radius(self) -> float:
-        return _float32_below(parse_eps(self.eps))
+        """The largest float32 that is not above eps: a bound that holds however it is compared."""
+        exact = parse_eps(self.eps)
+        rounded = torch.tensor(exact, dtype=torch.float32)
+        return (rounded if rounded.item() <= exact else torch.nextafter(rounded, torch.tensor(-math.inf))).item()
 
     def __str__(self) -> str:
         return f"{self.norm} {self.eps}"
@@ -90,32 +77,28 @@ class ThreatModel:
         return self.project(images + delta, images)
 
     def ascent_direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The steepest ascent of unit size: sign for l-inf, the normalised gradient for l-2 (0 where the gradient is 0)."""
+        """The steepest ascent of unit size: sign for l-inf, the normalised gradient for l-2 (0 where it is 0)."""
         if self.norm == "linf":
             return gradient.sign()
         return gradient / l2_norm(gradient).clamp_min(1e-12)
 
-    def corners(self, images: Images) -> dict[str, Images]:
-        """`low` and `high`, the ends of each pixel's range, for l-inf; empty for l-2. To be handed to `project`, which works them out otherwise."""
+    def bounds(self, images: Images) -> dict[str, Images]:
+        """For `project`: `low` and `high`, the ends of each pixel's range, for l-inf; empty for l-2."""
         if self.norm != "linf":
             return {}
-        # Bounds are rounded inwards: x + eps in float32 may lie one bit outside.
+        # Rounded inwards: x + eps in float32 may lie one bit outside.
         exact_low, exact_high = images.double() - self.radius, images.double() + self.radius
         low, high = exact_low.float(), exact_high.float()
         low = torch.where(low.double() < exact_low, torch.nextafter(low, torch.full_like(low, math.inf)), low)
         high = torch.where(high.double() > exact_high, torch.nextafter(high, torch.full_like(high, -math.inf)), high)
         return {"low": low.clamp_min(0), "high": high.clamp_max(1)}
 
-    def project(self, perturbed: Images, images: Images, corners: Mapping[str, Images] | None = None) -> Images:
-        """The nearest point of the ball around `images` within [0, 1]; for l-2 the nearest of the ball, then clipped, as usual.
-
-        `corners`: of these images, from whoever has them already.
-        """
+    def project(self, perturbed: Images, images: Images, bounds: Mapping[str, Images] | None = None) -> Images:
+        """The nearest point of the ball within [0, 1]; for l-2 of the ball, then clipped."""
         if self.norm == "linf":
-            corners = corners or self.corners(images)
-            return torch.minimum(torch.maximum(perturbed, corners["low"]), corners["high"])
-        # In float64, each pixel rounded towards the clean one: however small the ball, no rounding leaves it. A hair inside, so that
-        # a norm taken in float32 agrees.
+            bounds = bounds or self.bounds(images)
+            return torch.minimum(torch.maximum(perturbed, bounds["low"]), bounds["high"])
+        # In float64, each pixel rounded towards the clean one, and a hair inside, so that a float32 norm agrees.
         delta = perturbed.double() - images.double()
         exact = images.double() + delta * (self.radius * (1 - 1e-6) / l2_norm(delta).clamp_min(1e-30)).clamp_max(1)
         nearest = exact.float()

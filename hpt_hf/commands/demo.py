@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from hpt_hf.attacks.engine import frozen
+from hpt_hf.attacks.engine import frozen, run_attack
 from hpt_hf.attacks.losses import cross_entropy, margin
 from hpt_hf.attacks.noise import Noise
-from hpt_hf.attacks.pgd import even_steps, pgd
+from hpt_hf.attacks.pgd import PGD
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import load_model, on_device
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
@@ -166,8 +166,7 @@ def attack_picture(
                 on_step(made, steps)
             return cross_entropy(keep(perturbed), label)
 
-        step_size = even_steps(steps, threat).step_size
-        keep(pgd(loss_fn, images, threat, steps=steps, step_size=step_size, noise=Noise(batch["image_ids"])))
+        keep(run_attack(loss_fn, images, PGD(threat, steps), noise=Noise(batch["image_ids"]))[0])
     _, perturbed, attacked = found
     seen, adversarial = (x[0].permute(1, 2, 0).cpu().numpy() for x in (images, perturbed))
     sure = [tuple(logits[0].double().softmax(0).tolist()) for logits in (clean, attacked)]

@@ -102,7 +102,7 @@ def transfer(
             adversarial[name] += int((after.argmax(1) == batch["labels"]).sum())
             log_after = after.log_softmax(1)
             kl[name] += float((log_after.exp() * (log_after - before.log_softmax(1))).sum())
-    crafted = f"pgd-{attack.pgd_steps}"
+    crafted = str(attack)
     return [
         Transfer(
             source=source_name,

@@ -128,11 +128,11 @@ def test_an_iterate_that_was_wrong_on_the_way_counts(trained, monkeypatch):
     attack = EvaluationAttack(ThreatModel("linf", "16/255"), steps=10)
     fooling = attack.craft(trained, batch["images"], batch["image_ids"], batch["labels"])
 
-    def comes_back(loss_fn, images, threat, **_):
+    def comes_back(loss_fn, images, strategy, **_):
         loss_fn(fooling)
-        return images
+        return images, None
 
-    monkeypatch.setattr(demo, "pgd", comes_back)
+    monkeypatch.setattr(demo, "run_attack", comes_back)
     found = ask(trained, row["image"], truth=CLASSES[row["label"]], eps=16)
     assert found.verdict == "fooled" and np.array_equal(found.adversarial, fooling[0].permute(1, 2, 0).numpy())
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from hpt_hf.attacks.losses import cross_entropy
 from hpt_hf.attacks.noise import Noise
-from hpt_hf.attacks.pgd import pgd
+from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.attacks.suite import ATTACKS, EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import open_sets, reopen
@@ -301,15 +301,8 @@ def test_craft_is_full_length_pgd_whatever_the_name(able, name):
     images, keys, labels = batch["images"], batch["image_ids"], batch["labels"]
     chosen = attack(name, 6, seed=2)
     crafted = chosen.craft(able, images, keys, labels)
-    step = 2.5 * chosen.threat.radius / 6
-    expected = pgd(
-        lambda x: cross_entropy(able.classify(x).logits, labels),
-        images,
-        chosen.threat,
-        steps=6,
-        step_size=step,
-        noise=Noise(keys, 2),
-    )
+    plain = TrainingAttack(chosen.threat, 6, 2.5 * chosen.threat.radius / 6)
+    expected = plain(lambda x: cross_entropy(able.classify(x).logits, labels), images, keys, seed=2, round=0)
     assert torch.equal(crafted, expected)
     assert not torch.equal(crafted, attack("pgd", 6, seed=2).run(able, images, keys, labels)[0]), (
         "this one stops early"
@@ -350,11 +343,11 @@ def test_a_targeted_score_equals_a_plain_loops_on_the_other_classes(able):
     assert (score.n, score.classes, score.target) == (32, 5, "cat") and "cat" not in score.per_class
     assert (score.clean, score.robust) == plain_loop(able, others, chosen)
     assert 0 < score.robust < score.clean and score.attack == "pgd-8 towards cat"
-    assert score.robust_is == "right on the clean picture and never taken for 'cat' on any iterate"
+    assert score.robust_is == "right on the clean image and never taken for 'cat' on any iterate"
     untargeted = measure(able, others, attack(steps=8, eps="22/255", seed=1))
     assert (
         untargeted.robust < score.robust
-        and untargeted.robust_is == "right on the clean picture and on every iterate of the attack"
+        and untargeted.robust_is == "right on the clean image and on every iterate of the attack"
     )
 
 

@@ -1,0 +1,135 @@
+"""APGD-T tries every target it should, the worst case is taken image by image, Square sees what gradients do not."""
+
+import math
+
+import pytest
+import torch
+from conftest import Recorder, grey, linear
+
+from hpt_hf.attacks.apgd import APGD
+from hpt_hf.attacks.engine import misclassification, run_attack
+from hpt_hf.attacks.losses import targeted_dlr
+from hpt_hf.attacks.noise import Noise
+from hpt_hf.attacks.suite import ATTACKS, worst_case
+from hpt_hf.attacks.threat_model import ThreatModel
+
+NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
+GRADIENTS = [name for name in ATTACKS if name != "square"]
+apgd_t = ATTACKS["apgd-t"][0]
+
+
+def one_reachable(classes, rank):
+    """A linear classifier of grey images into class 0, of which only the wrong class of that rank can be reached.
+
+    The steepest way to it makes the likeliest wrong class less likely, so losses that look at that one walk away.
+    """
+    way = torch.randn(192, generator=torch.Generator().manual_seed(5)).sign()
+    behind = torch.tensor([0.0, 1.0] + [30.0 + c for c in range(2, classes)])[:classes]
+    slope = torch.zeros(classes)
+    slope[1] = -0.05  # within 0.1, all pixels together are worth 19.2: not enough
+    slope[rank + 1] = 0.15 * behind[rank + 1]  # more than enough
+    return lambda x: ((x - 0.5).flatten(1) @ way)[:, None] * slope - behind
+
+
+@NORMS
+@pytest.mark.parametrize(
+    ("classes", "rank"), [(2, 0), (3, 0), (3, 1), (4, 2), (5, 1), (5, 2), (5, 3), (12, 8), (12, 9)]
+)
+def test_apgd_t_reaches_a_class_that_nothing_untargeted_looks_at(classes, rank, norm):
+    """Nine targets, or as many as there are: the tenth likeliest is not one."""
+    images, answer = torch.full((3, 3, 8, 8), 0.5), one_reachable(classes, rank)
+    threat = ThreatModel(norm, 0.1 if norm == "linf" else 0.1 * math.sqrt(192))
+    labels, noise = torch.zeros(3, dtype=torch.int64), Noise(torch.arange(3))
+    assert (answer(images).argsort(1, descending=True) == torch.arange(classes)).all(), "the ranks are as named"
+    for name in GRADIENTS:
+        broken = ATTACKS[name][0](answer, images, labels, threat, 12, noise)[1]
+        assert broken.tolist() == [rank < 9 if name == "apgd-t" else rank == 0] * 3, name
+
+
+@NORMS
+@pytest.mark.parametrize("classes", [2, 4, 7])
+def test_apgd_t_breaks_exactly_what_can_be_broken_and_all_that_any_target_alone_breaks(classes, norm):
+    """On a linear classifier a class is in reach where its deficit is at most eps times the difference's dual norm."""
+    images, (weight, answer) = grey(40), linear(classes)
+    logits, radius = answer(images), {"linf": 0.005, "l2": 0.05}[norm]
+    labels, threat, noise = logits.argmax(1), ThreatModel(norm, radius), Noise(torch.arange(40))
+    dual = (weight[None] - weight[labels][:, None]).norm(1 if norm == "linf" else 2, dim=2)
+    spare = logits - logits.gather(1, labels[:, None]) + radius * dual
+    spare = spare.scatter(1, labels[:, None], -torch.inf).amax(1)
+    broken = apgd_t(answer, images, labels, threat, 20, noise)[1]
+    clear = spare.abs() > 0.02 * radius * dual.amax(1)
+    assert torch.equal(broken[clear], spare[clear] > 0) and clear.sum() > 30 and 0 < broken.sum() < 40
+    for target in range(classes):
+        targets = torch.where(labels == target, (target + 1) % classes, target)
+        goal = misclassification(targeted_dlr, labels, targets)
+        alone = run_attack(answer, images, APGD(threat, 20), noise=noise, criterion=goal)[1]
+        assert not (alone & ~broken)[clear].any()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 12])
+def test_where_nothing_can_be_broken_every_target_is_tried_to_its_end(classes):
+    images, (_, answer) = grey(4), linear(classes)
+    logits_fn, labels = Recorder(answer), answer(images).argmax(1)
+    broken = apgd_t(logits_fn, images, labels, ThreatModel("linf", 0), 5, Noise(torch.arange(4)))[1]
+    sizes = [len(x) for x in logits_fn.calls]
+    assert not broken.any() and sizes == [4] * (1 + min(9, classes - 1) * 6), "in full batches"
+
+
+def test_the_queue_forgets_the_targets_of_broken_images_and_keeps_its_batches_full():
+    images, (_, answer) = grey(24), linear(5)
+    logits_fn, labels, threat = Recorder(answer), answer(images).argmax(1), ThreatModel("linf", 0.006)
+    found, broken = apgd_t(logits_fn, images, labels, threat, 5, Noise(torch.arange(24)))
+    lost = set()
+    for call in range(1, 7):  # the likeliest wrong class of every image, after the clean images
+        who = logits_fn.who(call, images)
+        wrong = answer(logits_fn.calls[call]).argmax(1) != labels[who]
+        assert len(set(who)) == len(who)
+        lost |= {image for image, w in zip(who, wrong.tolist(), strict=True) if w}
+    later = {image for call in range(7, len(logits_fn.calls)) for image in logits_fn.who(call, images)}
+    assert later == set(range(24)) - lost and 3 < len(lost) < 21
+    assert len(logits_fn.calls[7]) == min(24, 3 * len(later)), "several targets of one image: no small batch"
+    assert torch.equal(answer(found).argmax(1) != labels, broken) and threat.contains(found, images).all()
+
+
+def test_the_worst_case_is_what_any_stage_breaks_of_what_the_ones_before_left():
+    """Stages that break by a list: who was shown what, and what comes back; nothing runs once all are broken."""
+    images, image_ids, threat = grey(8), torch.arange(8) * 11 + 5, ThreatModel()
+    lists, shown = ({0, 3}, {3, 4, 5}, set(), {0, 5, 6}, {1, 2, 7}, {0}), []
+
+    def stage(logits_fn, x, labels, threat, steps, noise):
+        rows = labels.tolist()
+        assert torch.equal(x, images[rows]) and torch.equal(noise.image_ids, image_ids[rows]) and noise.seed == 9
+        shown.append((rows, noise.round))
+        return x + 0.001 * (steps + 1), torch.tensor([row in lists[steps] for row in rows])
+
+    def run(stages, rows=slice(None)):
+        noise = Noise(image_ids[rows], 9, round=2)
+        return worst_case([(stage, n) for n in stages], len, images[rows], torch.arange(8)[rows], threat, noise)
+
+    found, by = run(range(4))
+    assert by.tolist() == [0, -1, -1, 0, 1, 1, 3, -1]
+    assert [rows for rows, _ in shown] == [list(range(8)), [1, 2, 4, 5, 6, 7], [1, 2, 6, 7], [1, 2, 6, 7]]
+    last = torch.tensor([1, 4, 4, 1, 2, 2, 4, 4])  # who broke it, or came last
+    torch.testing.assert_close(found, images + 0.001 * last[:, None, None, None])
+    assert shown[0][1] == 2 and len({draw for _, draw in shown}) == 4, "each has noise of its own, the first the given"
+    shown.clear()
+    assert (run(range(6))[1] >= 0).all() and len(shown) == 5
+    assert run(range(6), slice(0, 0))[1].shape == (0,) and len(shown) == 5
+
+
+@NORMS
+def test_square_breaks_what_hides_its_gradient(norm):
+    """Rounded pixels have none: whoever follows gradients stays where chance put it."""
+    images, generator = grey(12, side=12), torch.Generator().manual_seed(6)
+    way = torch.randn(12, 12, generator=generator).repeat(3, 1, 1)
+
+    def logits_fn(x):
+        score = (((20 * x).round() / 20 - 0.5) * way).sum((1, 2, 3))
+        return torch.stack([score, torch.zeros_like(score)], dim=1)
+
+    labels, noise = logits_fn(images).argmax(1), Noise(torch.arange(12))
+    threat = ThreatModel(norm, 0.08 if norm == "linf" else 2.0)
+    broken = {name: ATTACKS[name][0](logits_fn, images, labels, threat, 60, noise)[1] for name in ATTACKS}
+    assert broken["square"].sum() > 9
+    for name in GRADIENTS:
+        assert broken[name].sum() < 4 and not (broken[name] & ~broken["square"]).any()
