@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +16,8 @@ LogitsFn = Callable[[Images], Logits]
 Outcome = tuple[Images, torch.Tensor]  # perturbed images, and (batch,) bool: was the criterion reached?
 
 # Of each image still attacked: `x`, where the model is asked next; `loss` and `gradient` there; the clean `images`;
-# `rows`, its place in the batch; and what the strategy remembers.
+# `rows`, its place in the batch; and what the strategy remembers. A strategy is an object with `start(images, noise)`
+# -> State, `advance(step, state, noise)` -> State, the number of these `steps`, and `gradients`: does it want them?
 State = dict[str, torch.Tensor]
 
 
@@ -40,32 +41,15 @@ def target_reached(loss_fn: Callable[..., PerExample], targets: Labels) -> Crite
     return Criterion(lambda z, rows: -loss_fn(z, targets[rows]), lambda z, rows: z.argmax(1) == targets[rows])
 
 
-@runtime_checkable
-class Strategy(Protocol):
-    """Where to ask the model: at the start's `x`, then after each of `steps` moves; with gradients if `gradients`."""
-
-    steps: int
-    gradients: bool
-
-    def start(self, images: Images, noise: Noise | None) -> State: ...
-
-    def advance(self, step: int, state: State, noise: Noise | None) -> State: ...
-
-
 def run_attack(
-    forward: Callable[[Images], torch.Tensor],
-    images: Images,
-    strategy: Strategy,
-    *,
-    noise: Noise | None,
-    criterion: Criterion | None = None,
+    forward: Callable[..., torch.Tensor], images: Images, strategy, *, noise, criterion: Criterion | None = None
 ) -> Outcome:
     """Raise a loss inside the ball around each image. The caller freezes the parameters (`frozen`).
 
     Args:
         forward: perturbed images -> (batch, classes) logits, which `criterion` judges; without one -> (batch,) losses.
         images: (batch, 3, height, width) in [0, 1], float32; TypeError or ValueError for others.
-        noise: all randomness of the strategy; None: PGD starts at the images.
+        noise: a `Noise`, all randomness of the strategy; None: PGD starts at the images.
         criterion: an image leaves the batch at the first iterate that reaches it. None (training): every image takes
             all steps, each of one forward and one backward pass, and nothing is asked of the last iterate.
 
@@ -120,11 +104,10 @@ def pixel_gradient(loss: torch.Tensor, images: Images, *, strict: bool = False) 
 @contextmanager
 def frozen(model: torch.nn.Module) -> Iterator[None]:
     """No parameter of `model` asks for gradients inside."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
+    asking = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
     try:
         yield
     finally:
-        for p in parameters:
-            p.requires_grad_(True)
+        for p in asking:
+            p.requires_grad_()

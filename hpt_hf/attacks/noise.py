@@ -12,16 +12,11 @@ from hpt_hf.types import ImageIds
 
 @dataclass(frozen=True)
 class Noise:
-    """An image gets the same noise on any device and process, at any place in any batch: resuming is exact.
+    """An image gets the same noise on any device and process, at any place in any batch: resuming is exact."""
 
-    Args:
-        image_ids: (batch,) one number per image, see `hpt_hf.data.collator.image_id`.
-        seed, round: of the run, and which draw for this image, for example the training step.
-    """
-
-    image_ids: ImageIds
-    seed: int = 0
-    round: int = 0
+    image_ids: ImageIds  # (batch,) see `hpt_hf.data.collator.image_id`
+    seed: int = 0  # of the run
+    round: int = 0  # which draw for this image, for example the training step
 
     def uniform(self, shape: tuple[int, ...]) -> torch.Tensor:
         """float32 in [0, 1), of shape (batch, *shape)."""

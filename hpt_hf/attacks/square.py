@@ -36,16 +36,16 @@ class Square:
         channels, height, width = images.shape[1:]
         bounds = self.threat.bounds(images)
         if self.threat.norm == "linf":  # vertical stripes at the ends of each pixel's range
-            x = torch.where(_signs(noise.uniform((channels, 1, width))) < 0, bounds["low"], bounds["high"])
+            x = torch.where(noise.uniform((channels, 1, width)) < 0.5, bounds["low"], bounds["high"])
         else:  # a grid of bumps
             tile = max(1, min(height, width) // 5)
             down, across = height // tile, width // tile
-            signs = _signs(noise.uniform((channels, down, across)))
-            bumps = _bumps(tile, upright=True).to(images).repeat(down, across)
-            delta = torch.zeros_like(images)
-            top, left = (height - down * tile) // 2, (width - across * tile) // 2
-            tiles = signs.repeat_interleave(tile, 2).repeat_interleave(tile, 3) * bumps
-            delta[..., top : top + down * tile, left : left + across * tile] = tiles
+            signs = (
+                _signs(noise.uniform((channels, down, across))).repeat_interleave(tile, 2).repeat_interleave(tile, 3)
+            )
+            top, left, delta = (height - down * tile) // 2, (width - across * tile) // 2, torch.zeros_like(images)
+            grid = delta[..., top : top + down * tile, left : left + across * tile]
+            grid.copy_(signs * _bumps(tile, upright=True).to(images).repeat(down, across))
             x = self.threat.project(images + delta * (self.threat.radius / l2_norm(delta)), images)
         return {"x": x, "best": x, "best_loss": images.new_full((len(images), 1, 1, 1), -math.inf), **bounds}
 
@@ -56,13 +56,11 @@ class Square:
         noise, side = replace(noise, round=noise.round + 1 + step), self.side(step + 1, height, width)
         if self.threat.norm == "linf":
             draw = noise.uniform((2 + channels,))
-            window = _window(draw[:, :2], min(side, height, width), height, width)
-            ends = torch.where(_signs(draw[:, 2:, None, None]) < 0, state["low"], state["high"])
-            x = torch.where(window, ends, best)
+            ends = torch.where(draw[:, 2:, None, None] < 0.5, state["low"], state["high"])
+            x = torch.where(_window(draw[:, :2], min(side, height, width), height, width), ends, best)
         else:
             odd = min(max(3, side) // 2 * 2 + 1, (min(height, width) - 1) // 2 * 2 + 1)
-            moved = self._moved(best - images, odd, noise.uniform((5 + channels,)))
-            x = self.threat.project(images + moved, images)
+            x = self.threat.project(images + self._moved(best - images, odd, noise.uniform((5 + channels,))), images)
         return state | {"x": x, "best": best, "best_loss": torch.maximum(loss, state["best_loss"])}
 
     def _moved(self, delta: torch.Tensor, side: int, draw: torch.Tensor) -> torch.Tensor:

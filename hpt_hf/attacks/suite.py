@@ -21,13 +21,10 @@ from hpt_hf.utils import did_you_mean
 
 def plain(loss_fn, strategy, logits_fn, images, labels, threat, steps, noise, criterion=misclassification) -> Outcome:
     """One loss, one strategy."""
-    goal = criterion(loss_fn, labels)
-    return run_attack(logits_fn, images, strategy(threat, steps), noise=noise, criterion=goal)
+    return run_attack(logits_fn, images, strategy(threat, steps), noise=noise, criterion=criterion(loss_fn, labels))
 
 
-def apgd_t(
-    logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatModel, steps: int, noise: Noise
-) -> Outcome:
+def apgd_t(logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatModel, steps: int, noise: Noise):
     """APGD towards each of the nine likeliest wrong classes, as AutoAttack does, until one breaks the image.
 
     The pairs (target, image) wait in a queue and are taken `len(images)` at a time, so the batch stays full.
@@ -53,11 +50,7 @@ def apgd_t(
 
 
 def worst_case(stages, logits_fn: LogitsFn, images: Images, labels: Labels, threat: ThreatModel, noise: Noise):
-    """The attacks (attack, steps) in turn, each on what those before it left standing.
-
-    Returns:
-        Perturbed images, and (batch,) the number of the stage that broke each; -1: it stands.
-    """
+    """The stages (attack, steps) in turn on what stands: images, and (batch,) the stage that broke each, else -1."""
     found, by = images.clone(), torch.full((len(images),), -1, device=images.device)
     for number, (attack, steps) in enumerate(stages):
         rows = (by < 0).nonzero()[:, 0]
@@ -85,23 +78,14 @@ STANDARD = {"apgd-ce": 100, "apgd-t": 100, "square": 500}
 
 @dataclass(frozen=True)
 class EvaluationAttack:
-    """An attack by the field's name, in a ball, under a protocol.
-
-    Args:
-        threat: the ball.
-        name: a row of `ATTACKS`, or `"standard"`: the worst case of `STANDARD`.
-        steps: gradient steps, or queries of Square; None: each attack's own number.
-        protocol: a row of `PROTOCOLS`.
-        seed: of the random starts.
-        target: the class that every image shall be taken for; None: any wrong answer will do.
-    """
+    """An attack by the field's name, in a ball, under a protocol."""
 
     threat: ThreatModel
-    name: str = "pgd"
-    steps: int | None = None
-    protocol: str = "input"
+    name: str = "pgd"  # a row of `ATTACKS`, or "standard": the worst case of `STANDARD`
+    steps: int | None = None  # gradient steps, or queries of Square; None: each attack's own number
+    protocol: str = "input"  # a row of `PROTOCOLS`
     seed: int = 0
-    target: str | None = None
+    target: str | None = None  # the class that every image shall be taken for; None: any wrong answer will do
 
     def __post_init__(self) -> None:
         known, towards = (tuple(TARGETED), " towards a target") if self.target else ((*ATTACKS, "standard"), "")
@@ -134,9 +118,7 @@ class EvaluationAttack:
             return ()
         return (f"apgd-t: the DLR loss needs four classes and there are {classes}: the difference of logits is used",)
 
-    def run(
-        self, classifier: torch.nn.Module, images: Images, image_ids: ImageIds, labels: Labels
-    ) -> tuple[Images, torch.Tensor]:
+    def run(self, classifier: torch.nn.Module, images: Images, image_ids: ImageIds, labels: Labels) -> Outcome:
         """(perturbed images, (batch,) which of `stages` broke each, at its first success; -1: it stands)."""
         attacks, goals = ATTACKS, labels
         if self.target:

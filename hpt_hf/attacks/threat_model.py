@@ -1,7 +1,4 @@
-"""The threat model: which perturbations an attacker may use, as a ball around the image intersected with [0, 1].
-
-Every returned image lies in the ball and in [0, 1] to the last bit, in float32 and in float64 arithmetic alike.
-"""
+"""The threat model: which perturbations an attacker may use. It holds to the last bit, in float32 and in float64."""
 
 from __future__ import annotations
 
@@ -14,8 +11,6 @@ import torch
 
 from hpt_hf.attacks.noise import Noise
 from hpt_hf.types import Images, PerExample
-
-NORMS = ("linf", "l2")
 
 # On which pixels eps counts.
 PROTOCOLS = {
@@ -39,19 +34,14 @@ def parse_eps(eps: str | float | int) -> float:
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """A ball around images in [0, 1] (Madry et al. 2018).
+    """A ball around images in [0, 1] (Madry et al. 2018)."""
 
-    Args:
-        norm: `"linf"` or `"l2"`.
-        eps: radius as a fraction of the pixel range, `"8/255"` or a float; for l-inf at most 1.
-    """
-
-    norm: str = "linf"
-    eps: str | float | int = "1/255"
+    norm: str = "linf"  # or "l2"
+    eps: str | float | int = "1/255"  # radius as a fraction of the pixel range, for l-inf at most 1
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise ValueError(f"norm={self.norm!r}: expected one of {', '.join(NORMS)}")
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"norm={self.norm!r}: expected one of linf, l2")
         if self.radius > 1 and self.norm == "linf":
             raise ValueError(f"eps={self.eps}: expected an l-inf radius of at most 1. Fix: '{self.eps}/255'.")
 
@@ -86,11 +76,8 @@ class ThreatModel:
         """For `project`: `low` and `high`, the ends of each pixel's range, for l-inf; empty for l-2."""
         if self.norm != "linf":
             return {}
-        # Rounded inwards: x + eps in float32 may lie one bit outside.
-        exact_low, exact_high = images.double() - self.radius, images.double() + self.radius
-        low, high = exact_low.float(), exact_high.float()
-        low = torch.where(low.double() < exact_low, torch.nextafter(low, torch.full_like(low, math.inf)), low)
-        high = torch.where(high.double() > exact_high, torch.nextafter(high, torch.full_like(high, -math.inf)), high)
+        exact = images.double()
+        low, high = (_rounded_towards(images, bound) for bound in (exact - self.radius, exact + self.radius))
         return {"low": low.clamp_min(0), "high": high.clamp_max(1)}
 
     def project(self, perturbed: Images, images: Images, bounds: Mapping[str, Images] | None = None) -> Images:
@@ -98,12 +85,10 @@ class ThreatModel:
         if self.norm == "linf":
             bounds = bounds or self.bounds(images)
             return torch.minimum(torch.maximum(perturbed, bounds["low"]), bounds["high"])
-        # In float64, each pixel rounded towards the clean one, and a hair inside, so that a float32 norm agrees.
         delta = perturbed.double() - images.double()
-        exact = images.double() + delta * (self.radius * (1 - 1e-6) / l2_norm(delta).clamp_min(1e-30)).clamp_max(1)
-        nearest = exact.float()
-        outwards = (nearest.double() - images.double()).abs() > (exact - images.double()).abs()
-        return torch.where(outwards, torch.nextafter(nearest, images.float()), nearest).clamp(0, 1)
+        size = self.radius * (1 - 1e-6)  # a hair inside, so that a norm taken in float32 agrees
+        exact = images.double() + delta * (size / l2_norm(delta).clamp_min(1e-30)).clamp_max(1)
+        return _rounded_towards(images, exact).clamp(0, 1)
 
     def distance(self, perturbed: Images, images: Images) -> PerExample:
         """The norm of each perturbation, in float64."""
@@ -119,3 +104,10 @@ class ThreatModel:
 def l2_norm(delta: torch.Tensor) -> torch.Tensor:
     """(batch, …) -> (batch, 1, 1, 1), to be divided by."""
     return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+def _rounded_towards(images: Images, exact: torch.Tensor) -> Images:
+    """float64 -> float32, each pixel rounded towards the clean one: no rounding leaves a ball."""
+    nearest = exact.float()
+    outwards = (nearest.double() - images.double()).abs() > (exact - images.double()).abs()
+    return torch.where(outwards, torch.nextafter(nearest, images), nearest)
