@@ -141,40 +141,28 @@ def test_every_attack_runs_where_its_images_are(name, norm):
 
 
 @every_attack
-def test_an_empty_batch_is_an_empty_answer(name, norm):
-    empty, none = torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64)
-    found, broken = attack(name, lambda x: x.flatten(1)[:, :4], empty, none, ThreatModel(norm, 0.1), 3, Noise(none))
-    assert found.shape == empty.shape and broken.shape == (0,)
-
-
-@every_attack
-def test_an_empty_ball_holds_the_image_alone(name, norm):
-    images, (_, answer) = grey(4), linear(4)
-    found, broken = attack(
-        name, answer, images, answer(images).argmax(1), ThreatModel(norm, "0"), 3, Noise(torch.arange(4))
-    )
-    assert torch.equal(found, images) and not broken.any()
+def test_an_empty_batch_is_an_empty_answer_and_an_empty_ball_the_image_alone(name, norm):
+    for count, eps in ((0, 0.1), (4, "0")):
+        images, (_, answer), noise = grey(count), linear(4), Noise(torch.arange(count))
+        found, broken = attack(name, answer, images, answer(images).argmax(1), ThreatModel(norm, eps), 3, noise)
+        assert torch.equal(found, images) and broken.tolist() == [False] * count
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "change", ["half", "bfloat16", "double", -0.01, 1.01, 255.0, float("nan"), float("inf"), -float("inf")]
+    "change",
+    ["three ids", "half", "bfloat16", "double", -0.01, 1.01, 255.0, float("nan"), float("inf"), -float("inf")],
 )
 def test_what_no_attack_may_start_from_is_refused(name, change):
     images, labels, noise = grey(4), torch.zeros(4, dtype=torch.int64), Noise(torch.arange(4))
-    if isinstance(change, str):
+    if change == "three ids":
+        noise, error, message = Noise(torch.arange(3)), Exception, "3 image ids for 4 images|image_ids"
+    elif isinstance(change, str):
         images, error, message = getattr(images, change)(), TypeError, "expected float32"
     else:
         images[1, 2, 3, 3], error, message = change, ValueError, r"\[0, 1\]: un-normalised"
     with pytest.raises(error, match=message):
         attack(name, lambda x: linear(4)[1](x.float()), images, labels, ThreatModel(), 2, noise)
-
-
-@pytest.mark.parametrize("name", EVALUATION)
-def test_every_image_needs_its_id(name):
-    images, labels = grey(4), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="3 image ids for 4 images"):
-        attack(name, linear(4)[1], images, labels, ThreatModel(), 2, Noise(torch.arange(3)))
 
 
 def test_frozen_restores_exactly_what_it_took_even_after_an_error(trained):
