@@ -66,7 +66,7 @@ class Carried(TrainingAttack):
 
     def __call__(self, loss_fn, images, image_ids, *, seed, round):
         perturbed = super().__call__(loss_fn, images, image_ids, seed=seed, round=round)
-        self.threat.last.update(zip(keys.tolist(), (perturbed - images).unbind(), strict=True))
+        self.threat.last.update(zip(image_ids.tolist(), (perturbed - images).unbind(), strict=True))
         return perturbed
 
 
@@ -92,7 +92,7 @@ class HalfTheTokens(TrainingAttack):
         def drop(module, inputs, tokens):
             patches = (
                 torch.randperm(
-                    tokens.shape[1] - 1, generator=torch.Generator().manual_seed(hash((seed, draw)) % 2**31)
+                    tokens.shape[1] - 1, generator=torch.Generator().manual_seed(hash((seed, round)) % 2**31)
                 )
                 + 1
             )

@@ -30,10 +30,8 @@ class Criterion(NamedTuple):
 
 def misclassification(loss_fn: Callable[..., PerExample], labels: Labels, *targets: Labels) -> Criterion:
     """Any answer but the label, by raising a loss of (logits, labels), or of (logits, labels, targets)."""
-    goals = (labels, *targets)
-    return Criterion(
-        lambda z, rows: loss_fn(z, *(g[rows] for g in goals)), lambda z, rows: z.argmax(1) != labels[rows]
-    )
+    loss = lambda z, rows: loss_fn(z, labels[rows], *(t[rows] for t in targets))  # noqa: E731
+    return Criterion(loss, lambda z, rows: z.argmax(1) != labels[rows])
 
 
 def target_reached(loss_fn: Callable[..., PerExample], targets: Labels) -> Criterion:

@@ -40,9 +40,8 @@ class Square:
         else:  # a grid of bumps
             tile = max(1, min(height, width) // 5)
             down, across = height // tile, width // tile
-            signs = (
-                _signs(noise.uniform((channels, down, across))).repeat_interleave(tile, 2).repeat_interleave(tile, 3)
-            )
+            signs = _signs(noise.uniform((channels, down, across)))
+            signs = signs.repeat_interleave(tile, 2).repeat_interleave(tile, 3)
             top, left, delta = (height - down * tile) // 2, (width - across * tile) // 2, torch.zeros_like(images)
             grid = delta[..., top : top + down * tile, left : left + across * tile]
             grid.copy_(signs * _bumps(tile, upright=True).to(images).repeat(down, across))
@@ -97,10 +96,9 @@ def _window(corner: torch.Tensor, side: int, height: int, width: int) -> torch.T
 
 
 def _bumps(side: int, *, upright: bool) -> torch.Tensor:
-    """Two pyramids of opposite sign side by side, of unit norm: the paper's eta."""
+    """The paper's eta: two pyramids of opposite sign side by side, of unit norm."""
     pair = torch.cat([_pyramid(side, side // 2), -_pyramid(side, side - side // 2)], dim=1)
-    pair = pair / pair.norm()
-    return pair.T if upright else pair
+    return (pair.T if upright else pair) / pair.norm()
 
 
 def _pyramid(height: int, width: int) -> torch.Tensor:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, TrainerCallback
 
 from hpt_hf.attacks.noise import Noise
-from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.data.collator import Collator
 from hpt_hf.method.objectives import OBJECTIVES
@@ -357,29 +356,6 @@ def test_under_bf16_the_loss_is_computed_in_bf16_and_the_attack_in_float32(stude
     assert all(p.dtype == torch.float32 for p in student.parameters())
     losses = [e["loss"] for e in trainer.state.log_history if e.get("phase") == "hpt"]
     assert losses[-1] < losses[0]
-
-
-def test_training_attack_is_as_the_recipe_says():
-    """The whole radius as step unless told otherwise; inside the ball; another draw at another step, the same at the same."""
-    images, keys = torch.rand(3, 3, 8, 8), torch.arange(3)
-    moves = []
-
-    def loss(x):
-        moves.append(x.detach())
-        return x.flatten(1).sum(1)
-
-    attack = TrainingAttack(ThreatModel("linf", "8/255"), steps=2)
-    out = attack(loss, images, keys, seed=0, round=5)
-    assert len(moves) == 2 and ThreatModel("linf", "8/255").contains(out, images).all()
-    assert torch.equal(out, ThreatModel("linf", "8/255").project(images + 1, images)), (
-        "a whole radius up from anywhere in the ball"
-    )
-    small = TrainingAttack(ThreatModel("linf", "8/255"), steps=1, step_size=1 / 255)
-    start = [
-        TrainingAttack(ThreatModel("linf", "8/255"), steps=0)(loss, images, keys, seed=0, round=d) for d in (5, 5, 6)
-    ]
-    assert torch.equal(start[0], start[1]) and not torch.equal(start[0], start[2])
-    assert float((small(loss, images, keys, seed=0, round=5) - start[0]).abs().max()) <= 1 / 255 + 1e-6
 
 
 # --- cost and side effects ----------------------------------------------------------------------------------------------------
