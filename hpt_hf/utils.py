@@ -67,6 +67,14 @@ def hardware() -> str:
     )
 
 
+def read_json(path: str | Path) -> dict:
+    """A JSON file of names and values. Raises ValueError if it is damaged."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: it holds no JSON of names and values ({error})") from None
+
+
 def write_json(path: str | Path, value: object) -> Path:
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 

@@ -6,6 +6,7 @@ Shapes of every public function are checked while the tests run (jaxtyping + bea
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 
@@ -189,6 +190,12 @@ def make_trainer(
 def weights(model) -> dict[str, torch.Tensor]:
     """A copy of all weights, to compare with later."""
     return {n: t.detach().clone() for n, t in model.state_dict().items()}
+
+
+def contents(folder) -> dict[str, str]:
+    """Path -> digest of every file."""
+    files = (f for f in sorted(Path(folder).rglob("*")) if f.is_file())
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def write_image_folder(folder, pictures) -> str:

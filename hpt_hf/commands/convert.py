@@ -1,8 +1,7 @@
-"""`recipes/convert.py`: any CLIP checkpoint, in any form that others can open; what cannot be shown to be the same is not written."""
+"""`hpt-hf convert`: any CLIP checkpoint, in any form that others can open; what cannot be shown to be the same is not written."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,98 +15,72 @@ from hpt_hf.publishing.convert_checkpoint import read_checkpoint, write_open_cli
 from hpt_hf.publishing.export import DTYPES, SEAL, export
 from hpt_hf.publishing.model_card import CONVERTED, MIXED, TRAINED, read_record
 from hpt_hf.publishing.vision_tower import export_tower
-from hpt_hf.utils import progress
+from hpt_hf.utils import progress, read_json
 
 
 @dataclass
 class ConvertArguments:
-    """What `recipes/convert.py` reads and writes."""
-
     model: str = field(metadata={"help": "folder or Hub id; with --base also a file of weights, in others' names"})
     output_dir: str = field(metadata={"help": "the folder to write"})
     to: Literal["transformers", "open_clip", "vision_tower"] = "transformers"
-    base: str | None = field(
-        default=None,
-        metadata={
-            "help": "the CLIP whose text tower, processor and tokenizer are taken where the checkpoint has none"
-        },
-    )
+    base: str | None = field(default=None, metadata={"help": "the CLIP that gives what the checkpoint lacks"})
     model_revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "of the stored weights"}
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of stored weights"})
     max_shard_size: str = field(default="5GB", metadata={"help": "larger weights are split into several files"})
-    image_size: int | None = field(
-        default=None, metadata={"help": "vision_tower: in pixels, as 336; left out: its own"}
-    )
-    license: str | None = field(
-        default=None, metadata={"help": "of the weights, for the model card: mit, apache-2.0 …"}
-    )
+    image_size: int | None = field(default=None, metadata={"help": "vision_tower: pixels, as 336; default: its own"})
+    license: str | None = field(default=None, metadata={"help": "for the model card: mit, apache-2.0 …"})
 
 
 def run(args: ConvertArguments) -> str:
     """Read, write, check; returns what was compared, in words."""
+    source, output = Path(args.model), Path(args.output_dir)
     if args.image_size is not None and args.to != "vision_tower":
-        raise RecipeError(
-            f"--image_size is for --to vision_tower, this is --to {args.to}: a CLIP keeps the size it was trained at"
-        )
-    for what, path in (("the checkpoint itself", args.model), ("the base", args.base)):
-        if path and Path(args.output_dir).exists() and Path(args.output_dir).resolve() == Path(path).resolve():
-            raise RecipeError(f"--output_dir {args.output_dir} is {what}: name another folder")
-    if args.base is None and Path(args.model).is_file():
-        raise RecipeError(
-            f"{args.model} is a file of weights: say with --base which CLIP has its text tower, processor and tokenizer"
-        )
-    model, records = read(args)
+        raise RecipeError(f"--image_size is for --to vision_tower, this is --to {args.to}")
+    if args.dtype != "float32" and args.to == "open_clip":
+        raise RecipeError("--to open_clip writes float32: open_clip casts on loading (precision=...)")
+    if output.exists() and output.resolve() in (source.resolve(), args.base and Path(args.base).resolve()):
+        raise RecipeError(f"--output_dir {output} is the checkpoint or the base itself: name another folder")
+    if args.base is None and source.is_file():
+        raise RecipeError(f"{source} is a file of weights: name the CLIP that gives all else with --base")
+    classifier, records = _complete(args) if args.base is None else _with_base(args)
     if args.to == "vision_tower":
-        count = export_tower(model, args.output_dir, image_size=args.image_size, dtype=DTYPES[args.dtype])
-        return f"{count} tensors of hidden states compared"
+        count = export_tower(classifier, output, image_size=args.image_size, dtype=DTYPES[args.dtype])
+        return f"{count} hidden states compared"
     if args.to == "open_clip":
-        if args.dtype != "float32":
-            raise RecipeError("--to open_clip writes float32: open_clip casts on loading (precision=...)")
-        return f"{write_open_clip(model, args.output_dir)} tensors written and read back"
-    folder = export(model, args.output_dir, records=records, dtype=args.dtype, max_shard_size=args.max_shard_size)
-    return f"logits as the pipeline's within {json.loads((folder / SEAL).read_text())['difference']:.1g}"
+        return f"{write_open_clip(classifier, output)} tensors written and read back"
+    folder = export(classifier, output, records=records, dtype=args.dtype, max_shard_size=args.max_shard_size)
+    return f"logits as the pipeline's within {read_json(folder / SEAL)['difference']:.1g}"
 
 
-def read(args: ConvertArguments) -> tuple[ZeroShotClassifier, dict[str, dict]]:
-    """The model, and the records of how it was made."""
-    if args.base is None:
-        model, folder = load_model(args.model, args.model_revision), Path(args.model)
-        names = [n for n in (TRAINED, CONVERTED, MIXED) if (folder / n).is_file()]
-        records = {n: read_record(folder, n) for n in names}
-        if not records:
-            records[CONVERTED] = {"source": args.model, "base": None, "license": None}
-        if args.license and TRAINED in records:
-            records[TRAINED].setdefault("recipe", {})["license"] = args.license
-        elif args.license:
-            records[CONVERTED]["license"] = args.license
-        return model, records
-    source = Path(args.model)
+def _complete(args: ConvertArguments) -> tuple[ZeroShotClassifier, dict[str, dict]]:
+    records = {name: record for name in (TRAINED, CONVERTED, MIXED) if (record := read_record(args.model, name))}
+    as_it_is = {"source": args.model, "base": None, "license": None}
+    records = records or {CONVERTED: as_it_is}
+    if args.license and TRAINED in records:
+        records[TRAINED].setdefault("recipe", {})["license"] = args.license
+    elif args.license:
+        records.setdefault(CONVERTED, as_it_is)["license"] = args.license
+    return load_model(args.model, args.model_revision), records
+
+
+def _with_base(args: ConvertArguments) -> tuple[ZeroShotClassifier, dict[str, dict]]:
+    source, is_folder = Path(args.model), Path(args.base).exists()  # a folder can be called as a repository is
     if not source.exists():
         if args.model.count("/") != 1 or args.model.startswith((".", "/", "~")):
             raise RecipeError(
-                f"no checkpoint at {args.model}: neither a file nor a folder, and not a Hub id of the form owner/name"
+                f"no checkpoint at {source}: neither a file, a folder, nor a Hub id of the form owner/name"
             )
         patterns = ["*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.tar", "*.ckpt"]
         source = Path(snapshot_download(args.model, revision=args.model_revision, allow_patterns=patterns))
-    base = load_model(args.base)
-    model, reading = read_checkpoint(source, base)
+    classifier, reading = read_checkpoint(source, load_model(args.base))
     progress(str(reading))
-    record = {
-        "source": args.model,
-        "base": str(Path(args.base).absolute())
-        if Path(args.base).exists()
-        else args.base,  # a folder can be called as a repository is
-        "license": args.license,
-        "form": reading.form,
-        "read": reading.read,
-    }
-    return model, {CONVERTED: record | {"from_base": len(reading.from_base), "notes": reading.notes}}
+    record = {"source": args.model, "base": str(Path(args.base).absolute()) if is_folder else args.base}
+    record |= {"license": args.license, "form": reading.form, "read": reading.read}
+    return classifier, {CONVERTED: record | {"from_base": len(reading.from_base), "notes": reading.notes}}
 
 
 def main(argv: list[str] | None = None) -> None:
-    with exit_on_user_error("recipes/convert.py"):
+    with exit_on_user_error("hpt-hf convert"):
         (args,) = parse((ConvertArguments,), argv, positional=("model", "output_dir"))
         compared = run(args)
     print(f"{args.model} -> {args.output_dir} ({args.to}; {compared})")

@@ -248,7 +248,7 @@ def _threat(args: InterpolateArguments, recipe: dict) -> ThreatModel:
 def _ends(args: InterpolateArguments, trained: dict) -> tuple[str, ZeroShotClassifier, ZeroShotClassifier]:
     """(what the original is called, the original, the robust model). Raises where no line between them means anything."""
     recipe = trained.get("recipe", {})
-    source = args.origin or recipe.get("model_name_or_path")
+    source = args.origin or recipe.get("model")
     if source is None:
         raise RecipeError(
             f"{args.model} has no {TRAINED} that says what it was fine-tuned from: name it with --origin"
@@ -282,9 +282,9 @@ def _slice(args: InterpolateArguments, recipe: dict) -> LabelledImages:
             "has learned by heart; name other training pictures with --choose_on"
         )
     spec = dataset_spec(
-        DataArguments(**{f.name: recipe[f.name] for f in fields(DataArguments)}),
+        DataArguments(**{f.name: recipe[f.name] for f in fields(DataArguments) if f.name in recipe}),
         recipe["dataset"],
-        recipe["dataset_split"],
+        recipe["split"],
         revision=recipe["dataset_revision"],
     )
     folder = args.data_dir or recipe["data_dir"]

@@ -1,6 +1,6 @@
-"""The model card: what a stranger must know before relying on a checkpoint, every figure of it taken from the Scores beside the weights.
+"""The model card: what a stranger must know before relying on a checkpoint, every figure taken from the results beside it.
 
-Metadata as the Hub reads it (`model-index` included), threat model, how it was made, results with intervals and verdicts, limits, how to verify.
+Metadata as the Hub reads it (`model-index` included); the text is `model_card.md.j2`.
 """
 
 from __future__ import annotations
@@ -11,65 +11,60 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 from huggingface_hub import EvalResult as HubEvalResult
 from huggingface_hub import ModelCard, ModelCardData
 
 from hpt_hf.evaluation.result import EvalResult, read_results
 from hpt_hf.evaluation.tables import result_table
-from hpt_hf.utils import progress, write_text
-
-RECORDS = TRAINED, CONVERTED, MIXED = (
-    "train.json",
-    "convert.json",
-    "dial.json",
-)  # what a card is written from, beside the Scores
-
-
-_TOLD = {
-    "method",
-    "student",
-    "proxy",
-    "dataset",
-    "pictures",
-    "phases",
-    "attack",
-    "batch",
-    "processes",
-    "seed",
-    "seconds",
-    "versions",
-    "commit",
-    "hardware",
-}
-
+from hpt_hf.utils import progress, read_json, slug, write_text
 
 SEAL = "parity.json"  # what `hpt_hf.publishing.export` checked
+TRAINED, CONVERTED, MIXED = "train.json", "convert.json", "interpolate.json"  # how a model was made
+MIXED_BEFORE = "dial.json"  # what 0.1 called it
+RECORDS = (TRAINED, CONVERTED, MIXED, MIXED_BEFORE)
+TASK = "zero-shot-image-classification"
 
-
+_RENAMED = {"model_name_or_path": "model", "proxy_name_or_path": "proxy", "dataset_split": "split"}  # since 0.1
+_NEEDED = {"method", "student", "proxy", "dataset", "images", "phases", "attack", "versions"}  # of train.json
 _MARK = "<!-- written by hpt_hf, "
 
 
 def card(
     folder: str | Path,
     *,
-    scores: Sequence[EvalResult] | None = None,
+    results: Sequence[EvalResult] | None = None,
     repo_id: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """README.md of an exported folder, from its records and Scores; one that was edited by hand is given back as it is.
+    """README.md of an exported folder, from its records and results; one edited by hand is given back as it is.
 
     Args:
-        scores: None: the folder's `own_results`.
+        results: None: the folder's `own_results`.
         repo_id, revision: under which name readers will open the model; None: the folder's own, and main.
     """
     folder = Path(folder)
     file = folder / "README.md"
-    if file.is_file() and not _ours(text := file.read_text(encoding="utf-8")):
-        progress(f"{file} was edited by hand: kept as it is; delete it to have it written anew")
-        return text
-    scores = own_results(folder) if scores is None else scores
-    text = f"---\n{_metadata(folder, scores, repo_id).to_yaml()}\n---\n{_body(folder, scores, repo_id, revision)}".rstrip()
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+        body, _, mark = text.rpartition(_MARK)
+        if mark != f"{_digest(body)} -->\n":
+            progress(f"{file} was edited by hand: kept as it is; delete it to have it written anew")
+            return text
+    results = own_results(folder) if results is None else results
+    name = repo_id or folder.resolve().name
+    trained, converted, mixed = (read_record(folder, record) for record in (TRAINED, CONVERTED, MIXED))
+    tables: dict[str, list[EvalResult]] = {}
+    for result in results:
+        tables.setdefault(str(result.question), []).append(dataclasses.replace(result, model="this model"))
+    text = ModelCard.from_template(
+        _metadata(trained, converted, results, name.split("/")[-1]),
+        Path(__file__).with_name("model_card.md.j2"),
+        **{"name": name, "revision": revision, "results": results, "plain": _plain},
+        **{"trained": trained, "recipe": trained.get("recipe", {}), "converted": converted, "mixed": mixed},
+        seal=read_json(folder / SEAL),
+        vision=read_json(folder / "config.json")["vision_config"],
+        tables={question: result_table(part) for question, part in tables.items()},
+    ).content.rstrip()
     return f"{text}\n\n{_MARK}{_digest(text)} -->\n"
 
 
@@ -78,237 +73,114 @@ def write_model_card(folder: str | Path) -> Path:
 
 
 def own_results(folder: str | Path) -> list[EvalResult]:
-    """The Scores in `scores/` that were measured on the folder's own weights; others are named and left out."""
-    seal = json.loads((Path(folder) / SEAL).read_text(encoding="utf-8"))
-    scores = read_results(Path(folder) / "scores")
-    foreign = [s.dataset for s in scores if s.fingerprint != seal["fingerprint"]]
-    if foreign:
-        progress(
-            f"{folder}: {len(foreign)} of {len(scores)} Scores in scores/ are of other weights and left out ({', '.join(sorted(set(foreign))[:4])})"
-        )
-    return [s for s in scores if s.fingerprint == seal["fingerprint"]]
+    """The folder's results that were measured on its own weights; others are named and left out."""
+    weights, results = read_json(Path(folder) / SEAL)["fingerprint"], read_results(Path(folder) / "scores")
+    if others := sorted({r.dataset for r in results if r.fingerprint != weights}):
+        progress(f"{folder}: results of other weights are left out ({', '.join(others[:4])})")
+    return [r for r in results if r.fingerprint == weights]
 
 
-def check_figures(text: str, scores: Sequence[EvalResult]) -> int:
-    """How many figures of the card's metadata were found in the Scores: all of them, and all Scores in it.
+def check_figures(text: str, results: Sequence[EvalResult]) -> int:
+    """How many figures of the card's metadata were found in the results: all of them, and all results in it.
 
     Raises:
-        ValueError: the card claims what no EvalResult says, or leaves one out; or it cannot be parsed.
+        ValueError: the card claims what no result says, or leaves one out; or it cannot be parsed.
     """
     try:
         data = ModelCard(text).data
     except Exception as error:  # its own, and whatever yaml raises
+        raise ValueError(f"README.md is no card that the Hub can read ({error}). Fix: delete it") from None
+    claimed, measured = ({_figure(f) for f in figures or ()} for figures in (data.eval_results, _figures(results)))
+    if odd := sorted(claimed ^ measured):
+        where = "card" if odd[0] in claimed else "results"
         raise ValueError(
-            f"README.md is no model card that the Hub can read ({error}): delete it to have it written anew"
-        ) from None
-    claimed = {_figure(r) for r in data.eval_results or ()}
-    measured = {_figure(r) for r in _results(scores)}
-    if claimed != measured:
-        odd = sorted(claimed ^ measured, key=str)[0]
-        raise ValueError(
-            f"README.md and the Scores in scores/ disagree about {len(claimed ^ measured)} figures, such as {odd[1]} on {odd[0]}: "
-            f"{odd[2]} stands in the {'card' if odd in claimed else 'Scores'} alone; delete README.md to have it written anew"
+            f"README.md and the results disagree about {len(odd)} figures: the {where} alone has {odd[0]}. "
+            "Fix: delete README.md to have it written anew"
         )
     return len(claimed)
 
 
-def _figure(result: HubEvalResult) -> tuple:
-    where = result.dataset_name, result.metric_name, result.metric_value, result.dataset_type, result.dataset_config
-    return *where, result.dataset_split, result.dataset_revision, json.dumps(result.metric_args, sort_keys=True)
-
-
-def _ours(text: str) -> bool:
-    body, mark, digest = text.rpartition(_MARK)
-    return bool(mark) and digest.removesuffix("-->\n").strip() == _digest(body.rstrip())
+def _figure(figure: HubEvalResult) -> str:
+    return json.dumps(dataclasses.asdict(figure), sort_keys=True)
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(text.rstrip().encode()).hexdigest()[:12]
 
 
 def read_record(folder: str | Path, name: str) -> dict:
-    """One of the records beside a model; empty if there is none.
+    """How a model was made, from one of `RECORDS` beside it, in today's names; empty if there is none.
 
     Raises:
-        ValueError: it is damaged, or train.json lacks what training writes: another version's, or edited.
+        ValueError: it is damaged, or lacks what training writes.
     """
     file = Path(folder) / name
-    try:
-        content = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): take it away to publish the model without its story") from None
-    if name == TRAINED and content and (missing := _TOLD - content.keys()):
-        raise ValueError(
-            f"{file} lacks {', '.join(sorted(missing))}: another version of hpt_hf wrote it, or it was edited. Train again, or take it away to publish the model "
-            "without the story of its training"
-        )
-    return content
+    if name == MIXED and not file.is_file():
+        file = file.with_name(MIXED_BEFORE)
+    record = read_json(file) if file.is_file() else {}
+    if name == TRAINED and record:
+        record = {"images" if k == "pictures" else k: v for k, v in record.items()}
+        if missing := _NEEDED - record.keys():
+            raise ValueError(f"{file} lacks {', '.join(sorted(missing))}. Fix: remove it to go on without this record")
+        if "recipe" in record:
+            record["recipe"] = {_RENAMED.get(k, k): v for k, v in record["recipe"].items()}
+    return record
 
 
-def _metadata(folder: Path, scores: Sequence[EvalResult], repo_id: str | None) -> ModelCardData:
-    trained, converted = read_record(folder, TRAINED), read_record(folder, CONVERTED)
-    recipe = trained.get("recipe", {})
-    # What came from the Hub came at a commit; a folder can be called as a repository is.
-    if trained:
-        student = trained["student"]
-        base = _hub_id(recipe.get("model_name_or_path") or student["source"]) if student["revision"] else None
-    else:
-        base = _hub_id(converted.get("base"))
-    results = _results(scores)
+def _metadata(trained: dict, converted: dict, results: Sequence[EvalResult], name: str) -> ModelCardData:
+    recipe, base = trained.get("recipe", {}), _hub_id(converted.get("base"))
+    if trained:  # what came from the Hub came at a commit; a folder can be called as a repository is
+        origin = trained["student"]
+        base = _hub_id(recipe.get("model") or origin["source"]) if origin["revision"] else None
+    dataset = _hub_id(recipe.get("dataset"))
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
-        tags=["clip", "adversarial-robustness", *([_tag(trained["method"])] if trained else [])],
+        pipeline_tag=TASK,
+        tags=["clip", "adversarial-robustness", *([trained["method"].replace("_", "-")] if trained else [])],
         base_model=base,
         base_model_relation="finetune" if base and trained else None,
-        datasets=[d] if (d := _hub_id(recipe.get("dataset"))) else None,
+        datasets=[dataset] if dataset else None,
         license=recipe.get("license") or converted.get("license"),
         metrics=["accuracy"] if results else None,
-        model_name=(repo_id or folder.resolve().name).split("/")[-1] if results else None,
-        eval_results=results or None,
+        model_name=name if results else None,
+        eval_results=_figures(results) or None,
     )
 
 
-def _tag(method: str) -> str:
-    return method.replace("_", "-")
+def _figures(results: Sequence[EvalResult]) -> list[HubEvalResult]:
+    """Clean and robust accuracy of every result; a clean figure that two attacks share stands once."""
+    figures: dict[str, HubEvalResult] = {}
+    for r in results:
+        where = {
+            "dataset_type": _hub_id(r.source.get("repository") or r.source.get("path")) or slug(r.dataset) or "images",
+            "dataset_name": r.dataset,
+            "dataset_config": r.source.get("config") or r.dataset,  # the Hub merges equal type, config and split
+            "dataset_split": r.source.get("split"),
+            "dataset_revision": r.source.get("revision"),
+        }
+        counted = {"n": r.n, "seed": r.seed, "protocol": r.protocol}
+        attack = {"attack": r.attack, "norm": r.norm, "eps": r.eps, "after_each_attack": r.parts}
+        attack |= {"verdict": r.verdict, "doubts": [c["name"] for c in r.suspicions]}
+        robust = f"robust accuracy, % ({r.attack}, {r.norm} {r.eps})"
+        for metric, value, interval, more in (
+            ("clean accuracy, %", r.clean, r.clean_interval, {}),
+            (robust, r.robust, r.interval, attack),
+        ):
+            arguments = counted | {"interval_95": list(interval)} | more
+            task = {"task_type": TASK, "task_name": "Zero-Shot Image Classification", "metric_type": "accuracy"}
+            figure = HubEvalResult(**task, **where, metric_name=metric, metric_value=value, metric_args=arguments)
+            figures[_figure(figure)] = figure
+    return list(figures.values())
 
 
 def _hub_id(name: str | None) -> str | None:
     """`owner/name`, or None: a path of the machine that trained it says nothing to whoever reads the card."""
-    is_id = (
-        name
-        and name.count("/") == 1
-        and not name.startswith((".", "/", "~", "lab:", "real:"))
-        and not Path(name).exists()
-    )
-    return name if is_id else None
-
-
-def _results(scores: Sequence[EvalResult]) -> list[HubEvalResult]:
-    """Clean and robust accuracy of every EvalResult as the Hub's `model-index` holds them; a clean figure that two attacks share stands once."""
-    results: dict[tuple, HubEvalResult] = {}
-    for s in scores:
-        where = {
-            "task_type": "zero-shot-image-classification",
-            "task_name": "Zero-Shot Image Classification",
-            "dataset_type": _hub_id(s.source.get("repository") or s.source.get("path"))
-            or s.dataset.replace(":", "-").replace(" ", "-").lower(),
-            "dataset_name": s.dataset,
-            "dataset_config": s.source.get("config")
-            or s.dataset,  # the Hub merges what has one type, configuration and split
-            "dataset_split": s.source.get("split"),
-            "dataset_revision": s.source.get("revision"),
-            "metric_type": "accuracy",
-        }
-        counted = {"n": s.n, "seed": s.seed, "protocol": s.protocol}
-        attack = {
-            "attack": s.attack,
-            "norm": s.norm,
-            "eps": s.eps,
-            "verdict": s.verdict,
-            "doubts": [d["name"] for d in s.suspicions],
-        }
-        clean = {**counted, "interval_95": list(s.clean_interval)}
-        robust = {**counted, "interval_95": list(s.interval), **attack, "after_each_attack": s.parts}
-        for name, value, arguments in (
-            ("clean accuracy, %", s.clean, clean),
-            (f"robust accuracy, % ({s.attack}, {s.norm} {s.eps})", s.robust, robust),
-        ):
-            result = HubEvalResult(**where, metric_name=name, metric_value=value, metric_args=arguments)
-            results[(*result.unique_identifier, *_figure(result))] = result
-    return list(results.values())
-
-
-def _body(folder: Path, scores: Sequence[EvalResult], repo_id: str | None, revision: str | None) -> str:
-    seal = read_record(folder, SEAL)
-    config = read_record(folder, "config.json")
-    vision = config["vision_config"]
-    questions = {q: [s for s in scores if s.question == q] for q in dict.fromkeys(s.question for s in scores)}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    trained, mixed = read_record(folder, TRAINED), _told(read_record(folder, MIXED))
-    return environment.get_template("model_card.md.j2").render(
-        name=repo_id or folder.resolve().name,
-        revision=revision,
-        trained=trained,
-        facts=_facts(trained, mixed),
-        recipe=trained.get("recipe"),
-        converted=_told(read_record(folder, CONVERTED)),
-        mixed=mixed,
-        shares=[
-            f"{w:.2f}" if round(w, 2) == round(w, 9) else f"{w:.9g}" for w in (mixed["weight"], 1 - mixed["weight"])
-        ]
-        if mixed
-        else [],
-        seal=seal,
-        architecture=f"ViT, patch {vision['patch_size']}, {vision['image_size']} px, {vision['num_hidden_layers']} layers of width {vision['hidden_size']}",
-        tables={q: result_table([_short(s) for s in part]) for q, part in questions.items()},
-        doubts=_doubts(scores),
-        skipped=sum(len(s.skipped) for s in scores),
-        toy=trained.get("recipe", {}).get("model_name_or_path", "").startswith("lab:"),
-        classes=list(scores[0].per_class)[:3] if scores else ["a cat", "a dog"],
-    )
-
-
-def _doubts(scores: Sequence[EvalResult]) -> dict[str, list[str]]:
-    """Check that was raised -> where."""
-    found: dict[str, list[str]] = {}
-    for score in scores:
-        for doubt in score.suspicions:
-            found.setdefault(doubt["name"], []).append(f"{score.dataset} ({score.attack}, {score.eps})")
-    return found
-
-
-def _short(score: EvalResult) -> EvalResult:
-    """Under one name, whatever path it was evaluated from: they are all of this model."""
-    return dataclasses.replace(score, model="this model")
-
-
-def _facts(trained: dict, mixed: dict) -> dict[str, str]:
-    """How it was trained, as rows of a table; empty if it was not trained here."""
-    if not trained:
-        return {}
-    recipe, attack = trained.get("recipe", {}), trained["attack"]
-    size = "the whole radius" if attack["step_size"] is None else f"{attack['step_size'] * 255:.3g}/255"
-    shown = {
-        "method": trained["method"],
-        "student": _origin(trained["student"], recipe.get("model_name_or_path")),
-        "proxy": _origin(trained["proxy"], recipe.get("proxy_name_or_path")) if trained["proxy"] else "none",
-        "data": _plain(recipe.get("dataset", trained["dataset"])),
-        "pictures": trained["pictures"],
-        "batch": f"{trained['batch']}" + f", on {trained['processes']} processes" * (trained["processes"] > 1),
-        "phases": "; ".join(
-            f"{p['objective']}: {p['steps']} steps at up to {p['learning_rate']:.3g} ({p['warmup_steps']} of warm-up)"
-            for p in trained["phases"]
-        ),
-        "attack in training": f"PGD-{attack['steps']}, {attack['norm']} {attack['eps']}, step {size}"
-        + ", no random start" * (not attack.get("random_start", True)),  # records of before had no choice
-        "seed": trained["seed"],
-        "time": f"{trained['seconds'] / 3600:.2g} hours on {trained['hardware']}",
-        "code": f"hpt_hf {trained['versions']['hpt_hf']}"
-        + (f", commit {trained['commit']}" if trained["commit"] else ""),
-        "libraries": ", ".join(f"{k} {v}" for k, v in trained["versions"].items() if k != "hpt_hf"),
-    }
-    if trained.get("held_out") and not mixed:  # a mixture has other accuracies
-        shown["held-out slice of the training data"] = ", ".join(
-            f"{k.removeprefix('eval_').replace('_', ' ')} {v:.1f}%" for k, v in trained["held_out"].items()
-        )
-    return shown
-
-
-def _origin(model: dict, name: str | None) -> str:
-    revision = f" at {model['revision']}" if model["revision"] else ""
-    return f"{_plain(name or model['source'])}{revision}, weights {model['fingerprint']}"
-
-
-def _told(record: dict) -> dict:
-    return {k: _plain(v) if isinstance(v, str) else v for k, v in record.items()}
+    if name and name.count("/") == 1 and not name.startswith((".", "/", "~", "lab:", "real:")):
+        return None if Path(name).exists() else name
+    return None
 
 
 def _plain(name: str) -> str:
-    """A Hub id or a name as it is; of a local path its last part alone."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    """A Hub id or a name as it is, of a local path its last part alone; in a cell of a table."""
+    name = Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    return name.replace("|", "\\|")

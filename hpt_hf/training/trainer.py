@@ -377,10 +377,10 @@ class HPTTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        api, self.hub_model_id = open_repo(
+        self.hub_model_id = open_repo(
             name, private=self.args.hub_private_repo if private is None else private, token=token
         )
-        taken = holds_model(api, self.hub_model_id, self.args.hub_revision)
+        taken = holds_model(self.hub_model_id, self.args.hub_revision, token=token)
         if taken and not self.hub_overwrite:
             raise ValueError(
                 f"{self.hub_model_id} holds a model already ({', '.join(taken[:3])}): choose another --hub_model_id or --hub_revision, or pass --hub_overwrite true "
