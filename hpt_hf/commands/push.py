@@ -9,7 +9,7 @@ from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.result import read_results
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.hub import push
-from hpt_hf.publishing.model_card import own_results, write_model_card
+from hpt_hf.publishing.model_card import own_results, read_results_of, write_model_card
 from hpt_hf.utils import write_json
 
 
@@ -40,13 +40,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def adopt(folder: Path, source: Path) -> None:
     """Copy the results of an evaluation that were measured on the folder's weights into it, for its card."""
-    source = source / "scores" if (source / "scores").is_dir() else source
     weights = fingerprint(ZeroShotClassifier.from_pretrained(folder))
-    own = [result for result in read_results(source) if result.fingerprint == weights]
+    own = [r for r in read_results_of(source) or read_results(source) if r.fingerprint == weights]
     if not own:
         raise RecipeError(
             f"no result in {source} was measured on the weights in {folder}. Fix: hpt-hf evaluate {folder}"
         )
     for result in own:
-        write_json(folder / "scores" / result.file_name, result.to_json())
+        write_json(folder / "results" / result.file_name, result.to_json())
     write_model_card(folder)

@@ -236,8 +236,8 @@ def _translate(
             raise ValueError(f"{name} in {source} holds {tensor.dtype}, not all finite: no weights to use")
         tensor = tensor.T if turned else tensor
         state.update(zip(ours, tensor.chunk(3) if len(ours) == 3 else (tensor,), strict=True))
-    begun = tuple({name[:4] for name in state} - {"logi"})
-    alone = form == "transformers" and "text" not in begun  # a CLIPVisionModel has no projection
+    begun = tuple({name[:3] for name in state} - {"log"})
+    alone = form == "transformers" and "tex" not in begun  # a CLIPVisionModel has no projection
     missing = [n for n in own if n.startswith(begun) and n not in state and not (alone and n.startswith("visual_"))]
     if missing:
         raise ValueError(f"{source} lacks {len(missing)} tensors of its towers: {', '.join(missing[:6])}. {fix}")

@@ -20,9 +20,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, pipeline
 
 from hpt_hf.data.collator import Collator
-from hpt_hf.evaluation.result import read_results
 from hpt_hf.models.zero_shot import TEMPLATE, ZeroShotClassifier, build_zero_shot_head, digest, fingerprint
-from hpt_hf.publishing.model_card import RECORDS, SEAL, card
+from hpt_hf.publishing.model_card import RECORDS, SEAL, card, read_results_of
 from hpt_hf.utils import read_json, write_json, write_text
 
 TOLERANCE = 1e-4  # of a logit, which is about a hundred cosines
@@ -79,7 +78,7 @@ def export(
         write_json(stage / SEAL, seal)
         if (folder / "README.md").is_file():  # for whoever edited it
             shutil.copy(folder / "README.md", stage)
-        results = [r for r in read_results(folder / "scores") if r.fingerprint == seal["fingerprint"]]
+        results = [r for r in read_results_of(folder) if r.fingerprint == seal["fingerprint"]]
         write_text(stage / "README.md", card(stage, results=results, repo_id=folder.name))
         written = {file.name for file in stage.iterdir()}
         for name in sorted(written, key=lambda name: name == SEAL):  # the seal last: it vouches for the others

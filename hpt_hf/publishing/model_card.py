@@ -68,13 +68,17 @@ def card(
     return f"{text}\n\n{_MARK}{_digest(text)} -->\n"
 
 
+def read_results_of(folder: str | Path) -> list[EvalResult]:
+    return [*read_results(Path(folder) / "results"), *read_results(Path(folder) / "scores")]
+
+
 def write_model_card(folder: str | Path) -> Path:
     return write_text(Path(folder) / "README.md", card(folder))
 
 
 def own_results(folder: str | Path) -> list[EvalResult]:
     """The folder's results that were measured on its own weights; others are named and left out."""
-    weights, results = read_json(Path(folder) / SEAL)["fingerprint"], read_results(Path(folder) / "scores")
+    weights, results = read_json(Path(folder) / SEAL)["fingerprint"], read_results_of(folder)
     if others := sorted({r.dataset for r in results if r.fingerprint != weights}):
         progress(f"{folder}: results of other weights are left out ({', '.join(others[:4])})")
     return [r for r in results if r.fingerprint == weights]
