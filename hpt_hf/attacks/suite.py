@@ -63,7 +63,8 @@ def worst_case(stages, logits_fn: LogitsFn, images: Images, labels: Labels, thre
 
 
 # name -> (attack of (logits_fn, images, labels, threat, steps, noise), its own number of steps).
-ATTACKS: dict[str, tuple[Callable[..., Outcome], int]] = {
+Rows = dict[str, tuple[Callable[..., Outcome], int]]
+ATTACKS: Rows = {
     "pgd": (partial(plain, cross_entropy, PGD), 20),
     "cw": (partial(plain, margin, PGD), 20),
     "apgd-ce": (partial(plain, cross_entropy, APGD), 100),
@@ -71,7 +72,7 @@ ATTACKS: dict[str, tuple[Callable[..., Outcome], int]] = {
     "apgd-t": (apgd_t, 100),
 }
 # The same towards a target, given in the label's place.
-TARGETED = {k: (partial(v, criterion=target_reached), steps) for k, (v, steps) in ATTACKS.items() if v is not apgd_t}
+TARGETED: Rows = {k: (partial(v, criterion=target_reached), n) for k, (v, n) in ATTACKS.items() if v is not apgd_t}
 # AutoAttack without FAB, and 500 queries for 5,000: the others would cost two thirds of all time (docs/evaluation.md).
 STANDARD = {"apgd-ce": 100, "apgd-t": 100, "square": 500}
 
@@ -93,8 +94,8 @@ class EvaluationAttack:
             hint = did_you_mean(self.name, known, f"there are {', '.join(known)}")
             raise ValueError(f"no attack{towards} is called {self.name!r}{hint}")
         if self.protocol not in PROTOCOLS:
-            known = " or ".join(f"{name!r} ({what})" for name, what in PROTOCOLS.items())
-            raise ValueError(f"protocol={self.protocol!r}: expected {known}")
+            rows = " or ".join(f"{name!r} ({what})" for name, what in PROTOCOLS.items())
+            raise ValueError(f"protocol={self.protocol!r}: expected {rows}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps}: expected at least 1")
 
@@ -118,7 +119,7 @@ class EvaluationAttack:
             return ()
         return (f"apgd-t: the DLR loss needs four classes and there are {classes}: the difference of logits is used",)
 
-    def run(self, classifier: torch.nn.Module, images: Images, image_ids: ImageIds, labels: Labels) -> Outcome:
+    def run(self, classifier, images: Images, image_ids: ImageIds, labels: Labels) -> Outcome:
         """(perturbed images, (batch,) which of `stages` broke each, at its first success; -1: it stands)."""
         attacks, goals = ATTACKS, labels
         if self.target:
@@ -129,7 +130,7 @@ class EvaluationAttack:
         with frozen(classifier):
             return worst_case(stages, lambda x: classifier.classify(x).logits, images, goals, self.threat, noise)
 
-    def craft(self, classifier: torch.nn.Module, images: Images, image_ids: ImageIds, labels: Labels) -> Images:
+    def craft(self, classifier, images: Images, image_ids: ImageIds, labels: Labels) -> Images:
         """The last iterates of PGD, whatever the name: what stops at its first success transfers to no other model."""
 
         def loss_fn(x):

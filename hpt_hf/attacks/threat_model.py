@@ -22,8 +22,8 @@ PROTOCOLS = {
 def parse_eps(eps: str | float | int) -> float:
     """`"8/255"` or `0.03` -> float; ValueError for anything that is not a finite number of at least 0."""
     try:
-        top, *bottom = (Fraction(part.strip()) for part in str(eps).split("/"))  # also "0.5/255"
-        (bottom,) = bottom or [1]
+        top, *rest = (Fraction(part.strip()) for part in str(eps).split("/"))  # also "0.5/255"
+        (bottom,) = rest or [Fraction(1)]
         value = float(top / bottom)
     except (ValueError, ArithmeticError):  # "a", "8/", "1/2/3", "nan", 1/0, 1e400
         value = -1.0

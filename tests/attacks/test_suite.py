@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from conftest import Recorder, grey, linear
+from conftest import CLASSES, Recorder, grey, linear
 
 from hpt_hf.attacks.apgd import APGD
 from hpt_hf.attacks.engine import misclassification, run_attack
-from hpt_hf.attacks.losses import targeted_dlr
+from hpt_hf.attacks.losses import cross_entropy, targeted_dlr
 from hpt_hf.attacks.noise import Noise
-from hpt_hf.attacks.suite import ATTACKS, worst_case
+from hpt_hf.attacks.pgd import TrainingAttack
+from hpt_hf.attacks.suite import ATTACKS, EvaluationAttack, worst_case
 from hpt_hf.attacks.threat_model import ThreatModel
 
 NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -133,3 +134,84 @@ def test_square_breaks_what_hides_its_gradient(norm):
     assert broken["square"].sum() > 9
     for name in GRADIENTS:
         assert broken[name].sum() < 4 and not (broken[name] & ~broken["square"]).any()
+
+
+# --- attacks by name
+
+
+def make_attack(name="pgd", steps=5, eps="20/255", **settings):
+    return EvaluationAttack(ThreatModel("linf", eps), name, steps, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"name": "apgd_ce"}, "no attack is called 'apgd_ce'; did you mean apgd-ce"),
+        ({"name": "standart"}, "no attack is called 'standart'; did you mean standard?"),
+        ({"name": "zzz"}, f"there are {', '.join(ATTACKS)}, standard"),
+        ({"name": "apgd-t", "target": "cat"}, "no attack towards a target is called 'apgd-t'"),
+        ({"name": "standard", "target": "cat"}, "no attack towards a target is called 'standard'"),
+        ({"protocol": "full"}, "protocol='full': expected 'input'"),
+        ({"steps": 0}, "steps=0: expected at least 1"),
+    ],
+)
+def test_an_attack_that_does_not_exist_is_an_error(settings, says):
+    with pytest.raises(ValueError) as error:
+        make_attack(**settings)
+    assert says in str(error.value)
+
+
+OWN_STEPS = {"pgd": 20, "cw": 20, "apgd-ce": 100, "apgd-t": 100, "square": 5000}
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, "standard"])
+@pytest.mark.parametrize("steps", [None, 3])
+def test_every_attack_runs_its_own_steps_or_the_given_ones_and_says_so(monkeypatch, trained, batch, name, steps):
+    """The names and numbers under which robust accuracies are compared in print."""
+    ran, chosen = [], EvaluationAttack(ThreatModel(), name, steps)
+    for stage in ATTACKS:
+
+        def spy(logits_fn, images, labels, threat, steps, noise, stage=stage):
+            ran.append((stage, steps))
+            return images.clone(), torch.zeros(len(images), dtype=torch.bool)
+
+        monkeypatch.setitem(ATTACKS, stage, (spy, ATTACKS[stage][1]))
+    chosen.run(trained, batch["images"], batch["image_ids"], batch["labels"])
+    own = {"apgd-ce": 100, "apgd-t": 100, "square": 500} if name == "standard" else {name: OWN_STEPS[name]}
+    assert ran == [(stage, steps or n) for stage, n in own.items()] and chosen.stages == tuple(own)
+    shown = steps or OWN_STEPS.get(name)
+    assert str(chosen) == (f"{name}-{shown}" if shown else name)
+
+
+@pytest.mark.parametrize("name", ["cw", "square", "standard"])
+def test_craft_is_full_length_pgd_whatever_the_name(trained, batch, name):
+    chosen = make_attack(name, 6, seed=2)
+    crafted = chosen.craft(trained, batch["images"], batch["image_ids"], batch["labels"])
+    loss_fn = lambda x: cross_entropy(trained.classify(x).logits, batch["labels"])  # noqa: E731
+    expected = TrainingAttack(chosen.threat, 6, 2.5 * chosen.threat.radius / 6)
+    assert torch.equal(crafted, expected(loss_fn, batch["images"], batch["image_ids"], seed=2, round=0))
+
+
+def test_standard_is_the_worst_case_over_its_stages_image_by_image(trained, batch):
+    """Broken by one stage is broken by all together, and nothing else is; each with its noise as one of several."""
+    images, image_ids, labels = batch["images"], batch["image_ids"], batch["labels"]
+    chosen = make_attack("standard", 3, "13/255", seed=4)
+    found, by = chosen.run(trained, images, image_ids, labels)
+    with torch.no_grad():
+        assert torch.equal(trained.classify(found).logits.argmax(1) != labels, by >= 0)
+    expected = torch.full_like(by, -1)
+    for number, name in reversed([*enumerate(chosen.stages)]):
+        noise = Noise(image_ids, 4, round=number * 1_000_003)
+        logits_fn = lambda x: trained.classify(x).logits  # noqa: E731
+        expected[ATTACKS[name][0](logits_fn, images, labels, chosen.threat, 3, noise)[1]] = number
+    assert torch.equal(by, expected), "each image counts for the first stage that breaks it"
+    assert len(set(by.tolist())) > 2, "a later stage adds to the first, or this proves little"
+
+
+def test_what_a_targeted_attack_breaks_is_taken_for_the_target_and_nothing_else_is(trained, batch):
+    rows, chosen = batch["labels"] != CLASSES.index("tree"), make_attack("cw", 10, target="tree")
+    found, by = chosen.run(trained, *(batch[name][rows] for name in ("images", "image_ids", "labels")))
+    with torch.no_grad():
+        answers = trained.classify(found).logits.argmax(1)
+    assert torch.equal(answers == CLASSES.index("tree"), by == 0) and 0 < (by == 0).sum() < len(by)
+    assert chosen.threat.contains(found, batch["images"][rows]).all() and str(chosen) == "cw-10 towards tree"

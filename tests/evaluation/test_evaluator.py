@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from conftest import CLASSES, Rows, gpd_schedule, make_pictures, make_trainer, single_schedule, write_image_folder
 from PIL import Image
 
-from hpt_hf.attacks.losses import cross_entropy
 from hpt_hf.attacks.noise import Noise
-from hpt_hf.attacks.pgd import TrainingAttack
-from hpt_hf.attacks.suite import ATTACKS, EvaluationAttack
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import open_sets, reopen
 from hpt_hf.commands.evaluate import EvaluateArguments
@@ -229,109 +227,6 @@ def test_evaluate_asks_for_the_sets_own_classes(student):
     assert torch.equal(student.head, student.embed_classes(CLASSES, pictures.templates))
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"name": "pgdd"}, "no attack is called 'pgdd'; did you mean pgd"),
-        ({"protocol": "full"}, "protocol='full': expected 'input'"),
-        ({"steps": 0}, "steps=0: expected at least 1"),
-    ],
-)
-def test_an_attack_that_does_not_exist_is_an_error(settings, says):
-    with pytest.raises(ValueError) as error:
-        attack(**settings)
-    assert says in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "near"),
-    [("apgd_ce", "did you mean apgd-ce"), ("squares", "did you mean square?"), ("standart", "did you mean standard?")],
-)
-def test_an_unknown_attack_names_its_nearest(name, near):
-    with pytest.raises(ValueError, match=f"no attack is called '{name}'") as error:
-        attack(name)
-    assert near in str(error.value)
-    with pytest.raises(ValueError) as error:
-        attack("zzz")
-    assert str(error.value).endswith(f"there are {', '.join(ATTACKS)}, standard"), "nothing is near: all are named"
-
-
-def test_every_attack_has_its_name_its_own_steps_and_says_both():
-    """The names and numbers under which robust accuracies are compared in print; a record that says less cannot be repeated."""
-    default = {name: str(EvaluationAttack(ThreatModel(), name)) for name in (*ATTACKS, "standard")}
-    assert default == {
-        "pgd": "pgd-20",
-        "cw": "cw-20",
-        "apgd-ce": "apgd-ce-100",
-        "apgd-t": "apgd-t-100",
-        "square": "square-5000",
-        "standard": "standard",
-    }
-    assert str(attack("cw", 50)) == "cw-50" and str(attack("standard", 7)) == "standard-7"
-    assert attack("standard").stages == ("apgd-ce", "apgd-t", "square") and attack("cw").stages == ("cw",)
-
-
-@pytest.mark.parametrize("name", [*ATTACKS, "standard"])
-def test_left_out_steps_are_the_attacks_own_and_given_ones_are_everybodys(monkeypatch, able, name):
-    """That what `str` says is what runs: every part writes down the steps that it was given."""
-    ran = []
-
-    def spy(part):
-        def run(logits_fn, images, labels, threat, steps, noise):
-            ran.append((part, steps))
-            return images.clone(), torch.zeros(len(images), dtype=torch.bool)
-
-        return run
-
-    for part, (_, own) in list(ATTACKS.items()):
-        monkeypatch.setitem(ATTACKS, part, (spy(part), own))
-    batch = Collator(able.processor)([make_pictures(2)[i] for i in range(2)])
-    parts = ("apgd-ce", "apgd-t", "square") if name == "standard" else (name,)
-    for steps in (None, 3):
-        attack(name, steps).run(able, batch["images"], batch["image_ids"], batch["labels"])
-        own = {"apgd-ce": 100, "apgd-t": 100, "square": 500} if name == "standard" else {name: ATTACKS[name][1]}
-        assert ran == [(part, steps or own[part]) for part in parts]
-        ran.clear()
-
-
-@pytest.mark.parametrize("name", ["pgd", "cw", "square", "standard"])
-def test_craft_is_full_length_pgd_whatever_the_name(able, name):
-    """What stops at its first success hardly fools another model, so what is shown and transferred goes on to the end."""
-    batch = Collator(able.processor)([make_pictures(16)[i] for i in range(16)])
-    images, keys, labels = batch["images"], batch["image_ids"], batch["labels"]
-    chosen = attack(name, 6, seed=2)
-    crafted = chosen.craft(able, images, keys, labels)
-    plain = TrainingAttack(chosen.threat, 6, 2.5 * chosen.threat.radius / 6)
-    expected = plain(lambda x: cross_entropy(able.classify(x).logits, labels), images, keys, seed=2, round=0)
-    assert torch.equal(crafted, expected)
-    assert not torch.equal(crafted, attack("pgd", 6, seed=2).run(able, images, keys, labels)[0]), (
-        "this one stops early"
-    )
-
-
-def test_standard_is_the_worst_case_over_its_parts_picture_by_picture(able):
-    """Broken by one part is broken by all together, and nothing else is; each part with the noise that it gets as one of several."""
-    batch = Collator(able.processor)([make_pictures(60)[i] for i in range(60)])
-    images, keys, labels = batch["images"], batch["image_ids"], batch["labels"]
-    chosen = attack("standard", 3, eps="26/255", seed=4)
-    found, by = chosen.run(able, images, keys, labels)
-    broken = by >= 0
-    assert chosen.threat.contains(found, images).all()
-    with torch.no_grad():
-        assert torch.equal(able.classify(found).logits.argmax(1) != labels, broken)
-    first = attack("apgd-ce", 3, eps="26/255", seed=4).run(able, images, keys, labels)[1] >= 0
-    alone = []
-    for number, name in enumerate(chosen.stages):
-        noise = Noise(keys, 4, round=number * 1_000_003)
-        alone.append(ATTACKS[name][0](lambda x: able.classify(x).logits, images, labels, chosen.threat, 3, noise)[1])
-    assert torch.equal(first, alone[0]), "the first part is the attack of that name, to the bit"
-    expected = torch.full_like(by, -1)
-    for number in (2, 1, 0):
-        expected[alone[number]] = number
-    assert torch.equal(by, expected), "each picture is counted for the first part that breaks it"
-    assert first.sum() < broken.sum() < len(images), "a later part adds to the first, or this proves little"
-
-
 # --- towards a target -----------------------------------------------------------------------------------------------------------
 
 
@@ -351,23 +246,9 @@ def test_a_targeted_score_equals_a_plain_loops_on_the_other_classes(able):
     )
 
 
-def test_what_a_targeted_attack_breaks_is_taken_for_the_target_and_nothing_else_is(able):
-    pictures = make_pictures(40).without_class("tree")
-    batch = Collator(able.processor)([pictures[i] for i in range(len(pictures))])
-    chosen = attack("cw", 10, eps="26/255", target="tree")
-    found, by = chosen.run(able, batch["images"], batch["image_ids"], batch["labels"])
-    with torch.no_grad():
-        said = able.classify(found).logits.argmax(1)
-    assert torch.equal(said == CLASSES.index("tree"), by == 0) and 0 < (by == 0).sum() < len(by)
-    assert chosen.threat.contains(found, batch["images"]).all()
-
-
 def test_a_target_that_cannot_be_asked_for_is_an_error(able):
     with pytest.raises(ValueError, match="'hose' is none of the 5 classes of made; did you mean house?"):
         measure(able, make_pictures(5), attack(target="hose"))
-    for name in ("apgd-t", "standard"):
-        with pytest.raises(ValueError, match=f"no attack towards a target is called '{name}'"):
-            attack(name, target="cat")
     only = dataclasses.replace(make_pictures(10), kept=[0, 5])
     with pytest.raises(ValueError, match="made holds no picture of another class than 'cat'"):
         measure(able, only, attack(target="cat"))
