@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,47 +18,44 @@ from hpt_hf.models.zero_shot import digest
 
 logger = logging.get_logger(__name__)
 
-
 PIVOT_FILE = "gpd_pivot.safetensors"
 
 
 class GPDCallback(TrainerCallback):
-    """Carries out what the schedule says happens between steps: average, restart, pull.
+    """Carries out what the schedule says happens between steps.
 
-    It owns two copies of the trained parameters: the vanilla weights, and the moving average that becomes the pivot. The average is saved with
-    every checkpoint (`gpd_pivot.safetensors`) and read back by `load`; *when* something happens is never counted here but asked of the
-    schedule, so a resumed run cannot drift.
+    It owns two copies of the trained parameters: the vanilla weights, and the moving average that becomes the pivot. The
+    average is saved with every checkpoint and read back by `load`; *when* something happens is never counted here but asked
+    of the schedule, so a resumed run cannot drift.
 
     Args:
-        schedule: the phases.
+        schedule: the phases, in steps.
         student: the model that is trained, with its vanilla weights (of a `ZeroShotClassifier`, its `model`).
     """
 
     def __init__(self, schedule: Schedule, student: torch.nn.Module):
         self.schedule, self.student = schedule, student
-        names = [n for n, p in student.named_parameters() if p.requires_grad]
-        weights = dict(student.named_parameters())
         needed = any(p.restart or p.ema is not None or p.pull is not None for p in schedule.phases)
-        self.vanilla = {n: weights[n].detach().clone() for n in names} if needed else {}
-        self.average = {n: w.clone() for n, w in self.vanilla.items()}
+        trained = {n: p for n, p in student.named_parameters() if p.requires_grad and needed}
+        self.vanilla = {n: p.detach().clone() for n, p in trained.items()}
+        self.average = {n: p.clone() for n, p in self.vanilla.items()}
         self.origin = digest(self.vanilla)
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(n, p) for n, p in parameters(self.student).items() if n in self.vanilla]
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Keep the copies where the student trains, in parts if it lies in parts."""
-        trained = dict(self._trained())
-        self.vanilla = {n: shard_like(t, trained[n]) for n, t in self.vanilla.items()}
-        self.average = {n: shard_like(t, trained[n]) for n, t in self.average.items()}
+        for name, parameter in self._trained():
+            self.vanilla[name] = shard_like(self.vanilla[name], parameter)
+            self.average[name] = shard_like(self.average[name], parameter)
 
     @torch.no_grad()
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         step = state.global_step
         if self.schedule.restarts_at(step):
-            distance = math.sqrt(
-                sum(float(full_tensor((self.average[n] - v).square().sum())) for n, v in self.vanilla.items())
-            )
-            logger.info(
-                f"step {step}: the pivot stands, {distance:.3g} from the vanilla weights; the student restarts from those"
-            )
+            squares = [full_tensor((self.average[n] - v).square().sum()) for n, v in self.vanilla.items()]
+            logger.info(f"step {step}: restart; the pivot is {math.sqrt(sum(map(float, squares))):.3g} from the vanilla weights")
             for name, parameter in self._trained():
                 parameter.copy_(self.vanilla[name])
             # Momentum gathered elsewhere, at another rate, would throw the restarted student off.
@@ -78,18 +74,15 @@ class GPDCallback(TrainerCallback):
                 self.average[name] = decay * self.average[name] + (1 - decay) * parameter.detach()
 
     def on_save(self, args, state, control, **kwargs):
-        if self.vanilla:
-            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", first=state.is_world_process_zero)
-
-    def save(self, folder: Path, *, first: bool = True) -> None:
-        """Write the average beside a checkpoint, whole or not at all. Every process gives its part, the `first` one writes."""
-        average = {n: full_tensor(t).contiguous().cpu() for n, t in self.average.items()}
-        if not first:
+        """Write the average beside the checkpoint, whole or not at all. Every process gives its part, the first one writes."""
+        if not self.vanilla:
             return
-        metadata = {"vanilla": self.origin, "schedule": json.dumps(self._describe())}
-        temporary = folder / (PIVOT_FILE + ".part")
-        save_file(average, temporary, metadata=metadata)
-        temporary.replace(folder / PIVOT_FILE)
+        average = {n: full_tensor(t).contiguous().cpu() for n, t in self.average.items()}
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            temporary = folder / f"{PIVOT_FILE}.part"
+            save_file(average, temporary, metadata={"vanilla": self.origin, "schedule": json.dumps(self._describe())})
+            temporary.replace(folder / PIVOT_FILE)
 
     def load(self, folder: str | Path) -> None:
         """Take the average from a checkpoint.
@@ -102,29 +95,22 @@ class GPDCallback(TrainerCallback):
             return
         path = Path(folder) / PIVOT_FILE
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: this checkpoint was cut off while being saved, or was not made by this recipe; resume from an earlier one"
-            )
+            raise FileNotFoundError(f"{path} is missing: the checkpoint was cut off, or another method's. Fix: an earlier one")
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            if metadata["vanilla"] != self.origin:
-                raise ValueError(
-                    f"{folder} was trained from other vanilla weights than the model given now: resume with the same --model_name_or_path"
-                )
-            if json.loads(metadata["schedule"]) != self._describe():
-                raise ValueError(
-                    f"{folder} was trained under another schedule, {metadata['schedule']}, than the one given now, {json.dumps(self._describe())}: resume with the same recipe"
-                )
+            vanilla, schedule = (file.metadata()[key] for key in ("vanilla", "schedule"))
+            if vanilla != self.origin:
+                raise ValueError(f"{folder} was trained from other vanilla weights: got {self.origin}, expected {vanilla}")
+            if json.loads(schedule) != self._describe():
+                raise ValueError(f"{folder} was trained under another schedule: got {self._describe()}, expected {schedule}")
             self.average = {n: file.get_tensor(n) for n in self.vanilla}
 
     def _describe(self) -> list:
+        """What decides the moments and the rates, as the metadata of the pivot holds it."""
         return [
             self.schedule.interval,
             *(
                 [p.objective.name, p.steps, p.learning_rate, p.warmup_steps, p.restart, p.ema, p.pull]
+                + ([] if p.decay == "cosine" else [p.decay])
                 for p in self.schedule.phases
             ),
         ]
-
-    def _trained(self) -> Sequence[tuple[str, torch.nn.Parameter]]:
-        return [(n, p) for n, p in parameters(self.student).items() if n in self.vanilla]

@@ -5,6 +5,7 @@ Sources: HPT and GA (arXiv 2601.12865), TeCoA (2212.07016), FARE (2402.12336), P
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,14 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from hpt_hf.attacks.losses import cross_entropy
-from hpt_hf.types import Images, Labels, Logits, PerExample, ZeroShotOutput
+from hpt_hf.types import Embeds, Images, Labels, Logits, PerExample, ZeroShotOutput
+
+Terms = dict[str, torch.Tensor]
 
 
 class ModelViews:
     """What one model says of one batch, clean and adversarial: each forward runs at most once, and only when asked for."""
 
-    def __init__(self, model: Callable[[Images], ZeroShotOutput], batch: Views, *, gradients: bool):
-        self._model, self._batch, self._gradients = model, batch, gradients
+    def __init__(self, model: Callable[[Images], ZeroShotOutput], images: Images, *, gradients: bool):
+        self._model, self._images, self._gradients = model, images, gradients
+        self._adversarial_images: Images | None = None
 
     def _forward(self, images: Images) -> ZeroShotOutput:
         with torch.set_grad_enabled(self._gradients and torch.is_grad_enabled()):
@@ -28,11 +32,11 @@ class ModelViews:
 
     @cached_property
     def clean(self) -> ZeroShotOutput:
-        return self._forward(self._batch.images)
+        return self._forward(self._images)
 
     @cached_property
     def adversarial(self) -> ZeroShotOutput:
-        return self._forward(self._batch.adversarial_images)
+        return self._forward(self._adversarial_images)
 
 
 class Views:
@@ -42,12 +46,9 @@ class Views:
         images: the clean batch.
         student: the wrapped model in training; its forwards carry gradients.
         proxy, anchor: references or None; their forwards never do.
-        labels: class indices, or None for unlabelled images: then the label is the reference's own prediction on the clean image
-            (the proxy's where there is one, else the anchor's).
-        adversarial_images: set once the attack has run.
+        labels: class indices, or None for unlabelled images: then the label is the reference's own prediction on the clean
+            image (the proxy's where there is one, else the anchor's).
     """
-
-    adversarial_images: Images | None = None
 
     def __init__(
         self,
@@ -58,11 +59,20 @@ class Views:
         anchor: Callable | None = None,
         labels: Labels | None = None,
     ):
-        self.images = images
         self._labels = labels
-        self.student = ModelViews(student, self, gradients=True)
-        self.proxy = None if proxy is None else ModelViews(proxy, self, gradients=False)
-        self.anchor = None if anchor is None else ModelViews(anchor, self, gradients=False)
+        self.student = ModelViews(student, images, gradients=True)
+        self.proxy = ModelViews(proxy, images, gradients=False) if proxy else None
+        self.anchor = ModelViews(anchor, images, gradients=False) if anchor else None
+
+    def attacked(self, adversarial_images: Images) -> Views:
+        """The same batch once it has been attacked; what was computed of the clean images stays known."""
+        views = copy.copy(self)
+        for name in ("student", "proxy", "anchor"):
+            if getattr(self, name) is not None:
+                one = copy.copy(getattr(self, name))
+                one._adversarial_images = adversarial_images
+                setattr(views, name, one)
+        return views
 
     @cached_property
     def labels(self) -> Labels:
@@ -89,20 +99,15 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if self.direction not in ("forward", "reverse"):
-            raise ValueError(
-                f"direction={self.direction!r}: expected 'forward', KL(teacher || student), or 'reverse', KL(student || teacher)"
-            )
+            raise ValueError(f"kl_direction: got {self.direction!r}, expected 'forward' or 'reverse'")
         if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: expected a positive number")
+            raise ValueError(f"temperature: got {self.temperature}, expected a positive number")
 
     def __call__(self, student: Logits, teacher: Logits) -> torch.Tensor:
         log_s, log_t = (F.log_softmax(logits.float() / self.temperature, dim=-1) for logits in (student, teacher))
         if self.direction == "reverse":
             log_s, log_t = log_t, log_s
         return self.temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
-
-
-Terms = dict[str, torch.Tensor]
 
 
 def hpt(views: Views, kl: Divergence) -> Terms:
@@ -127,7 +132,7 @@ def tecoa(views: Views, kl: Divergence) -> Terms:
 
 def fare(views: Views, kl: Divergence) -> Terms:
     """The adversarial embedding stays at the clean embedding of the vanilla model; no labels, no text."""
-    return {"fare": (views.student.adversarial.embeds - views.anchor.clean.embeds).square().sum(-1).mean()}
+    return {"fare": squared_distance(views.student.adversarial, views.anchor.clean.embeds).mean()}
 
 
 def pmg_aft(views: Views, kl: Divergence) -> Terms:
@@ -140,12 +145,12 @@ def pmg_aft(views: Views, kl: Divergence) -> Terms:
     }
 
 
-def maximise_cross_entropy(output: ZeroShotOutput, views: Views) -> PerExample:
-    return cross_entropy(output.logits, views.labels)
+def label_loss(output: ZeroShotOutput, labels: Labels) -> PerExample:
+    return cross_entropy(output.logits, labels)
 
 
-def maximise_embedding_distance(output: ZeroShotOutput, views: Views) -> PerExample:
-    return (output.embeds - views.anchor.clean.embeds).square().sum(-1)
+def squared_distance(output: ZeroShotOutput, embeds: Embeds) -> PerExample:
+    return (output.embeds - embeds).square().sum(-1)
 
 
 @dataclass(frozen=True)
@@ -154,51 +159,39 @@ class Objective:
 
     Args:
         name: the word in recipes and logs.
-        loss: views -> named scalar terms; their sum is minimised.
-        attack: (output on the perturbed images, views) -> (batch,) what the attack maximises.
+        loss: (views of the attacked batch, divergence) -> named scalar terms; their sum is minimised.
         references: which frozen models it needs, of "proxy" and "anchor".
-        paper: where it is defined.
         needs_labels: False if images without labels will do; `Views.labels` says what the attack uses then.
+        attack_loss: (output on the perturbed images, target) -> (batch,) what the attack maximises.
+        attack_target: views of the clean batch -> the target, computed once a batch.
         divergence: KL direction and temperature, for those that have a KL.
         attack_on: which model the adversarial images are crafted on, `"student"` (the paper) or `"proxy"`.
     """
 
     name: str
     loss: Callable[[Views, Divergence], Terms]
-    attack: Callable[[ZeroShotOutput, Views], PerExample]
-    references: tuple[str, ...]
-    paper: str
-    needs_labels: bool
+    references: tuple[str, ...] = ()
+    needs_labels: bool = False
+    attack_loss: Callable[[ZeroShotOutput, torch.Tensor], PerExample] = label_loss
+    attack_target: Callable[[Views], torch.Tensor] = lambda views: views.labels
     divergence: Divergence = field(default_factory=Divergence)
     attack_on: str = "student"
 
     def __post_init__(self) -> None:
-        if self.attack_on not in ("student", "proxy"):
-            raise ValueError(f"attack_on={self.attack_on!r}: expected 'student' or 'proxy'")
-        if self.attack_on == "proxy" and "proxy" not in self.references:
-            raise ValueError(
-                f"attack_on='proxy', but {self.name} has no proxy: it refers to {self.references or 'no other model'}"
-            )
+        if self.attack_on not in ("student", *self.references) or self.attack_on == "anchor":
+            raise ValueError(f"attack_on: got {self.attack_on!r}, expected 'student', or 'proxy' where {self.name} has one")
 
     def __call__(self, views: Views) -> Terms:
         return self.loss(views, self.divergence)
 
 
 OBJECTIVES: dict[str, Objective] = {
-    o.name: o
-    for o in (
-        Objective("hpt", hpt, maximise_cross_entropy, ("proxy",), "arXiv 2601.12865, stage 2", needs_labels=False),
-        Objective("ga", ga, maximise_cross_entropy, ("proxy",), "arXiv 2601.12865, stage 1", needs_labels=False),
-        Objective(
-            "anchor_clean",
-            anchor_clean,
-            maximise_cross_entropy,
-            ("anchor",),
-            "control; close to AGFT",
-            needs_labels=False,
-        ),
-        Objective("tecoa", tecoa, maximise_cross_entropy, (), "arXiv 2212.07016", needs_labels=True),
-        Objective("fare", fare, maximise_embedding_distance, ("anchor",), "arXiv 2402.12336", needs_labels=False),
-        Objective("pmg_aft", pmg_aft, maximise_cross_entropy, ("anchor",), "arXiv 2401.04350", needs_labels=True),
-    )
+    "hpt": Objective("hpt", hpt, ("proxy",)),
+    "ga": Objective("ga", ga, ("proxy",)),
+    "anchor_clean": Objective("anchor_clean", anchor_clean, ("anchor",)),
+    "tecoa": Objective("tecoa", tecoa, needs_labels=True),
+    "fare": Objective(
+        "fare", fare, ("anchor",), attack_loss=squared_distance, attack_target=lambda views: views.anchor.clean.embeds
+    ),
+    "pmg_aft": Objective("pmg_aft", pmg_aft, ("anchor",), needs_labels=True),
 }

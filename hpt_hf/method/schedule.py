@@ -1,87 +1,101 @@
-"""The schedule of phases, as pure functions of the step, and the callback that carries out GPD's steps between the steps.
+"""The schedule: phases as pure functions of the optimizer step.
 
-Generalization-Pivot Decoupling (arXiv 2601.12865): a low-rate warm-up whose exponential moving average is the *pivot*; then HPT at a
-high rate from the vanilla weights, pulled halfway back to the pivot at the start of every epoch.
+Generalization-Pivot Decoupling (arXiv 2601.12865): a low-rate warm-up whose exponential moving average is the *pivot*; then
+HPT at a high rate from the vanilla weights, pulled halfway back to the pivot at the start of every epoch.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from hpt_hf.method.objectives import Objective
 
+# Share of the peak rate once a share `p` of the phase after its linear warm-up is over.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+    "linear": lambda p: 1 - p,
+    "constant": lambda p: 1.0,
+}
+
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one objective and one learning-rate curve.
+    """A stretch of training with one objective and one learning-rate curve. What is None is the Trainer's: see `Schedule.resolve`.
 
     Args:
         objective: what is minimised and how it is attacked.
-        steps: optimizer steps.
-        learning_rate: the peak; linear warm-up over `warmup_steps`, then cosine to 0 at the end of the phase.
+        epochs, steps: its length, in one of the two; both None: `num_train_epochs`.
+        learning_rate: the peak; None: the Trainer's divided by `rate_divisor`.
+        warmup_steps: of the linear warm-up; after it the rate falls along `decay` (a row of `DECAYS`) until the phase ends.
         restart: begin from the vanilla weights, with empty momentum, instead of where the last phase ended.
-        ema: decay g of the moving average `ema <- g ema + (1 - g) theta`, taken at the end of each interval; its last value is the pivot.
+        ema: decay g of `ema <- g ema + (1 - g) theta`, taken at the end of each interval; its last value is the pivot.
         pull: ratio b of `theta <- b theta + (1 - b) pivot`, done at the start of each interval but the first.
+
+    Raises:
+        ValueError: a length, rate, warm-up or ratio that cannot be.
     """
 
     objective: Objective
-    steps: int
-    learning_rate: float
-    warmup_steps: int = 0
+    epochs: float | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    rate_divisor: float = 1.0
+    warmup_steps: int | None = None
+    decay: str | None = None
     restart: bool = False
     ema: float | None = None
     pull: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"phase {self.objective.name}: steps={self.steps}, expected at least 1")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(
-                f"phase {self.objective.name}: learning_rate={self.learning_rate}, expected a positive number"
-            )
-        if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(
-                f"phase {self.objective.name}: warmup_steps={self.warmup_steps}, expected 0 to {self.steps}, the steps of the phase"
-            )
-        for name in ("ema", "pull"):
+        ratio, positive = (lambda v: 0 <= v <= 1), (lambda v: 0 < v < math.inf)
+        for name, allowed, expected in (
+            ("epochs", positive, "a positive number"),
+            ("steps", lambda v: v >= 1, "at least 1"),
+            ("learning_rate", positive, "a positive number"),
+            ("warmup_steps", lambda v: 0 <= v <= (self.steps or v), f"0 to {self.steps}, the steps of the phase"),
+            ("decay", lambda v: v in DECAYS, f"one of {', '.join(DECAYS)}"),
+            ("ema", ratio, "a ratio between 0 and 1"),
+            ("pull", ratio, "a ratio between 0 and 1"),
+        ):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"phase {self.objective.name}: {name}={value}, expected a ratio between 0 and 1")
+            if value is not None and not allowed(value):
+                raise ValueError(f"phase {self.objective.name}: {name}: got {value}, expected {expected}")
 
     def rate(self, step: int) -> float:
         """Learning rate of the phase's own step number `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.learning_rate * DECAYS[self.decay](min(1.0, progress))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Phases in turn. `interval` is the number of steps between averages and pulls: an epoch, unless said otherwise."""
+    """Phases in turn. `interval` is the number of steps between averages and pulls; None: an epoch.
+
+    Raises:
+        ValueError: no phase, an interval below 1, or a pull to a pivot that no earlier phase makes.
+    """
 
     phases: tuple[Phase, ...]
-    interval: int
+    interval: int | None = None
 
     def __post_init__(self) -> None:
         if not self.phases:
             raise ValueError("a schedule needs at least one phase")
-        if self.interval < 1:
-            raise ValueError(f"interval={self.interval}: expected at least one step between averages and pulls")
-        averaged = False
-        for phase in self.phases:
-            if phase.pull is not None and not averaged:
-                raise ValueError(
-                    f"phase {phase.objective.name} is pulled to a pivot that no phase before it makes: give an earlier phase an ema"
-                )
-            averaged |= phase.ema is not None
+        if self.interval is not None and self.interval < 1:
+            raise ValueError(f"interval: got {self.interval}, expected at least 1 step between averages and pulls")
+        for number, phase in enumerate(self.phases):
+            if phase.pull is not None and all(before.ema is None for before in self.phases[:number]):
+                raise ValueError(f"phase {phase.objective.name} is pulled to a pivot, but no phase before it has an ema")
 
     @classmethod
-    def single(cls, objective: Objective, *, steps: int, learning_rate: float, warmup_steps: int = 0) -> Schedule:
-        """One objective from start to end: plain HPT, and every baseline."""
-        return cls((Phase(objective, steps, learning_rate, warmup_steps),), interval=steps)
+    def single(cls, objective: Objective, **phase) -> Schedule:
+        """One objective from start to end: plain HPT, and every baseline. `phase`: fields of `Phase`."""
+        return cls((Phase(objective, **phase),))
 
     @classmethod
     def gpd(
@@ -89,41 +103,76 @@ class Schedule:
         warm_up: Objective,
         main: Objective,
         *,
-        warm_up_steps: int,
-        steps: int,
-        warm_up_learning_rate: float,
-        learning_rate: float,
-        interval: int,
-        warmup_steps: int = 0,
+        warm_up_epochs: float | None = None,
+        warm_up_steps: int | None = None,
+        warm_up_learning_rate: float | None = None,
+        interval: int | None = None,
         ema: float = 0.9,
         pull: float = 0.5,
         restart: bool = True,
+        **phase,
     ) -> Schedule:
-        """The paper's two stages. `warmup_steps` is the linear ramp of the learning rate in the second."""
-        first = Phase(warm_up, warm_up_steps, warm_up_learning_rate, ema=ema)
-        return cls((first, Phase(main, steps, learning_rate, warmup_steps, restart=restart, pull=pull)), interval)
+        """The paper's two stages; `phase`: fields of the second. The first runs at a thousandth of its rate, if nothing is said."""
+        length = {"epochs": warm_up_epochs, "steps": warm_up_steps}
+        first = Phase(
+            warm_up, **length, learning_rate=warm_up_learning_rate, rate_divisor=1000, warmup_steps=0, decay="cosine", ema=ema
+        )
+        return cls((first, Phase(main, restart=restart, pull=pull, **phase)), interval)
+
+    def resolve(
+        self,
+        steps_per_epoch: int,
+        *,
+        epochs: float,
+        learning_rate: float,
+        warmup_steps: Callable[[int], int] = lambda steps: 0,
+        decay: str = "cosine",
+        max_steps: int = -1,
+    ) -> Schedule:
+        """The same schedule in optimizer steps, what its phases leave open taken from the arguments.
+
+        Args:
+            warmup_steps: steps of a phase -> of its warm-up, cut off at the phase's end.
+            max_steps: total length, if positive: all phases shrink or grow in proportion, so a short run still goes through the
+                switch.
+        """
+        lengths = [p.steps or max(1, round((p.epochs or epochs) * steps_per_epoch)) for p in self.phases]
+        if max_steps > 0:
+            if max_steps < len(lengths):
+                raise ValueError(f"max_steps: got {max_steps}, expected at least {len(lengths)}, a step for each phase")
+            first = [min(max(1, round(max_steps * n / sum(lengths))), max_steps - 1) for n in lengths[:-1]]
+            lengths = [*first, max_steps - sum(first)]
+        phases = tuple(
+            replace(
+                p,
+                epochs=None,
+                steps=steps,
+                learning_rate=learning_rate / p.rate_divisor if p.learning_rate is None else p.learning_rate,
+                warmup_steps=min(warmup_steps(steps) if p.warmup_steps is None else p.warmup_steps, steps),
+                decay=p.decay or decay,
+            )
+            for p, steps in zip(self.phases, lengths, strict=True)
+        )
+        return Schedule(phases, self.interval or steps_per_epoch)
+
+    def shortened(self, steps: int) -> Schedule:
+        """The same phases, each at most `steps` long."""
+        phases = (replace(p, steps=min(p.steps, steps), warmup_steps=min(p.warmup_steps, steps)) for p in self.phases)
+        return replace(self, phases=tuple(phases))
 
     @property
     def total_steps(self) -> int:
         return sum(p.steps for p in self.phases)
 
-    def locate(self, step: int) -> tuple[Phase, int]:
-        """The phase of a global step and the step's number within it. Steps past the end belong to the last phase."""
-        number = self.number(step)
-        return self.phases[number], step - sum(p.steps for p in self.phases[:number])
-
     def number(self, step: int) -> int:
-        """Which phase a global step belongs to, counted from 0."""
+        """Which phase a global step belongs to, counted from 0; steps past the end belong to the last."""
         ends = itertools.accumulate(p.steps for p in self.phases[:-1])
         return sum(step >= end for end in ends)
 
-    def shortened(self, steps: int) -> Schedule:
-        """The same phases, each at most `steps` long."""
-        phases = (
-            replace(p, steps=min(p.steps, steps), warmup_steps=min(p.warmup_steps, p.steps, steps))
-            for p in self.phases
-        )
-        return replace(self, phases=tuple(phases))
+    def locate(self, step: int) -> tuple[Phase, int]:
+        """The phase of a global step and the step's number within it."""
+        number = self.number(step)
+        return self.phases[number], step - sum(p.steps for p in self.phases[:number])
 
     def phase(self, step: int) -> Phase:
         return self.locate(step)[0]
@@ -145,8 +194,4 @@ class Schedule:
     def averages_after(self, step: int) -> bool:
         """Does the moving average take the weights in right after this step? At the end of every interval and of the phase."""
         phase, within = self.locate(step)
-        return (
-            phase.ema is not None
-            and within < phase.steps
-            and ((within + 1) % self.interval == 0 or within + 1 == phase.steps)
-        )
+        return phase.ema is not None and within < phase.steps and ((within + 1) % self.interval == 0 or within + 1 == phase.steps)

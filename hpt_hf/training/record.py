@@ -1,0 +1,62 @@
+"""The record of a run: what `train.json` holds and the model card tells."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from transformers.utils import logging
+
+from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
+from hpt_hf.utils import commit, hardware, versions
+
+logger = logging.get_logger(__name__)
+
+
+def origin(classifier: ZeroShotClassifier) -> dict:
+    """What a model was before training."""
+    name = classifier.model.name_or_path
+    return {"source": name, "revision": classifier.revision, "fingerprint": fingerprint(classifier)}
+
+
+def check_proxy(student: ZeroShotClassifier, proxy: ZeroShotClassifier) -> None:
+    """Raise ValueError for other classes than the student's; warn of a proxy to which attacks on the student transfer."""
+    if proxy.classes != student.classes:
+        raise ValueError(
+            f"student and proxy have different classes ({len(student.classes)} and {len(proxy.classes)} names). "
+            "Fix: set_classes with the same list on both"
+        )
+    if fingerprint(proxy) == fingerprint(student):
+        logger.warning("proxy and student are the same model: an attack on one is an attack on the other, HPT learns nothing")
+    elif proxy.config.vision_config.to_dict() == student.config.vision_config.to_dict():
+        logger.warning("proxy and student have the same architecture: attacks transfer between such models")
+    if proxy.image_size != student.image_size:
+        logger.warning(f"the student's {student.image_size} px images are resized to {proxy.image_size} px inside the proxy")
+
+
+def training_record(trainer) -> dict:
+    """How the model was made, as JSON. `seconds` are this run's: one that was resumed leaves out what came before."""
+    args, data, threat = trainer.args, trainer.train_dataset, trainer.attack.threat
+    phases = trainer.schedule.phases
+    told = ("steps", "learning_rate", "warmup_steps", "decay")
+    measured = next((log for log in trainer.state.log_history[::-1] if "eval_clean_accuracy" in log), {})
+    record = {
+        "method": "+".join(p.objective.name for p in phases),
+        **trainer.origins,
+        "dataset": getattr(data, "name", type(data).__name__),
+        "images": len(data),
+        "classes": len(trainer.accelerator.unwrap_model(trainer.model).classes),
+        "phases": [{"objective": p.objective.name} | {name: getattr(p, name) for name in told} for p in phases],
+        "attack": asdict(trainer.attack) | {"threat": None, "norm": threat.norm, "eps": threat.eps},
+        "steps": trainer.state.global_step,
+        "learning_rate": phases[-1].learning_rate,
+        "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "processes": args.world_size,
+        "seed": args.seed,
+        "seconds": round(trainer.stopwatch.elapsed, 1),
+        "versions": versions(),
+        "commit": commit(),
+        "hardware": hardware(),
+        "held_out": {k: v for k, v in measured.items() if k.endswith("accuracy")},
+    }
+    del record["attack"]["threat"]
+    return record | (trainer.recipe or {})
