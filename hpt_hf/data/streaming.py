@@ -64,6 +64,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
             self.start = 0  # only the epoch that was broken off is taken up in its middle
         self.epoch = epoch
 
+    def fast_forward(self, epoch: int, batches: int) -> None:
+        """Go on in this epoch, after so many of its batches."""
+        self.epoch, self.start = epoch, batches * self.chunk
+
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         mine, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)

@@ -55,7 +55,9 @@ class GPDCallback(TrainerCallback):
         step = state.global_step
         if self.schedule.restarts_at(step):
             squares = [full_tensor((self.average[n] - v).square().sum()) for n, v in self.vanilla.items()]
-            logger.info(f"step {step}: restart; the pivot is {math.sqrt(sum(map(float, squares))):.3g} from the vanilla weights")
+            logger.info(
+                f"step {step}: restart; the pivot is {math.sqrt(sum(map(float, squares))):.3g} from the vanilla weights"
+            )
             for name, parameter in self._trained():
                 parameter.copy_(self.vanilla[name])
             # Momentum gathered elsewhere, at another rate, would throw the restarted student off.
@@ -95,13 +97,19 @@ class GPDCallback(TrainerCallback):
             return
         path = Path(folder) / PIVOT_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: the checkpoint was cut off, or another method's. Fix: an earlier one")
+            raise FileNotFoundError(
+                f"{path} is missing: the checkpoint was cut off, or another method's. Fix: an earlier one"
+            )
         with safe_open(path, framework="pt") as file:
             vanilla, schedule = (file.metadata()[key] for key in ("vanilla", "schedule"))
             if vanilla != self.origin:
-                raise ValueError(f"{folder} was trained from other vanilla weights: got {self.origin}, expected {vanilla}")
+                raise ValueError(
+                    f"{folder} was trained from other vanilla weights: got {self.origin}, expected {vanilla}"
+                )
             if json.loads(schedule) != self._describe():
-                raise ValueError(f"{folder} was trained under another schedule: got {self._describe()}, expected {schedule}")
+                raise ValueError(
+                    f"{folder} was trained under another schedule: got {self._describe()}, expected {schedule}"
+                )
             self.average = {n: file.get_tensor(n) for n in self.vanilla}
 
     def _describe(self) -> list:

@@ -179,7 +179,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.attack_on not in ("student", *self.references) or self.attack_on == "anchor":
-            raise ValueError(f"attack_on: got {self.attack_on!r}, expected 'student', or 'proxy' where {self.name} has one")
+            raise ValueError(
+                f"attack_on: got {self.attack_on!r}, expected 'student', or 'proxy' where {self.name} has one"
+            )
 
     def __call__(self, views: Views) -> Terms:
         return self.loss(views, self.divergence)

@@ -90,7 +90,9 @@ class Schedule:
             raise ValueError(f"interval: got {self.interval}, expected at least 1 step between averages and pulls")
         for number, phase in enumerate(self.phases):
             if phase.pull is not None and all(before.ema is None for before in self.phases[:number]):
-                raise ValueError(f"phase {phase.objective.name} is pulled to a pivot, but no phase before it has an ema")
+                raise ValueError(
+                    f"phase {phase.objective.name} is pulled to a pivot, but no phase before it has an ema"
+                )
 
     @classmethod
     def single(cls, objective: Objective, **phase) -> Schedule:
@@ -115,7 +117,13 @@ class Schedule:
         """The paper's two stages; `phase`: fields of the second. The first runs at a thousandth of its rate, if nothing is said."""
         length = {"epochs": warm_up_epochs, "steps": warm_up_steps}
         first = Phase(
-            warm_up, **length, learning_rate=warm_up_learning_rate, rate_divisor=1000, warmup_steps=0, decay="cosine", ema=ema
+            warm_up,
+            **length,
+            learning_rate=warm_up_learning_rate,
+            rate_divisor=1000,
+            warmup_steps=0,
+            decay="cosine",
+            ema=ema,
         )
         return cls((first, Phase(main, restart=restart, pull=pull, **phase)), interval)
 
@@ -139,7 +147,9 @@ class Schedule:
         lengths = [p.steps or max(1, round((p.epochs or epochs) * steps_per_epoch)) for p in self.phases]
         if max_steps > 0:
             if max_steps < len(lengths):
-                raise ValueError(f"max_steps: got {max_steps}, expected at least {len(lengths)}, a step for each phase")
+                raise ValueError(
+                    f"max_steps: got {max_steps}, expected at least {len(lengths)}, a step for each phase"
+                )
             first = [min(max(1, round(max_steps * n / sum(lengths))), max_steps - 1) for n in lengths[:-1]]
             lengths = [*first, max_steps - sum(first)]
         phases = tuple(
@@ -194,4 +204,8 @@ class Schedule:
     def averages_after(self, step: int) -> bool:
         """Does the moving average take the weights in right after this step? At the end of every interval and of the phase."""
         phase, within = self.locate(step)
-        return phase.ema is not None and within < phase.steps and ((within + 1) % self.interval == 0 or within + 1 == phase.steps)
+        return (
+            phase.ema is not None
+            and within < phase.steps
+            and ((within + 1) % self.interval == 0 or within + 1 == phase.steps)
+        )

@@ -39,21 +39,32 @@ class HPTConfig(TrainingArguments):
     # Batches carry images that the model's signature does not name, and labels that the stock evaluation must find.
     remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
-    # Every process reads a stream and decodes its own share, and the copy of a batch goes on while the step before is computed.
-    accelerator_config: dict | str | None = field(default_factory=lambda: {"dispatch_batches": False, "non_blocking": True})
+    # Every process reads a stream and decodes its own share.
+    accelerator_config: dict | str | None = field(
+        default_factory=lambda: {"dispatch_batches": False}
+    )
     # The finished model; every_save: each checkpoint on its way, too.
     hub_strategy: str = "end"
-    hub_overwrite: bool = field(default=False, metadata={"help": "with --push_to_hub: replace a model that the repository holds"})
+    hub_overwrite: bool = field(
+        default=False, metadata={"help": "with --push_to_hub: replace a model that the repository holds"}
+    )
 
     def __post_init__(self):
         if self.hub_token:  # the message must not repeat it
-            raise ValueError("hub_token would be stored in clear with the arguments. Fix: `hf auth login`, or set HF_TOKEN")
+            raise ValueError(
+                "hub_token would be stored in clear with the arguments. Fix: `hf auth login`, or set HF_TOKEN"
+            )
         if self.remove_unused_columns or self.label_names != ["labels"]:
-            raise ValueError("remove_unused_columns must be false and label_names ['labels']: batches hold images and labels")
+            raise ValueError(
+                "remove_unused_columns must be false and label_names ['labels']: batches hold images and labels"
+            )
         super().__post_init__()
         if self.lr_scheduler_type not in DECAYS:
             known = ", ".join(DECAYS)
             raise ValueError(f"lr_scheduler_type: got {str(self.lr_scheduler_type.value)!r}, expected one of {known}")
+
+        if self.dataloader_pin_memory and self.device.type != "cpu":
+            self.accelerator_config.non_blocking = True  # the copy of a batch goes on while the step before is computed
 
     def steps_per_epoch(self, images: int) -> int:
         """Optimizer steps, counted as the Trainer does: the last one takes what micro-batches are left over."""

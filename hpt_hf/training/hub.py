@@ -28,7 +28,9 @@ class HubTrainer(Trainer):
                 "--hub_revision, or --hub_overwrite true (also for a resumed run that pushed checkpoints)"
             )
 
-    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, private=None) -> str | None:
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None
+    ) -> str | None:
         """Save `output_dir` and upload it; always waits. Returns the commit's address."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -39,7 +41,12 @@ class HubTrainer(Trainer):
         revision = revision or self.args.hub_revision
         # overwrite: it was free, or may be replaced, as `init_hf_repo` saw.
         return push(
-            self.args.output_dir, self.hub_model_id, revision=revision, message=commit_message, overwrite=True, token=token
+            self.args.output_dir,
+            self.hub_model_id,
+            revision=revision,
+            message=commit_message,
+            overwrite=True,
+            token=token,
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -48,7 +55,10 @@ class HubTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder, name = Path(checkpoint_folder), self.hub_model_id
         paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
-        options = {"message": f"Training in progress, step {self.state.global_step}", "revision": self.args.hub_revision}
+        options = {
+            "message": f"Training in progress, step {self.state.global_step}",
+            "revision": self.args.hub_revision,
+        }
         push_checkpoint(folder, name, **options)
         if path := paths.get(self.args.hub_strategy):
             push_checkpoint(folder, name, path=path, **options)

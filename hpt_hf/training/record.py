@@ -26,11 +26,15 @@ def check_proxy(student: ZeroShotClassifier, proxy: ZeroShotClassifier) -> None:
             "Fix: set_classes with the same list on both"
         )
     if fingerprint(proxy) == fingerprint(student):
-        logger.warning("proxy and student are the same model: an attack on one is an attack on the other, HPT learns nothing")
+        logger.warning(
+            "proxy and student are the same model: an attack on one is an attack on the other, HPT learns nothing"
+        )
     elif proxy.config.vision_config.to_dict() == student.config.vision_config.to_dict():
         logger.warning("proxy and student have the same architecture: attacks transfer between such models")
     if proxy.image_size != student.image_size:
-        logger.warning(f"the student's {student.image_size} px images are resized to {proxy.image_size} px inside the proxy")
+        logger.warning(
+            f"the student's {student.image_size} px images are resized to {proxy.image_size} px inside the proxy"
+        )
 
 
 def training_record(trainer) -> dict:

@@ -24,6 +24,7 @@ class Stopwatch(TrainerCallback):
         self.schedule, self.device, self.quiet = schedule, device, False
         self.steps: list[list[float]] = []
         self.saving = 0.0  # seconds of the last checkpoint
+        self._began = time.perf_counter()
         self._mark = 0.0
 
     def seconds(self, phase: int) -> float:
@@ -43,8 +44,13 @@ class Stopwatch(TrainerCallback):
             begins += phase.steps
         return total
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since training began."""
+        return time.perf_counter() - self._began
+
     def on_train_begin(self, args, state, control, **kwargs):
-        self.steps = [[] for _ in self.schedule.phases]
+        self.steps, self._began = [[] for _ in self.schedule.phases], time.perf_counter()
         self._lap()
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -44,6 +44,7 @@ class HPTTrainer(HubTrainer):
         attack: how training images are attacked.
         proxy: a vanilla classifier of another architecture with the same classes set, or None if no objective asks for one.
         recipe: what train.json tells beside the run's own record.
+        shortened: at most so many steps of each phase, to see what the run would cost.
 
     Raises:
         ValueError: a reference is missing, class lists differ, an objective needs labels that the data lacks, or the repository
@@ -62,6 +63,7 @@ class HPTTrainer(HubTrainer):
         attack: TrainingAttack,
         proxy: ZeroShotClassifier | None = None,
         recipe: dict | None = None,
+        shortened: int | None = None,
         **kwargs,
     ):
         if not isinstance(args, HPTConfig):
@@ -70,7 +72,9 @@ class HPTTrainer(HubTrainer):
             raise ValueError("the student has no classes. Fix: student.set_classes(names, templates)")
         references = {r for phase in schedule.phases for r in phase.objective.references}
         if "proxy" in references and proxy is None:
-            raise ValueError(f"{schedule.phases[-1].objective.name} learns from a proxy and none was given. Fix: --proxy")
+            raise ValueError(
+                f"{schedule.phases[-1].objective.name} learns from a proxy and none was given. Fix: --proxy"
+            )
         # Only what an objective asks for is kept: a frozen model that nobody asks costs memory on every device.
         self.proxy = proxy if "proxy" in references else None
         if self.proxy is not None:
@@ -86,19 +90,28 @@ class HPTTrainer(HubTrainer):
             decay=str(args.lr_scheduler_type.value),
             max_steps=args.max_steps,
         )
+        self.full_schedule = self.schedule
+        if shortened:
+            self.schedule = self.schedule.shortened(shortened)
         args.max_steps = self.schedule.total_steps
         # The Trainer's own would compile the wrapped forward alone: neither the attack nor the references go through it.
-        compiling = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode} if args.torch_compile else None
+        compiling = (
+            {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode} if args.torch_compile else None
+        )
         args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         self.gpd = GPDCallback(self.schedule, student.freeze_text().model)
         self.stopwatch = Stopwatch(self.schedule, args.device)
         kwargs.setdefault("compute_metrics", accuracies)
         super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
         if self.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed: GPD's average and restart cannot follow its sharding. Fix: FSDP2 (accelerate/fsdp2.yaml)")
+            raise ValueError(
+                "DeepSpeed: GPD's average and restart cannot follow its sharding. Fix: FSDP2 (accelerate/fsdp2.yaml)"
+            )
         self.anchor = student.with_weights(student.model.state_dict()) if "anchor" in references else None
         # `.to`, not accelerator.prepare_model: that would make a later evaluate() skip preparing the student, in fp32 silently.
-        frozen_models = [m.to(args.device).eval().requires_grad_(False) for m in (self.proxy, self.anchor) if m is not None]
+        frozen_models = [
+            m.to(args.device).eval().requires_grad_(False) for m in (self.proxy, self.anchor) if m is not None
+        ]
         if compiling:
             for model in (student, *frozen_models):
                 compile_layers(model.model, **compiling)
@@ -121,7 +134,9 @@ class HPTTrainer(HubTrainer):
         step, images = self.state.global_step, inputs["images"]
         objective = self.schedule.phase(step).objective
         if objective.needs_labels and "labels" not in inputs:
-            raise ValueError(f"{objective.name} needs labels and the data has none. Fix: hpt, ga, fare or anchor_clean")
+            raise ValueError(
+                f"{objective.name} needs labels and the data has none. Fix: hpt, ga, fare or anchor_clean"
+            )
         student, proxy, anchor = (m and self._in_autocast(m) for m in (model, self.proxy, self.anchor))
         views = Views(images, student=student, proxy=proxy, anchor=anchor, labels=inputs.get("labels"))
         attacked = self.accelerator.unwrap_model(model) if objective.attack_on == "student" else self.proxy
@@ -219,7 +234,9 @@ class HPTTrainer(HubTrainer):
             if all((Path(checkpoint) / name).is_file() for name in last):
                 return checkpoint
             logger.warning(f"{checkpoint} was cut off while being saved; looking for an earlier one")
-        raise FileNotFoundError(f"nothing to resume: {self.args.output_dir} holds no checkpoint with {' and '.join(last)}")
+        raise FileNotFoundError(
+            f"nothing to resume: {self.args.output_dir} holds no checkpoint with {' and '.join(last)}"
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.accelerator.unwrap_model(self.model).model, resume_from_checkpoint)
@@ -242,7 +259,11 @@ class HPTTrainer(HubTrainer):
             return
         if state_dict is not None:  # gathered from its parts
             student = student.with_weights({n.removeprefix("model."): t for n, t in state_dict.items()})
-        export(student, output_dir or self.args.output_dir, records={TRAINED: training_record(self)})
+        export(student, output_dir or self.args.output_dir, records={TRAINED: self.record()})
+
+    def record(self) -> dict:
+        """How the model was made: what `train.json` holds."""
+        return training_record(self)
 
     def create_model_card(self, *args, **kwargs) -> None:
         if self.is_world_process_zero():
