@@ -155,11 +155,12 @@ def gpd_schedule(
         warm_up_learning_rate=warm_up_learning_rate,
         learning_rate=learning_rate,
         **changes,
-    )
+    ).resolve(5, epochs=1, learning_rate=learning_rate)
 
 
 def single_schedule(name: str, *, steps: int = 5, learning_rate: float = 1e-2, **changes):
-    return Schedule.single(OBJECTIVES[name], steps=steps, learning_rate=learning_rate, **changes)
+    schedule = Schedule.single(OBJECTIVES[name], steps=steps, learning_rate=learning_rate, **changes)
+    return schedule.resolve(5, epochs=1, learning_rate=learning_rate)
 
 
 def make_trainer(
@@ -189,7 +190,7 @@ def make_trainer(
 
 def weights(model) -> dict[str, torch.Tensor]:
     """A copy of all weights, to compare with later."""
-    return {n: t.detach().clone() for n, t in model.state_dict().items()}
+    return {n: t.detach().clone() for n, t in (model.model if isinstance(model, ZeroShotClassifier) else model).state_dict().items()}
 
 
 def contents(folder) -> dict[str, str]:
