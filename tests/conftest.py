@@ -190,7 +190,10 @@ def make_trainer(
 
 def weights(model) -> dict[str, torch.Tensor]:
     """A copy of all weights, to compare with later."""
-    return {n: t.detach().clone() for n, t in (model.model if isinstance(model, ZeroShotClassifier) else model).state_dict().items()}
+    return {
+        n: t.detach().clone()
+        for n, t in (model.model if isinstance(model, ZeroShotClassifier) else model).state_dict().items()
+    }
 
 
 def contents(folder) -> dict[str, str]:

@@ -76,12 +76,13 @@ class GPDCallback(TrainerCallback):
                 self.average[name] = decay * self.average[name] + (1 - decay) * parameter.detach()
 
     def on_save(self, args, state, control, **kwargs):
-        """Write the average beside the checkpoint, whole or not at all. Every process gives its part, the first one writes."""
-        if not self.vanilla:
-            return
+        if self.vanilla:
+            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", first=state.is_world_process_zero)
+
+    def save(self, folder: Path, *, first: bool = True) -> None:
+        """Write the average beside a checkpoint, whole or not at all. Every process gives its part, the `first` one writes."""
         average = {n: full_tensor(t).contiguous().cpu() for n, t in self.average.items()}
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if first:
             temporary = folder / f"{PIVOT_FILE}.part"
             save_file(average, temporary, metadata={"vanilla": self.origin, "schedule": json.dumps(self._describe())})
             temporary.replace(folder / PIVOT_FILE)

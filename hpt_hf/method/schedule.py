@@ -27,7 +27,7 @@ class Phase:
 
     Args:
         objective: what is minimised and how it is attacked.
-        epochs, steps: its length, in one of the two; both None: `num_train_epochs`.
+        steps, epochs: its length, in one of the two; both None: `num_train_epochs`.
         learning_rate: the peak; None: the Trainer's divided by `rate_divisor`.
         warmup_steps: of the linear warm-up; after it the rate falls along `decay` (a row of `DECAYS`) until the phase ends.
         restart: begin from the vanilla weights, with empty momentum, instead of where the last phase ended.
@@ -39,11 +39,11 @@ class Phase:
     """
 
     objective: Objective
-    epochs: float | None = None
     steps: int | None = None
     learning_rate: float | None = None
-    rate_divisor: float = 1.0
     warmup_steps: int | None = None
+    epochs: float | None = None
+    rate_divisor: float = 1.0
     decay: str | None = None
     restart: bool = False
     ema: float | None = None

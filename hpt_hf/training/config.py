@@ -40,9 +40,7 @@ class HPTConfig(TrainingArguments):
     remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     # Every process reads a stream and decodes its own share.
-    accelerator_config: dict | str | None = field(
-        default_factory=lambda: {"dispatch_batches": False}
-    )
+    accelerator_config: dict | str | None = field(default_factory=lambda: {"dispatch_batches": False})
     # The finished model; every_save: each checkpoint on its way, too.
     hub_strategy: str = "end"
     hub_overwrite: bool = field(
@@ -64,7 +62,9 @@ class HPTConfig(TrainingArguments):
             raise ValueError(f"lr_scheduler_type: got {str(self.lr_scheduler_type.value)!r}, expected one of {known}")
 
         if self.dataloader_pin_memory and self.device.type != "cpu":
-            self.accelerator_config.non_blocking = True  # the copy of a batch goes on while the step before is computed
+            self.accelerator_config.non_blocking = (
+                True  # the copy of a batch goes on while the step before is computed
+            )
 
     def steps_per_epoch(self, images: int) -> int:
         """Optimizer steps, counted as the Trainer does: the last one takes what micro-batches are left over."""

@@ -197,9 +197,7 @@ def test_without_labels_the_reference_s_clean_answer_stands_in(present):
     teacher = getattr(world, present[0])  # the proxy where there is one
     assert torch.equal(views.labels, world.logits(teacher, world.x).argmax(1))
     assert [images is world.x for images, _ in teacher.shown] == [True]
-    assert torch.allclose(
-        label_loss(views.student.adversarial, views.labels).mean(), tecoa(views, Divergence())["ce"]
-    )
+    assert torch.allclose(label_loss(views.student.adversarial, views.labels).mean(), tecoa(views, Divergence())["ce"])
 
 
 def test_without_labels_and_references_there_is_a_clear_error():
@@ -214,9 +212,7 @@ def test_without_labels_and_references_there_is_a_clear_error():
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_the_attack_s_loss_is_the_table_s_one_number_a_picture(name):
     world = World()
-    got = OBJECTIVES[name].attack_loss(
-        world.views.student.adversarial, OBJECTIVES[name].attack_target(world.views)
-    )
+    got = OBJECTIVES[name].attack_loss(world.views.student.adversarial, OBJECTIVES[name].attack_target(world.views))
     if name == "fare":
         expected = ((world.embeds(world.student, world.x_adv) - world.embeds(world.anchor, world.x)) ** 2).sum(1)
     else:

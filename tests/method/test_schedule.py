@@ -16,27 +16,29 @@ from hpt_hf.method.schedule import Phase, Schedule
 HPT, GA = OBJECTIVES["hpt"], OBJECTIVES["ga"]
 
 
+def phase(steps, learning_rate, warmup_steps=0):
+    return Phase(HPT, steps, learning_rate, warmup_steps, decay="cosine")
+
+
 # --- pure functions ---------------------------------------------------------------------------------------------------
 
 
 def test_rates_of_a_phase_written_out():
     half = math.sqrt(0.5) / 2  # cos(45 degrees) / 2
-    assert [Phase(HPT, 4, 2.0).rate(s) for s in range(5)] == pytest.approx(
-        [2, 1 + 2 * half, 1, 1 - 2 * half, 0], abs=1e-12
-    )
-    with_ramp = [Phase(HPT, 7, 0.3, warmup_steps=3).rate(s) for s in range(8)]
+    assert [phase(4, 2.0).rate(s) for s in range(5)] == pytest.approx([2, 1 + 2 * half, 1, 1 - 2 * half, 0], abs=1e-12)
+    with_ramp = [phase(7, 0.3, 3).rate(s) for s in range(8)]
     assert with_ramp == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3 * (0.5 + half), 0.15, 0.3 * (0.5 - half), 0], abs=1e-12)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (10, 0), (10, 3), (10, 10), (200, 20)])
 def test_rate_climbs_to_its_peak_and_falls_to_zero(steps, warmup):
-    rates = [Phase(HPT, steps, 0.7, warmup_steps=warmup).rate(s) for s in range(steps)]
+    rates = [phase(steps, 0.7, warmup).rate(s) for s in range(steps)]
     ramp, fall = rates[:warmup], rates[warmup:]
     assert all(a < b for a, b in zip(ramp, ramp[1:], strict=False))
     assert all(a > b for a, b in zip(fall, fall[1:], strict=False))
     assert max(rates) == pytest.approx(0.7)
     assert min(rates) > 0, "a step at rate 0 would be a wasted attack"
-    assert Phase(HPT, steps, 0.7, warmup_steps=warmup).rate(steps) == pytest.approx(0 if warmup < steps else 0.7)
+    assert phase(steps, 0.7, warmup).rate(steps) == pytest.approx(0 if warmup < steps else 0.7)
 
 
 def test_each_phase_has_its_own_curve():
@@ -79,16 +81,16 @@ def test_continuing_instead_of_restarting_and_single_objectives_have_no_such_eve
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"steps": 0}, "steps=0, expected at least 1"),
-        ({"learning_rate": -1.0}, "learning_rate=-1.0, expected a positive number"),
+        ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate: got -1.0, expected a positive number"),
         ({"learning_rate": 0.0}, "expected a positive number"),
         ({"learning_rate": math.nan}, "expected a positive number"),
         ({"learning_rate": math.inf}, "expected a positive number"),
-        ({"warmup_steps": 11}, "warmup_steps=11, expected 0 to 10"),
-        ({"warmup_steps": -1}, "warmup_steps=-1"),
-        ({"ema": 1.1}, "ema=1.1, expected a ratio"),
-        ({"pull": -0.1}, "pull=-0.1, expected a ratio"),
-        ({"pull": math.nan}, "pull=nan, expected a ratio"),
+        ({"warmup_steps": 11}, "warmup_steps: got 11, expected 0 to 10"),
+        ({"warmup_steps": -1}, "warmup_steps: got -1"),
+        ({"ema": 1.1}, "ema: got 1.1, expected a ratio"),
+        ({"pull": -0.1}, "pull: got -0.1, expected a ratio"),
+        ({"pull": math.nan}, "pull: got nan, expected a ratio"),
     ],
 )
 def test_a_phase_that_cannot_be_run_is_an_error(changes, says):
@@ -102,7 +104,7 @@ def test_a_schedule_that_cannot_be_run_is_an_error():
     with pytest.raises(ValueError, match="at least one phase"):
         Schedule((), 1)
     with pytest.raises(ValueError, match="interval=0"):
-        Schedule((Phase(HPT, 1, 1.0),), 0)
+        Schedule((phase(1, 1.0),), 0)
     with pytest.raises(ValueError, match="hpt is pulled to a pivot that no phase before it makes"):
         Schedule((Phase(HPT, 4, 1.0, pull=0.5),), 1)
     with pytest.raises(ValueError, match="no phase before it makes"):  # its own average is not one made before it
@@ -195,10 +197,12 @@ def test_a_callback_loaded_at_any_step_goes_on_as_if_never_stopped(cut, tmp_path
     first = GPDCallback(gpd_schedule(), model)
     drive(first, model, sgd(model), 0, cut, move)
     first.save(tmp_path)
-    second = GPDCallback(gpd_schedule(), Toy())
+    resumed = Toy()
+    second = GPDCallback(gpd_schedule(), resumed)
+    resumed.load_state_dict(model.state_dict())
     second.load(tmp_path)
-    drive(second, model, sgd(model), cut, 10, move)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), whole.parameters(), strict=True))
+    drive(second, resumed, sgd(resumed), cut, 10, move)
+    assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))
     assert all(torch.equal(second.average[n], callback.average[n]) for n in ("a", "b"))
 
 

@@ -67,7 +67,7 @@ def train(*more):
     trainer = build(*parse(RECIPE, [*sys.argv[2:], *more]))
     calls = {}
     for model, name in ((trainer.model, "student"), (trainer.proxy, "proxy")):
-        for number, layer in enumerate(model.vision_model.encoder.layers):
+        for number, layer in enumerate(model.model.vision_model.encoder.layers):
             if layer._compiled_call_impl is not None:
                 def call(*args, run=layer._compiled_call_impl, at=f"{name} {number}", **kwargs):
                     calls[at] = calls.get(at, 0) + 1

@@ -300,7 +300,7 @@ def test_a_diverged_run_stops_and_says_where(student, proxy, tmp_path):
 
 def test_a_broken_proxy_stops_the_run_in_the_phase_that_asks_it(student, proxy, tmp_path):
     with torch.no_grad():
-        proxy.visual_projection.weight.fill_(torch.nan)
+        proxy.model.visual_projection.weight.fill_(torch.nan)
     schedule = Schedule((Phase(OBJECTIVES["tecoa"], 3, 1e-3), Phase(OBJECTIVES["hpt"], 3, 1e-3)), interval=3)
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 3 of 6, in phase hpt \(hpt nan\)"):
         make_trainer(tmp_path, student, schedule, proxy=proxy).train()
@@ -343,13 +343,15 @@ class Unchecked(ZeroShotOutput):
 def test_under_bf16_the_loss_is_computed_in_bf16_and_the_attack_in_float32(student, proxy, tmp_path, monkeypatch):
     monkeypatch.setattr("hpt_hf.models.zero_shot.ZeroShotOutput", Unchecked)
     seen = {"attack": set(), "loss": set(), "proxy": set()}
-    layer = student.vision_model.encoder.layers[0].mlp.fc1
+    layer = student.model.vision_model.encoder.layers[0].mlp.fc1
 
     def watch(module, inputs, output):  # the attack freezes the weights, the loss does not
         seen["loss" if module.weight.requires_grad else "attack"].add(output.dtype)
 
     layer.register_forward_hook(watch)
-    proxy.vision_model.encoder.layers[0].mlp.fc1.register_forward_hook(lambda m, i, o: seen["proxy"].add(o.dtype))
+    proxy.model.vision_model.encoder.layers[0].mlp.fc1.register_forward_hook(
+        lambda m, i, o: seen["proxy"].add(o.dtype)
+    )
     trainer = make_trainer(tmp_path, student, gpd_schedule(warm_up_steps=2, steps=8), proxy=proxy, bf16=True)
     trainer.train()
     assert seen == {"attack": {torch.float32}, "loss": {torch.bfloat16}, "proxy": {torch.bfloat16}}
@@ -370,7 +372,7 @@ def test_the_text_towers_run_once_per_class_list(student_path, proxy_path, tmp_p
         def count(module, inputs, output, name=name):
             calls[name] += 1
 
-        models[name].text_model.register_forward_hook(count)
+        models[name].model.text_model.register_forward_hook(count)
         models[name].set_classes(CLASSES)
     assert calls == {"student": 1, "proxy": 1}
     trainer = make_trainer(
@@ -388,7 +390,7 @@ def test_a_step_costs_the_forwards_its_equations_name(name, forwards, student, p
     """PGD-2 is two of the student's; then one for each view that the loss names."""
     calls = {"student": 0, "proxy": 0}
     for key, model in (("student", student), ("proxy", proxy)):
-        model.vision_model.register_forward_hook(lambda m, i, o, key=key: calls.__setitem__(key, calls[key] + 1))
+        model.model.vision_model.register_forward_hook(lambda m, i, o, key=key: calls.__setitem__(key, calls[key] + 1))
     make_trainer(tmp_path, student, single_schedule(name, steps=3), proxy=proxy).train()
     assert calls == {k: 3 * v for k, v in forwards.items()}
 
