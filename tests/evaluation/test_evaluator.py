@@ -28,7 +28,7 @@ from hpt_hf.evaluation import evaluator as evaluation
 from hpt_hf.evaluation import sanity_checks as suspicions
 from hpt_hf.evaluation.evaluator import answer, batches, evaluate, sample
 from hpt_hf.evaluation.result import EvalResult
-from hpt_hf.models.zero_shot import ZeroShotClassifier
+from hpt_hf.models.zero_shot import ZeroShotClassifier, build_zero_shot_head
 from hpt_hf.utils import write_json
 
 EPS = "20/255"  # where about half of what the trained student below gets right withstands the attack
@@ -224,7 +224,9 @@ def test_evaluate_asks_for_the_sets_own_classes(student):
     pictures = dataclasses.replace(make_pictures(4), templates=("a photo of the {}", "{}"))
     score = measure(student, pictures, attack(steps=1))
     assert student.classes == CLASSES and score.classes == 5 and score.templates == ("a photo of the {}", "{}")
-    assert torch.equal(student.head, student.embed_classes(CLASSES, pictures.templates))
+    assert torch.equal(
+        student.head, build_zero_shot_head(student.model, student.processor.tokenizer, CLASSES, pictures.templates)
+    )
 
 
 # --- towards a target -----------------------------------------------------------------------------------------------------------

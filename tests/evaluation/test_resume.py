@@ -274,7 +274,7 @@ def test_another_model_attack_or_set_is_not_answered_from_the_journal(
     measure(model, pictures, tmp_path)
     first = taken(counted)[0]
     if change == "weights":
-        model.visual_projection.weight.data[0, 0] += 1e-6
+        model.model.visual_projection.weight.data[0, 0] += 1e-6
     elif change == "mean":
         model.mean += 0.1
     elif change == "classes":

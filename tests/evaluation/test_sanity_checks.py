@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -47,9 +48,7 @@ def raised(*args, **changes) -> set[str]:
 
 def remade(model, kind) -> ZeroShotClassifier:
     """A model of another class with the same weights."""
-    twin = kind(model.config)
-    twin.load_state_dict(model.state_dict())
-    return twin.set_processor(model.processor).eval()
+    return kind(copy.deepcopy(model.model), model.processor).eval()
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +158,7 @@ def test_half_precision_features_under_a_float32_head_are_seen(trained):
         def classify(self, images):
             embeds = super().classify(images).embeds.bfloat16().float()
             return ZeroShotOutput(
-                logits=self.logit_scale.exp() * F.normalize(embeds, dim=-1) @ self.head.T, embeds=embeds
+                logits=self.family.scale(self.model) * F.normalize(embeds, dim=-1) @ self.head.T, embeds=embeds
             )
 
     assert raised(remade(trained, Broken), "half_precision", "quantised") == {"quantised"}
@@ -168,7 +167,7 @@ def test_half_precision_features_under_a_float32_head_are_seen(trained):
 def test_a_checkpoint_with_a_large_logit_scale_is_saturated(trained, tmp_path, capsys):
     """As it comes from disk and through the recipe: the weights alone are at fault."""
     broken = remade(trained, ZeroShotClassifier)
-    broken.logit_scale.data.fill_(float(np.log(1e4)))
+    broken.model.logit_scale.data.fill_(float(np.log(1e4)))
     broken.save_pretrained(tmp_path / "model")
     data = write_image_folder(tmp_path / "data", make_pictures(10))
     recipe.main(
@@ -487,7 +486,7 @@ def test_a_check_that_fails_leaves_no_trace_either(trained):
     model = remade(trained, seeing(gives_up))
     with pytest.raises(RuntimeError, match="no gradients here"):
         look(model, "half_precision", "detached", chosen=attack(kind=Idle))
-    assert all(p.requires_grad for p in model.parameters()) and not torch.nn.modules.module._global_forward_hooks
+    assert [p.requires_grad for p in model.parameters()] == asked and not torch.nn.modules.module._global_forward_hooks
     assert [p.requires_grad for p in trained.parameters()] == asked and torch.is_grad_enabled()
 
 
@@ -552,7 +551,7 @@ def fault_8_samples_by_batches(model, patch):
 def fault_9_text_tower_in_the_attack(model, patch):
     """Once for each model, and not once more for all pictures, attacks and checks."""
     runs = []
-    hook = model.text_model.register_forward_hook(lambda *given: runs.append(1))
+    hook = model.model.text_model.register_forward_hook(lambda *given: runs.append(1))
     try:
         evaluate(model, make_pictures(20), attack("standard", 3), name="m", batch_size=5, probe=4)
     finally:
