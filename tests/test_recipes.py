@@ -49,7 +49,7 @@ def test_recipe_runs_two_steps(recipe, tmp_path, student_path, proxy_path, monke
         str(recipe),
         "--dataset",
         str(tmp_path / "data.parquet"),
-        "--model_name_or_path",
+        "--model",
         student_path,
         "--max_steps",
         "2",
@@ -75,7 +75,7 @@ def test_recipe_runs_two_steps(recipe, tmp_path, student_path, proxy_path, monke
         "true",
     ]
     if "proxy_name_or_path" in text:
-        flags += ["--proxy_name_or_path", proxy_path]
+        flags += ["--proxy", proxy_path]
     data, method, training = parse((DataArguments, MethodArguments, HPTConfig), flags)
     record = run(data, method, training)
     assert record["steps"] == record["trainer"].state.global_step == 2

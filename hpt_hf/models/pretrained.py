@@ -15,19 +15,20 @@ from hpt_hf.models.families import FAMILIES
 CONVERT = "Fix: hpt-hf convert with --base takes it from the model it came from"
 
 
-def load_pretrained(
-    source: str | Path, *, revision: str | None = None
-) -> tuple[PreTrainedModel, ProcessorMixin, str | None]:
+def load_pretrained(source: str | Path, **hub) -> tuple[PreTrainedModel, ProcessorMixin, str | None]:
     """(model in float32 and eval mode, processor, the Hub's commit or None).
+
+    Args:
+        hub: what transformers' `from_pretrained` takes for the Hub: revision, cache_dir, token.
 
     Raises:
         OSError, ValueError: nothing there, another family, or weights, tokenizer or processor that are not whole.
     """
-    family = FAMILIES[_model_type(source, revision)]
+    family = FAMILIES[_model_type(source, hub)]
     try:
         # dtype: the default is the checkpoint's own, and a half-precision model weakens every attack.
         model, report = family.model_class.from_pretrained(
-            source, revision=revision, dtype=torch.float32, output_loading_info=True
+            source, dtype=torch.float32, output_loading_info=True, **hub
         )
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
         raise ValueError(f"the weights of {source} cannot be used: {_why_not(error)}") from error
@@ -45,12 +46,12 @@ def load_pretrained(
             f"the weights of {source} hold {len(surplus)} tensors that config.json has no place for, such as {surplus[:3]}: "
             "they belong to another model"
         )
-    file = Path(cached_file(source, "config.json", revision=revision))
+    file = Path(cached_file(source, "config.json", **hub))
     commit = file.parent.name if file.parent.parent.name == "snapshots" else None  # so the Hub's cache is laid out
-    return model.eval(), _load_processor(source, revision), commit
+    return model.eval(), _load_processor(source, hub), commit
 
 
-def _model_type(source: str | Path, revision: str | None) -> str:
+def _model_type(source: str | Path, hub: dict) -> str:
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
         found = sorted(p.name for p in path.iterdir())[:8]
@@ -58,7 +59,7 @@ def _model_type(source: str | Path, revision: str | None) -> str:
     if not path.exists() and (path.is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")):
         raise ValueError(f"no model at {source}: neither a folder nor a Hub id of the form owner/name")
     try:
-        config = PretrainedConfig.get_config_dict(source, revision=revision)[0]
+        config = PretrainedConfig.get_config_dict(source, **hub)[0]
     except OSError as error:  # offline, transformers' own message does not say what it looked for
         raise OSError(f"no model could be loaded from {source}: {error}") from error
     if not isinstance(config, dict):
@@ -75,10 +76,10 @@ def _model_type(source: str | Path, revision: str | None) -> str:
     return config["model_type"]
 
 
-def _load_processor(source: str | Path, revision: str | None) -> ProcessorMixin:
+def _load_processor(source: str | Path, hub: dict) -> ProcessorMixin:
     try:
         # backend: torchvision's bicubic differs from Pillow's by up to 2/255, more than some threat models.
-        processor = AutoProcessor.from_pretrained(source, revision=revision, backend="pil")
+        processor = AutoProcessor.from_pretrained(source, backend="pil", **hub)
     except OSError as error:
         raise OSError(f"{source} has weights but no processor that can be read ({error}). {CONVERT}") from error
     except (ValueError, KeyError) as error:

@@ -100,13 +100,13 @@ class ZeroShotClassifier(torch.nn.Module):
         self.register_buffer("head", empty, persistent=False)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> ZeroShotClassifier:
-        """From one folder or Hub id, in float32 and eval mode.
+    def from_pretrained(cls, source: str | Path, **hub) -> ZeroShotClassifier:
+        """From one folder or Hub id, in float32 and eval mode. `hub`: revision, cache_dir, token.
 
         Raises:
             OSError, ValueError: nothing there, or no whole model of a known family; the message says what was looked for.
         """
-        model, processor, commit = load_pretrained(source, revision=revision)
+        model, processor, commit = load_pretrained(source, **hub)
         return cls(model, processor, revision=commit).eval()
 
     def with_weights(self, state: Mapping[str, torch.Tensor]) -> ZeroShotClassifier:

@@ -124,7 +124,7 @@ def test_a_cost_adds_up_and_counts_every_process():
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, student_path, proxy_path):
     data = write_image_folder(tmp_path_factory.mktemp("cost") / "data", make_pictures(40))
-    said = f"--method hpt_gpd --dataset {data} --model_name_or_path {student_path} --proxy_name_or_path {proxy_path} --use_cpu true"
+    said = f"--method hpt_gpd --dataset {data} --model {student_path} --proxy {proxy_path} --use_cpu true"
     return [
         *said.split(),
         "--per_device_train_batch_size",

@@ -186,14 +186,7 @@ def learned(student_path, tmp_path_factory) -> Trained:
     shutil.copytree(student_path, place / "origin")
     write_image_folder(place / "pictures", make_pictures(40))
     flags = ["--method", "tecoa", "--dataset", str(place / "pictures"), "--held_out", "0.25", "--eps", "4/255"]
-    flags += [
-        "--model_name_or_path",
-        str(place / "origin"),
-        "--output_dir",
-        str(place / "robust"),
-        "--learning_rate",
-        "0.05",
-    ]
+    flags += ["--model", str(place / "origin"), "--output_dir", str(place / "robust"), "--learning_rate", "0.05"]
     flags += ["--max_steps", "8", "--per_device_train_batch_size", "10", "--use_cpu", "true", "--disable_tqdm", "true"]
     record = train(*parse(RECIPE, [*flags, "--templates", "a {}", "the {}."]))
     return Trained(place / "robust", place / "origin", place / "pictures", record)

@@ -94,7 +94,7 @@ def test_the_methods_on_offer_are_the_objectives_and_gpd():
     ("flags", "says"),
     [
         (["--learning_rat", "1"], "unknown key --learning_rat; did you mean learning_rate"),
-        (["--proxy", "p"], "unknown key --proxy"),  # argparse alone would take it for --proxy_name_or_path
+        (["--proxy", "p"], "unknown key --proxy"),  # argparse alone would take it for --proxy
         (["--evaluation_strategy", "no"], "unknown key --evaluation_strategy; did you mean eval_strategy"),
         (["--xyzzy=1"], "unknown key --xyzzy; see --help"),
         (["--method", "hpt_gdp"], "invalid choice: 'hpt_gdp'"),
@@ -124,7 +124,7 @@ def test_a_flag_that_does_not_fit_is_refused(flags, says, tmp_path):
         ("just words", "it is a str"),
         ("", "it is a NoneType"),
         ("method: [hpt\n", "{path} is not YAML: "),
-        ("method: hpt\n", "the following arguments are required: --dataset, --model_name_or_path"),
+        ("method: hpt\n", "the following arguments are required: --dataset, --model"),
         (RECIPE + "3: 4\n", "unknown key 3 in {path}"),
     ],
     ids=["typo", "nested", "choice", "list", "words", "empty", "not_yaml", "incomplete", "number"],

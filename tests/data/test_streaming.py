@@ -128,7 +128,7 @@ def test_splits_are_never_mixed(tmp_path):
     write_parquet(folder, make_pictures(20), files=2)
     assert len(seen(open_stream(DatasetSpec(str(folder), split="test")))) == 12
     assert len(seen(open_stream(DatasetSpec(str(folder))))) == 20
-    with pytest.raises(ValueError, match="has no split 'val'; it has test, train: choose one with --dataset_split"):
+    with pytest.raises(ValueError, match="has no split 'val'; it has test, train: choose one with --split"):
         open_stream(DatasetSpec(str(folder), split="val"))
 
 
@@ -233,17 +233,8 @@ def test_the_recipe_streams_and_refuses_what_a_stream_cannot_give(tmp_path, fold
     from hpt_hf.commands.parser import RecipeError, parse
     from hpt_hf.commands.train import RECIPE, build
 
-    flags = ["--method", "hpt", "--dataset", folder, "--streaming", "true", "--model_name_or_path", student_path]
-    flags += [
-        "--proxy_name_or_path",
-        proxy_path,
-        "--use_cpu",
-        "true",
-        "--output_dir",
-        str(tmp_path),
-        "--disable_tqdm",
-        "true",
-    ]
+    flags = ["--method", "hpt", "--dataset", folder, "--streaming", "true", "--model", student_path]
+    flags += ["--proxy", proxy_path, "--use_cpu", "true", "--output_dir", str(tmp_path), "--disable_tqdm", "true"]
     flags += ["--per_device_train_batch_size", "8", "--num_train_epochs", "2"]
     trainer = build(*parse(RECIPE, flags))
     trainer.train()

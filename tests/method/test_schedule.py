@@ -103,9 +103,9 @@ def test_a_phase_that_cannot_be_run_is_an_error(changes, says):
 def test_a_schedule_that_cannot_be_run_is_an_error():
     with pytest.raises(ValueError, match="at least one phase"):
         Schedule((), 1)
-    with pytest.raises(ValueError, match="interval=0"):
+    with pytest.raises(ValueError, match="interval: got 0"):
         Schedule((phase(1, 1.0),), 0)
-    with pytest.raises(ValueError, match="hpt is pulled to a pivot that no phase before it makes"):
+    with pytest.raises(ValueError, match="hpt is pulled to a pivot"):
         Schedule((Phase(HPT, 4, 1.0, pull=0.5),), 1)
     with pytest.raises(ValueError, match="no phase before it makes"):  # its own average is not one made before it
         Schedule((Phase(HPT, 4, 1.0, pull=0.5, ema=0.9),), 1)

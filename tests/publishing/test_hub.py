@@ -269,7 +269,7 @@ def test_the_command_takes_results_along_and_refuses_those_of_other_weights(hub,
 
 def test_from_training_to_the_hub_to_the_pipeline_of_a_stranger(hub, student_path, proxy_path, tmp_path, monkeypatch):
     data = write_image_folder(tmp_path / "images", make_pictures(16))
-    said = f"--method hpt --dataset {data} --model_name_or_path {student_path} --proxy_name_or_path {proxy_path} --output_dir {tmp_path}/out"
+    said = f"--method hpt --dataset {data} --model {student_path} --proxy {proxy_path} --output_dir {tmp_path}/out"
     said += " --use_cpu true --num_train_epochs 2 --per_device_train_batch_size 8 --save_strategy epoch --license mit"
     said += f" --report_to none --push_to_hub true --hub_model_id {NAME} --hub_strategy checkpoint"
     with pytest.raises(SystemExit, match="training_args.bin") as told:

@@ -91,7 +91,7 @@ def test_compiled_layers_end_at_the_same_weights_the_attacks_passes_included(
 ):
     """With dynamo's own stand-in for a compiler, and with the real one. In a process of its own: dynamo and the checks of shapes do not bear each other."""
     data = write_image_folder(tmp_path / "data", make_pictures())
-    flags = f"--method hpt --dataset {data} --model_name_or_path {student_path} --proxy_name_or_path {proxy_path} --use_cpu true --max_steps 10"
+    flags = f"--method hpt --dataset {data} --model {student_path} --proxy {proxy_path} --use_cpu true --max_steps 10"
     flags += f" --per_device_train_batch_size 8 --eps 8/255 --learning_rate 1e-2 --disable_tqdm true --output_dir {tmp_path / 'out'}"
     done = subprocess.run(
         [sys.executable, "-c", COMPILED, backend, *flags.split()], capture_output=True, text=True, timeout=500

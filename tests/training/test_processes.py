@@ -165,7 +165,7 @@ def test_the_recipe_runs_on_two_processes_and_exports_once(tmp_path, student_pat
 
     data = write_image_folder(tmp_path / "data", make_pictures())
     flags = f"--method hpt_gpd --max_steps 4 --use_cpu true --disable_tqdm true --eps 8/255 --learning_rate 1e-3 --dataset {data}"
-    flags += f" --model_name_or_path {student_path} --proxy_name_or_path {proxy_path} --held_out 0.2"
+    flags += f" --model {student_path} --proxy {proxy_path} --held_out 0.2"
     train_alone_and_together(tmp_path, flags)
     records = [json.loads((tmp_path / f"out{c}" / "train.json").read_text()) for c in (1, 2)]
     assert records[0]["batch"] == records[1]["batch"] == 8 and records[0]["steps"] == 4
@@ -179,7 +179,7 @@ def test_two_processes_estimate_together_and_one_speaks(tmp_path, student_path, 
     from conftest import write_image_folder
 
     data = write_image_folder(tmp_path / "data", make_pictures())
-    flags = f"--method hpt_gpd --use_cpu true --eps 8/255 --dataset {data} --model_name_or_path {student_path} --proxy_name_or_path {proxy_path}"
+    flags = f"--method hpt_gpd --use_cpu true --eps 8/255 --dataset {data} --model {student_path} --proxy {proxy_path}"
     flags += f" --held_out 0.2 --num_train_epochs 50 --per_device_train_batch_size 4 --probe_steps 2 --output_dir {tmp_path / 'out'}"
     said = launch(2, str(Path(__file__).parent.parent.parent / "recipes" / "estimate.py"), *flags.split())
     assert len(re.findall(r"a step of hpt +\| +200 \|", said)) == 1 and said.count("hours on 2 processes") == 1
@@ -193,7 +193,7 @@ def test_two_processes_stream_as_one(tmp_path, student_path, proxy_path, monkeyp
 
     data = write_parquet(tmp_path / "data", make_pictures(43))
     said = f"--method hpt_gpd --streaming true --dataset {data} --max_steps 8 --interval 3 --use_cpu true --disable_tqdm true --eps 8/255"
-    said += f" --learning_rate 1e-3 --ga_learning_rate 1e-3 --model_name_or_path {student_path} --proxy_name_or_path {proxy_path}"
+    said += f" --learning_rate 1e-3 --ga_learning_rate 1e-3 --model {student_path} --proxy {proxy_path}"
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # in this process
     train_alone_and_together(tmp_path, said)
     exported = [load_file(tmp_path / f"out{c}" / "model.safetensors") for c in (1, 2)]
@@ -221,7 +221,7 @@ def until_done(folder: Path, flags: list[str], kills: list[float]) -> int:
         ]
         log = folder.with_suffix(".log").open("a")
         process = subprocess.Popen(
-            [*launcher, *flags, "--output_dir", str(folder), "--resume", "true"],
+            [*launcher, *flags, "--output_dir", str(folder), "--resume_from_checkpoint", "true"],
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -248,7 +248,7 @@ def kill_two_processes(tmp_path, student_path, proxy_path, kills: list[float], s
 
     data = write_image_folder(tmp_path / "data", make_pictures())
     said = f"--method hpt_gpd --max_steps {steps} --interval 7 --use_cpu true --disable_tqdm true --eps 8/255 --learning_rate 1e-2 --ga_learning_rate 1e-3"
-    said += f" --model_name_or_path {student_path} --proxy_name_or_path {proxy_path} --dataset {data} --per_device_train_batch_size 4"
+    said += f" --model {student_path} --proxy {proxy_path} --dataset {data} --per_device_train_batch_size 4"
     flags = [*said.split(), "--save_strategy", "steps", "--save_steps", "3"]
     assert until_done(tmp_path / "alone", flags, []) == 0
     struck = until_done(tmp_path / "killed", flags, kills)
@@ -262,7 +262,7 @@ def kill_two_processes(tmp_path, student_path, proxy_path, kills: list[float], s
 def test_two_processes_killed_before_the_first_checkpoint_and_later_end_as_if_left_alone(
     tmp_path, student_path, proxy_path
 ):
-    """The first kill falls into the imports: `--resume true` begins then."""
+    """The first kill falls into the imports: `--resume_from_checkpoint true` begins then."""
     kill_two_processes(tmp_path, student_path, proxy_path, [2.0, 14.0], steps=150)
 
 

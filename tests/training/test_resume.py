@@ -143,7 +143,7 @@ def test_other_vanilla_weights_are_refused(whole, tmp_path, student_path, proxy_
     from conftest import save_tiny_clip
 
     other = save_tiny_clip(tmp_path / "other", patch_size=8, seed=77)
-    refuse(whole, tmp_path, other, proxy_path, ValueError, "trained from other vanilla weights .*--model_name_or_path")
+    refuse(whole, tmp_path, other, proxy_path, ValueError, "trained from other vanilla weights .*--model")
 
 
 @pytest.mark.parametrize(
@@ -196,19 +196,10 @@ def test_only_cut_off_checkpoints_are_an_error(whole, tmp_path, student_path, pr
 
 @pytest.mark.multiprocess
 def test_a_killed_run_ends_like_one_left_alone(tmp_path, student_path, proxy_path):
-    """SIGKILL at some step of a real `recipes/train.py`, then `--resume true`."""
+    """SIGKILL at some step of a real `recipes/train.py`, then `--resume_from_checkpoint true`."""
     data = write_image_folder(tmp_path / "data", make_pictures())
     command = [sys.executable, str(ROOT / "recipes" / "train.py"), "--method", "hpt_gpd", "--dataset", data]
-    command += [
-        "--model_name_or_path",
-        student_path,
-        "--proxy_name_or_path",
-        proxy_path,
-        "--use_cpu",
-        "true",
-        "--eps",
-        "8/255",
-    ]
+    command += ["--model", student_path, "--proxy", proxy_path, "--use_cpu", "true", "--eps", "8/255"]
     command += [
         "--per_device_train_batch_size",
         "8",
@@ -248,7 +239,7 @@ def test_a_killed_run_ends_like_one_left_alone(tmp_path, student_path, proxy_pat
     assert 2 <= checkpoints < 15 and not (tmp_path / "killed" / "model.safetensors").exists(), (
         "killed too late to prove anything"
     )
-    for name, more in (("killed", ["--resume", "true"]), ("alone", [])):
+    for name, more in (("killed", ["--resume_from_checkpoint", "true"]), ("alone", [])):
         assert start(name, *more).wait(timeout=200) == 0, (tmp_path / f"{name}.log").read_text()
     assert same(*(load_file(tmp_path / name / "model.safetensors") for name in ("killed", "alone")))
     assert not same(

@@ -37,7 +37,7 @@ def by_hand(student, proxy, batch, *, eps=8 / 255, g=0.9, b=0.5, momentum=0.9) -
 
     Gradients run into the weights during the attack, as a naive loop would have it, and are thrown away before the step.
     """
-    trained = [p for n, p in student.named_parameters() if not n.startswith(FROZEN)]
+    trained = [p for n, p in student.model.named_parameters() if not n.startswith(FROZEN)]
     images, labels = batch["images"], batch["labels"]
     vanilla, ema = [p.detach().clone() for p in trained], [p.detach().clone() for p in trained]
     for p in trained:
@@ -150,7 +150,7 @@ class Recorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.rates.append(optimizer.param_groups[0]["lr"])
-        self.gradients.append({n for n, p in model.named_parameters() if p.grad is not None})
+        self.gradients.append({n for n, p in model.model.named_parameters() if p.grad is not None})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs))
@@ -211,9 +211,9 @@ def test_references_stay_as_they_are_and_out_of_the_checkpoint(student, student_
         assert not reference.training and all(p.grad is None and not p.requires_grad for p in reference.parameters())
     saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
     assert saved.keys() == CLIPModel.from_pretrained(student_path).state_dict().keys()
-    assert all(torch.equal(saved[n], student.state_dict()[n]) for n in saved)
+    assert all(torch.equal(saved[n], student.model.state_dict()[n]) for n in saved)
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert optimized == {id(p) for n, p in student.named_parameters() if not n.startswith(FROZEN)}
+    assert optimized == {id(p) for n, p in student.model.named_parameters() if not n.startswith(FROZEN)}
 
 
 def test_only_the_references_an_objective_asks_for_are_kept(student, proxy, tmp_path):
@@ -223,7 +223,7 @@ def test_only_the_references_an_objective_asks_for_are_kept(student, proxy, tmp_
 
 
 def test_a_missing_proxy_other_classes_or_none_are_errors(student, student_path, proxy, tmp_path):
-    with pytest.raises(ValueError, match="ga learns from a proxy and none was given"):
+    with pytest.raises(ValueError, match="learns from a proxy and none was given"):
         make_trainer(tmp_path / "out", student, gpd_schedule())
     proxy.set_classes(CLASSES[:3])
     with pytest.raises(ValueError, match=r"different classes \(5 and 3 names\)"):
@@ -262,9 +262,7 @@ def test_a_proxy_of_another_image_size_teaches_after_a_warning(student, tmp_path
         single_schedule("hpt", steps=10),
         proxy=ZeroShotClassifier.from_pretrained(path).set_classes(CLASSES),
     )
-    assert warnings_of(caplog) == [
-        "the proxy reads 48 px, the student 32 px: the student's images are resized for the proxy, inside the proxy"
-    ]
+    assert warnings_of(caplog) == ["the student's 32 px images are resized to 48 px inside the proxy"]
     trainer.train()
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     assert losses[-1] < losses[0]
@@ -292,9 +290,7 @@ def test_attack_on_proxy_crafts_there(student, student_path, proxy, tmp_path, mo
 
 
 def test_a_diverged_run_stops_and_says_where(student, proxy, tmp_path):
-    with pytest.raises(
-        FloatingPointError, match=r"the loss is nan at step [1-9] of 20, in phase hpt .*lower the rate"
-    ):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step [1-9] of 20, in phase hpt .*a lower rate"):
         make_trainer(tmp_path, student, single_schedule("hpt", steps=20, learning_rate=1e30), proxy=proxy).train()
 
 
@@ -398,10 +394,10 @@ def test_a_step_costs_the_forwards_its_equations_name(name, forwards, student, p
 def test_evaluate_measures_every_held_out_picture_and_leaves_no_trace(student, proxy, tmp_path):
     held_out = make_pictures(19, seed=3)  # two full batches and three more
     trainer = make_trainer(tmp_path, student, single_schedule("hpt"), proxy=proxy, held_out=held_out)
-    before, trained = weights(student), [n for n, p in student.named_parameters() if p.requires_grad]
+    before, trained = weights(student), [n for n, p in student.model.named_parameters() if p.requires_grad]
     metrics = [trainer.evaluate() for _ in range(2)]
     assert largest_difference(weights(student), before) == 0 and all(p.grad is None for p in student.parameters())
-    assert trained == [n for n, p in student.named_parameters() if p.requires_grad] != []
+    assert trained == [n for n, p in student.model.named_parameters() if p.requires_grad] != []
     assert not student.training
     for key in ("eval_loss", "eval_clean_accuracy", "eval_robust_accuracy"):
         assert metrics[0][key] == metrics[1][key]
@@ -462,5 +458,5 @@ def test_deepspeed_is_refused_before_anything_is_trained(tmp_path, student, prox
         self.is_deepspeed_enabled = True
 
     monkeypatch.setattr(HPTTrainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(ValueError, match=r"DeepSpeed.*use FSDP2 .recipes/accelerate/fsdp2.yaml"):
+    with pytest.raises(ValueError, match=r"DeepSpeed.*FSDP2 .accelerate/fsdp2.yaml"):
         make_trainer(tmp_path, student, gpd_schedule(), proxy=proxy)
