@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 # Before anything imports the Hub's client: no test may reach for the network.
@@ -15,6 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tensors this small only lose by more threads, and where other programs use the cores, fifty times over.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Test files that are started as programs find this file.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 
 from jaxtyping import install_import_hook
 
@@ -274,3 +279,21 @@ def linear(classes, side=8, seed=1):
     """(weight, classifier) of random linear logits."""
     weight = torch.randn(classes, 3 * side * side, generator=torch.Generator().manual_seed(seed))
     return weight, lambda x: (x.flatten(1) - 0.5) @ weight.to(x.device).T
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    """Between two sets of weights, which must have the same names."""
+    assert a.keys() == b.keys() and len(a) > 20
+    return max(float((a[n].double() - b[n].double()).abs().max()) for n in a)
+
+
+def launch(count: int, *command: str) -> str:
+    """torchrun on a free port; `accelerate launch --cpu --num_processes 2` would silently start one process."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = ["--nproc_per_node", str(count), "--master_port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

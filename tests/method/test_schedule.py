@@ -107,9 +107,9 @@ def test_a_schedule_that_cannot_be_run_is_an_error():
         Schedule((phase(1, 1.0),), 0)
     with pytest.raises(ValueError, match="hpt is pulled to a pivot"):
         Schedule((Phase(HPT, 4, 1.0, pull=0.5),), 1)
-    with pytest.raises(ValueError, match="no phase before it makes"):  # its own average is not one made before it
+    with pytest.raises(ValueError, match="no phase before it has an ema"):  # its own average is not one made before it
         Schedule((Phase(HPT, 4, 1.0, pull=0.5, ema=0.9),), 1)
-    with pytest.raises(ValueError, match="no phase before it makes"):
+    with pytest.raises(ValueError, match="no phase before it has an ema"):
         Schedule((Phase(HPT, 4, 1.0, pull=0.5), Phase(GA, 4, 1.0, ema=0.9)), 1)
 
 

@@ -16,13 +16,21 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from conftest import CLASSES, gpd_schedule, make_pictures, make_trainer, single_schedule, weights
+from conftest import (
+    CLASSES,
+    gpd_schedule,
+    largest_difference,
+    launch,
+    make_pictures,
+    make_trainer,
+    single_schedule,
+    weights,
+)
 from safetensors.torch import load_file
-from test_processes import largest_difference, launch
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
 
-from hpt_hf.models.fsdp import check, parameters
+from hpt_hf.models.fsdp import check_plugin, parameters
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.training.trainer import HPTTrainer
 from hpt_hf.utils import shutdown_distributed
@@ -163,19 +171,19 @@ def test_checkpoint_pivot_and_export_are_whole(two, student_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fsdp_version": 1}, "needs version 2"),
-        ({"state_dict_type": StateDictType.SHARDED_STATE_DICT}, "must be FULL_STATE_DICT"),
-        ({"cpu_ram_efficient_loading": True}, "cpu_ram_efficient_loading must be false"),
+        ({"fsdp_version": 1}, "fsdp_version: got 1, expected 2"),
+        ({"state_dict_type": StateDictType.SHARDED_STATE_DICT}, "expected StateDictType.FULL"),
+        ({"cpu_ram_efficient_loading": True}, "cpu_ram_efficient_loading: got True"),
         ({"activation_checkpointing": True}, "use --activation_checkpointing true"),
     ],
 )
 def test_settings_that_would_spoil_the_numbers_are_refused(change, message):
     fine = {"fsdp_version": 2, "state_dict_type": StateDictType.FULL_STATE_DICT, "cpu_ram_efficient_loading": False}
     plugin = SimpleNamespace(**(fine | {"activation_checkpointing": False, "mixed_precision_policy": "half"}))
-    check(plugin)
+    check_plugin(plugin)
     assert plugin.mixed_precision_policy is None
     with pytest.raises(ValueError, match=message):
-        check(SimpleNamespace(**(vars(plugin) | change)))
+        check_plugin(SimpleNamespace(**(vars(plugin) | change)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import datasets
 import psutil
 import pytest
 import torch
-from conftest import CLASSES, gpd_schedule, make_pictures, make_trainer, weights
+from conftest import CLASSES, gpd_schedule, largest_difference, launch, make_pictures, make_trainer, weights
 
 from hpt_hf.commands.train import main
 from hpt_hf.models.zero_shot import ZeroShotClassifier
@@ -60,25 +60,6 @@ def worker(folder: str, student_path: str, proxy_path: str) -> None:
     shutdown_distributed()
 
 
-def launch(count: int, *command: str) -> str:
-    """torchrun on a free port; `accelerate launch --cpu --num_processes 2` would silently start one process."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(count),
-        "--master_port",
-        str(port),
-    ]
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, student_path, proxy_path) -> list[dict]:
     folder = tmp_path_factory.mktemp("two")
@@ -91,11 +72,6 @@ def two(tmp_path_factory, student_path, proxy_path) -> list[dict]:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, student_path, proxy_path) -> dict:
     return train(tmp_path_factory.mktemp("one"), student_path, proxy_path, batch_size=8)
-
-
-def largest_difference(a: dict, b: dict) -> float:
-    assert a.keys() == b.keys() and len(a) > 20
-    return max(float((a[n] - b[n]).abs().max()) for n in a)
 
 
 def test_there_were_two_processes_and_one(one, two):

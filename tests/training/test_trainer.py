@@ -9,7 +9,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, gpd_schedule, make_pictures, make_trainer, save_tiny_clip, single_schedule, weights
+from conftest import (
+    CLASSES,
+    gpd_schedule,
+    largest_difference,
+    make_pictures,
+    make_trainer,
+    save_tiny_clip,
+    single_schedule,
+    weights,
+)
 from safetensors.torch import load_file
 from transformers import CLIPModel, TrainerCallback
 
@@ -22,11 +31,6 @@ from hpt_hf.models.zero_shot import ZeroShotClassifier, ZeroShotOutput, fingerpr
 from hpt_hf.training.trainer import HPTTrainer
 
 FROZEN = ("text_model.", "text_projection.", "logit_scale")
-
-
-def largest_difference(a: dict, b: dict) -> float:
-    assert a.keys() == b.keys() and len(a) > 50
-    return max(float((a[n].double() - b[n].double()).abs().max()) for n in a)
 
 
 # --- the update ---------------------------------------------------------------------------------------------------------
