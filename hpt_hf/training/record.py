@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from transformers.utils import logging
 
+from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.utils import commit, hardware, versions
 
@@ -16,6 +17,10 @@ def origin(classifier: ZeroShotClassifier) -> dict:
     """What a model was before training."""
     name = classifier.model.name_or_path
     return {"source": name, "revision": classifier.revision, "fingerprint": fingerprint(classifier)}
+
+
+def attack_record(attack: TrainingAttack) -> dict:
+    return asdict(attack.threat) | {name: getattr(attack, name) for name in ("steps", "step_size", "random_start")}
 
 
 def check_proxy(student: ZeroShotClassifier, proxy: ZeroShotClassifier) -> None:
@@ -39,18 +44,17 @@ def check_proxy(student: ZeroShotClassifier, proxy: ZeroShotClassifier) -> None:
 
 def training_record(trainer) -> dict:
     """How the model was made, as JSON. `seconds` are this run's: one that was resumed leaves out what came before."""
-    args, data, threat = trainer.args, trainer.train_dataset, trainer.attack.threat
+    args, data = trainer.args, trainer.train_dataset
     phases = trainer.schedule.phases
     told = ("steps", "learning_rate", "warmup_steps", "decay")
     measured = next((log for log in trainer.state.log_history[::-1] if "eval_clean_accuracy" in log), {})
     record = {
         "method": "+".join(p.objective.name for p in phases),
-        **trainer.origins,
+        **trainer.given,
         "dataset": getattr(data, "name", type(data).__name__),
         "images": len(data),
         "classes": len(trainer.accelerator.unwrap_model(trainer.model).classes),
         "phases": [{"objective": p.objective.name} | {name: getattr(p, name) for name in told} for p in phases],
-        "attack": asdict(trainer.attack) | {"threat": None, "norm": threat.norm, "eps": threat.eps},
         "steps": trainer.state.global_step,
         "learning_rate": phases[-1].learning_rate,
         "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -62,5 +66,4 @@ def training_record(trainer) -> dict:
         "hardware": hardware(),
         "held_out": {k: v for k, v in measured.items() if k.endswith("accuracy")},
     }
-    del record["attack"]["threat"]
     return record | (trainer.recipe or {})

@@ -24,7 +24,7 @@ from hpt_hf.publishing.export import export
 from hpt_hf.publishing.model_card import TRAINED, write_model_card
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.hub import HubTrainer
-from hpt_hf.training.record import check_proxy, origin, training_record
+from hpt_hf.training.record import attack_record, check_proxy, origin, training_record
 from hpt_hf.training.timing import Stopwatch
 from hpt_hf.types import Images
 
@@ -79,7 +79,7 @@ class HPTTrainer(HubTrainer):
         self.proxy = proxy if "proxy" in references else None
         if self.proxy is not None:
             check_proxy(student, self.proxy)
-        self.origins = {"student": origin(student), "proxy": self.proxy and origin(self.proxy)}
+        self.given = {"student": origin(student), "proxy": self.proxy and origin(self.proxy), "attack": attack_record(attack)}
         self.recipe, self.attack = recipe, attack
         args = copy.copy(args)
         self.schedule = schedule.resolve(

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
 
-from hpt_hf.models.fsdp import check_plugin, parameters
+from hpt_hf.models.fsdp import check_plugin, full_tensor, parameters
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.training.trainer import HPTTrainer
 from hpt_hf.utils import shutdown_distributed
@@ -62,9 +62,9 @@ def train(trainer: HPTTrainer, **resume) -> dict:
     trainer.train(**resume)
     trainer.attack = attack
     metrics = trainer.evaluate()
-    student = trainer.whole()
+    state = {n: full_tensor(t).clone() for n, t in trainer.model.model.state_dict().items()}
     return {
-        "weights": None if student is None else weights(student),
+        "weights": state,
         "metrics": {k: metrics[k] for k in ("eval_loss", "eval_clean_accuracy", "eval_robust_accuracy")},
         "grad_norms": [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e],
         "attacked": made[0],
@@ -92,11 +92,11 @@ def worker(folder: str, student_path: str, proxy_path: str) -> None:
         trainer = build(f"{folder}/{case}", student_path, proxy_path, case, 2)
         results[case] = train(trainer)
         if case == "hpt_gpd":
-            trainer.export()
-            parts = parameters(trainer.model)
+            trainer.save_model()
+            parts = parameters(trainer.model.model)
             results["sharded"] = {
                 "kinds": {n: isinstance(p, DTensor) for n, p in parts.items()},
-                "references": [type(p).__name__ for n, p in parameters(trainer.proxy).items() if n != "logit_scale"],
+                "references": [type(p).__name__ for n, p in parameters(trainer.proxy.model).items() if n != "logit_scale"],
                 "copies": [
                     isinstance(t, DTensor) for t in (*trainer.gpd.vanilla.values(), *trainer.gpd.average.values())
                 ],
