@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         batches = world_batches(world, args.batch_size)
         captions = [world[i].caption for i in range(20_000)]
     else:
-        from hpt_hf.lab.suite import captioned_rows
+        from hpt_hf.lab.datasets import captioned_rows
 
         rows = captioned_rows(args.data)
         batches = row_batches(rows, args.batch_size, seed=args.seed, jitter=args.jitter)
