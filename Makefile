@@ -32,7 +32,7 @@ demo: .venv-demo/.installed
 	.venv-demo/bin/python recipes/demo.py
 
 test-demo: .venv-demo/.installed
-	.venv-demo/bin/python -m pytest tests/test_demo.py
+	.venv-demo/bin/python -m pytest tests/commands/test_demo.py
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest
@@ -44,7 +44,7 @@ test-all: $(VENV)/.installed
 interop:
 	$(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' 'open_clip_torch>=3.3,<4'
-	.venv-interop/bin/python -m pytest tests/test_foreign.py
+	.venv-interop/bin/python -m pytest tests/publishing/test_convert_checkpoint.py
 
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/step.py --output outputs/bench
@@ -52,10 +52,12 @@ bench: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q tests/test_architecture.py
 
 format: $(VENV)/.installed
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf outputs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage

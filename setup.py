@@ -36,7 +36,7 @@ setup(
         "track": ["tensorboard>=2.19"],
         # recipes/demo.py
         "demo": ["gradio>=6.31,<7"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "beartype>=0.20", "ruff>=0.12"],
+        "test": ["pytest>=8", "pytest-cov>=6", "pytest-timeout>=2.3", "beartype>=0.20", "ruff>=0.12", "mypy>=1.15"],
     },
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
 )

@@ -75,7 +75,7 @@ def described(code: Sources) -> str:
 
 
 def draw(code: Sources) -> None:
-    """Boxes are rooms with their number of lines, higher floors above; an arrow points at what is imported (see `direct`)."""
+    """Boxes are rooms with their number of lines, higher floors above; arrows are the `direct` imports."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,8 @@
 """CLIP checkpoints that other people's code wrote, read without running any of it; and open_clip's form, written.
 
-A file is flattened to dotted names. The one that ends in `class_embedding` says where the CLIP lies and in whose names; one table
-leads from OpenAI's and open_clip's names to transformers' and back. What the file lacks comes from a base, and is listed.
+A file is flattened to dotted names. The one that ends in `class_embedding` says where the CLIP lies and in whose
+names; one table leads from OpenAI's and open_clip's names to transformers' and back. What the file lacks comes from a base,
+and is listed.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ FOLDERS = {  # a folder's config -> its weights, the first that is there
     OPEN_CLIP_CONFIG: (OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin"),
     "config.json": tuple(n + i for n in ("model.safetensors", "pytorch_model.bin") for i in ("", ".index.json")),
 }
-# What open_clip's model_cfg may say: what the weights' shapes show, what is compared with the base, what changes no logit.
+# What open_clip's model_cfg may say: shown by the weights' shapes, compared with the base, or of no effect on logits.
 MAY_SAY = re.compile(
     r"embed_dim|vision_cfg|text_cfg|layers|width|patch_size|image_size|mlp_ratio|context_length|vocab_size|quick_gelu|"
     r"head_width|heads|norm_kwargs|eos_id|custom_text|init_logit_scale|patch_dropout|output_tokens|pos_embed_type|pad_id|"
@@ -77,7 +78,7 @@ NUMPY += [np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read from a checkpoint: whose names, how many tensors, which (ours) the base gave, what else to know."""
+    """What was read from a checkpoint: whose names, how many tensors, which (ours) the base gave, and notes."""
 
     form: str
     read: int
@@ -93,8 +94,9 @@ class Reading:
 def read_checkpoint(source: str | Path, base: ZeroShotClassifier) -> tuple[ZeroShotClassifier, Reading]:
     """A CLIP from a checkpoint that others' code wrote, in float32 and eval mode, and the account of it.
 
-    Read are state dicts in OpenAI's, open_clip's or transformers' names, whole or the vision tower alone, in any nesting and
-    under any prefix (TeCoA, PMG-AFT, TGA-ZSR, AGFT, FARE, open_clip's training); and folders of open_clip and transformers.
+    Read are state dicts in OpenAI's, open_clip's or transformers' names, whole or the vision tower alone, in any
+    nesting and under any prefix (TeCoA, PMG-AFT, TGA-ZSR, AGFT, FARE, open_clip's training); and folders of open_clip and of
+    transformers.
 
     Args:
         source: a file (.pt, .pth, .pth.tar, .bin, .ckpt, .safetensors) or a folder.
@@ -152,7 +154,7 @@ def _open(source: Path, base: ZeroShotClassifier) -> tuple[dict[str, object], ob
 
 
 def _load(file: Path) -> dict[str, object]:
-    """A file's entries, nested dicts flattened. A pickle is read by torch's weights-only reader, which runs nothing."""
+    """A file's entries, nested dicts flattened. Pickles: by torch's weights-only reader, which runs nothing."""
     if not file.is_file():
         raise ValueError(f"{file} is missing: the index beside it counts it among the weights")
     try:
@@ -166,8 +168,8 @@ def _load(file: Path) -> dict[str, object]:
     except Exception as error:  # a damaged file raises whatever its bytes happen to mean
         why = f"is damaged or not what its name says ({type(error).__name__}). Fix: fetch it again"
         if "TorchScript" in str(error):
-            why = "is a TorchScript archive, a program that is not run here. Fix: OpenAI's are on the Hub as weights, such "
-            why += "as openai/clip-vit-base-patch32; of others save torch.jit.load(file).state_dict() where you trust them"
+            why = "is a TorchScript archive, a program that is not run here. Fix: OpenAI's are on the Hub as weights, "
+            why += "such as openai/clip-vit-base-patch32. Of others you trust, save torch.jit.load(file).state_dict()"
         elif needed := re.search(r"GLOBAL ([\w.]+)", str(error)):
             why = f"is a pickle that needs {needed[1]} to be called, and nothing in it is run here. "
             why += "Fix: ask its author for the state dict alone, as safetensors"
@@ -250,7 +252,7 @@ def _norm(name: str) -> str:
 
 
 def _open_clips_config(content: dict, base: ZeroShotClassifier, file: Path):
-    """The base's config with what open_clip's says and weights do not show. Raises ValueError for what is no CLIPModel."""
+    """The base's config with what open_clip's says and weights do not show. Raises ValueError for no CLIPModel."""
     cfg = content.get("model_cfg", {})
     parts = {"": cfg, "vision_cfg.": cfg.get("vision_cfg"), "text_cfg.": cfg.get("text_cfg")}
     if not all(isinstance(part, dict) for part in parts.values()):
@@ -316,7 +318,7 @@ def _resizing(classifier: ZeroShotClassifier) -> dict[str, str | None]:
 
 
 def _reconcile_processor(pixels: dict[str, list], base: ZeroShotClassifier) -> tuple[object, list[str]]:
-    """The base's processor with the checkpoint's own mean and standard deviation, and a sentence on each difference."""
+    """The base's processor with the checkpoint's own mean and standard deviation; a sentence a difference."""
     processor, notes = copy.deepcopy(base.processor), []
     image = processor.image_processor
     for key, ours in (("mean", image.image_mean), ("std", image.image_std)):
@@ -336,7 +338,7 @@ def _reconcile_processor(pixels: dict[str, list], base: ZeroShotClassifier) -> t
 
 
 def write_open_clip(classifier: ZeroShotClassifier, folder: str | Path) -> int:
-    """Write a CLIP for `open_clip.create_model_and_transforms("local-dir:FOLDER")` and `get_tokenizer`, and read it back.
+    """Write a CLIP for `open_clip.create_model_and_transforms("local-dir:FOLDER")` and `get_tokenizer`; read it back.
 
     Returns:
         How many tensors were written and came back bit for bit.

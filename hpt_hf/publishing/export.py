@@ -1,7 +1,7 @@
-"""Export: a folder that `pipeline`, the Auto classes and `CLIPModel` open with nothing else, checked against the evaluator and sealed.
+"""Export: a folder that `pipeline`, the Auto classes and `CLIPModel` open checked against the evaluator.
 
-What is written is opened afresh and must give the evaluator's logits through the pipeline's own resize, crop, tokenizer and prompt.
-Those logits are kept beside it (`parity.json`), so that a later change of the folder can be told.
+What is written is opened afresh and must give the evaluator's logits through the pipeline's own resize, crop,
+tokenizer and prompt. Those logits are kept beside it (`parity.json`), so that a later change of the folder can be told.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def export(
     dtype: str = "float32",
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Write weights (safetensors), config, processor, tokenizer, records, seal and card: all of it, checked, or nothing.
+    """Write weights (safetensors), config, processor, tokenizer, records, seal and card: all of it, checked, or none.
 
     What else lies in the folder stays, but for weights that would be opened in place of these and records of others.
 
@@ -154,8 +154,8 @@ def check(folder: str | Path) -> dict:
             raise ValueError(f"{folder} has another {key} than was checked: {now[key]}, not {seal[key]}. {FIX}")
     if not _close(now["logits"], seal["logits"], TOLERANCE_ELSEWHERE) or not now["difference"] <= TOLERANCE_ELSEWHERE:
         raise ValueError(
-            f"the logits of {folder} are not those that were checked, though the weights are: its processor, tokenizer "
-            f"or config was changed. {FIX}"
+            f"the logits of {folder} are not those that were checked, though the weights are: its processor, "
+            f"tokenizer or config was changed. {FIX}"
         )
     return seal
 

@@ -1,4 +1,4 @@
-"""Push: an exported folder to the Hub, checked before anything leaves this machine. Only files on a short list are sent.
+"""Push: an exported folder to the Hub, checked before anything leaves this machine. Only listed files are sent.
 
 A pickle, a log or `training_args.bin`, in which the Trainer stores tokens in clear, is never among them.
 """
@@ -126,7 +126,7 @@ def push_checkpoint(
 
 
 def _stage(folder: Path, stage: Path, patterns: tuple[str, ...], repo_id: str, revision: str | None) -> set[str]:
-    """Lay out what is sent: links to files, records and results without this machine's folders, the card as read there."""
+    """Lay out what is sent: links to files, records and results without local folders, the card as read there."""
     for file in sorted(f for pattern in patterns for f in folder.glob(pattern)):
         if file.name in (*RECORDS, "trainer_state.json"):
             write_json(stage / file.name, _without_folders(read_json(file)))
@@ -156,7 +156,7 @@ def _weights(path: str) -> bool:
 
 
 def _without_folders(value):
-    """The same JSON value, of absolute paths the last part alone: what is published names no folder of this machine."""
+    """The same JSON value, of absolute paths the last part alone: no folder of this machine is published."""
     if isinstance(value, dict):
         return {k: _without_folders(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The model card: what a stranger must know before relying on a checkpoint, every figure taken from the results beside it.
+"""The model card: what to know before relying on a checkpoint, every figure taken from the results beside it.
 
 Metadata as the Hub reads it (`model-index` included); the text is `model_card.md.j2`.
 """
