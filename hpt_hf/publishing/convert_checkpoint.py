@@ -1,8 +1,8 @@
 """CLIP checkpoints that other people's code wrote, read without running any of it; and open_clip's form, written.
 
 A file is flattened to dotted names. The one that ends in `class_embedding` says where the CLIP lies and in whose
-names; one table leads from OpenAI's and open_clip's names to transformers' and back. What the file lacks comes from a base,
-and is listed.
+names; one table leads from OpenAI's and open_clip's names to transformers' and back. What the file lacks comes
+from a base, and is listed.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def read_checkpoint(source: str | Path, base: ZeroShotClassifier) -> tuple[ZeroS
     """A CLIP from a checkpoint that others' code wrote, in float32 and eval mode, and the account of it.
 
     Read are state dicts in OpenAI's, open_clip's or transformers' names, whole or the vision tower alone, in any
-    nesting and under any prefix (TeCoA, PMG-AFT, TGA-ZSR, AGFT, FARE, open_clip's training); and folders of open_clip and of
-    transformers.
+    nesting and under any prefix (TeCoA, PMG-AFT, TGA-ZSR, AGFT, FARE, open_clip's training); and folders of
+    open_clip and of transformers.
 
     Args:
         source: a file (.pt, .pth, .pth.tar, .bin, .ckpt, .safetensors) or a folder.
