@@ -1,0 +1,71 @@
+"""Every command line in the documents and recipes parses, and every file that the documents name exists."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:\bhpt-hf |\brecipes/|\bhpt_hf\.commands\.)(\w+)(?:\.py)?(?= --| [\w./]+| *$)(.*)")
+# Of a longer text only what follows these at the beginning is a command line.
+BEGINS = re.compile(r"(?:`|    |# command: +|\t)(?:python|accelerate launch|torchrun|hpt-hf|\$\(RUN\) -m) ?.*")
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """(command, its arguments), of README, documents, recipes' headers and the Makefile."""
+    found = {}
+    for file in (*DOCUMENTS, ROOT / "Makefile", *sorted((ROOT / "recipes").rglob("*.yaml"))):
+        for line in BEGINS.findall(file.read_text(encoding="utf-8")):
+            if match := COMMAND.search(line.split("` ")[0].split("`,")[0].rstrip("`.,)")):
+                found[match.groups()] = file
+    return list(found)
+
+
+LINES = command_lines()
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("command", "rest"), LINES, ids=lambda part: part.strip()[:60])
+def test_a_command_line_parses(command, rest, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script = ROOT / "recipes" / f"{command}.py"
+    name = re.search(r"hpt_hf\.commands\.(\w+)", script.read_text())[1] if script.exists() else command
+    module = importlib.import_module(f"hpt_hf.commands.{name}")
+
+    def stop_after(parser):
+        def parse(*args, **kwargs):
+            parser(*args, **kwargs)
+            raise Parsed
+
+        return parse
+
+    if hasattr(module, "parse"):
+        monkeypatch.setattr(module, "parse", stop_after(module.parse))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
+    rest = re.sub(r"RECIPE|(?<=--config )…", "recipes/quickstart.yaml", rest).replace(" …", "")
+    argv = shlex.split(rest, comments=True)
+    if name in ("train", "estimate"):
+        argv += ["--use_cpu", "true", *(["--output_dir", "out"] if "--output_dir" not in argv else [])]
+    with pytest.raises(Parsed):
+        module.main(argv)
+
+
+def test_the_search_found_the_command_lines():
+    assert len(LINES) >= 40 and {"train", "evaluate", "push", "convert", "transfer"} <= {c for c, _ in LINES}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_names_files_that_exist(document):
+    text = document.read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w/.-])(?:hpt_hf|recipes|tests|benchmarks|docs)/[\w./-]*\w", text)
+    named += [f"{document.parent}/{link}" for link in re.findall(r"\]\((?!http)([^)#]+)", text)]
+    assert named and [name for name in named if not (ROOT / name).exists()] == []
