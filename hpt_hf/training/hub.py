@@ -20,8 +20,8 @@ class HubTrainer(Trainer):
         args = self.args
         name = args.hub_model_id or Path(args.output_dir).absolute().name
         private = args.hub_private_repo if private is None else private
-        api, self.hub_model_id = open_repo(name, private=private, token=token)
-        taken = holds_model(api, self.hub_model_id, args.hub_revision)
+        self.hub_model_id = open_repo(name, private=private, token=token)
+        taken = holds_model(self.hub_model_id, args.hub_revision, token=token)
         if taken and not args.hub_overwrite:
             raise ValueError(
                 f"{self.hub_model_id} holds a model already ({', '.join(taken[:3])}). Fix: another --hub_model_id or "
