@@ -111,7 +111,7 @@ def compare(method: str, args, file: Path) -> None:
 
     suite = pictures(group.suite, False, args.limit)
     if method == "vanilla":
-        student, proxy = load_model(settings.model_name_or_path), load_model(settings.proxy_name_or_path)
+        student, proxy = load_model(settings.model), load_model(settings.proxy)
         record["runs"] = [measured(student, suite, args.limit)]
         record["proxy"] = measured(proxy, suite, args.limit)
         crossed = matrix({"student": student, "proxy": proxy}, suite, attack, sources=["student"], limit=args.limit)

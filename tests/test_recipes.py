@@ -74,7 +74,7 @@ def test_recipe_runs_two_steps(recipe, tmp_path, student_path, proxy_path, monke
         "--disable_tqdm",
         "true",
     ]
-    if "proxy_name_or_path" in text:
+    if "\nproxy:" in text:
         flags += ["--proxy", proxy_path]
     data, method, training = parse((DataArguments, MethodArguments, HPTConfig), flags)
     record = run(data, method, training)
@@ -94,7 +94,7 @@ def test_recipes_of_one_experiment_differ_only_in_the_method():
             "attack_steps:",
             "attack_step_size:",
             "held_out:",
-            "model_name_or_path:",
+            "model:",
             "per_device_train_batch_size:",
         )
         shared = set()
