@@ -1,4 +1,4 @@
-"""Export: a folder that `pipeline`, the Auto classes and `CLIPModel` open checked against the evaluator.
+"""Export: a folder that `pipeline`, the Auto classes and `CLIPModel` open, checked against the evaluator.
 
 What is written is opened afresh and must give the evaluator's logits through the pipeline's own resize, crop,
 tokenizer and prompt. Those logits are kept beside it (`parity.json`), so that a later change can be told.
