@@ -30,13 +30,13 @@ class GPDCallback(TrainerCallback):
 
     Args:
         schedule: the phases, in steps.
-        student: the model that is trained, with its vanilla weights (of a `ZeroShotClassifier`, its `model`).
+        student: what is trained, with its vanilla weights.
     """
 
     def __init__(self, schedule: Schedule, student: torch.nn.Module):
         self.schedule, self.student = schedule, student
         needed = any(p.restart or p.ema is not None or p.pull is not None for p in schedule.phases)
-        trained = {n: p for n, p in student.named_parameters() if p.requires_grad and needed}
+        trained = {n: p for n, p in parameters(student).items() if p.requires_grad and needed}
         self.vanilla = {n: p.detach().clone() for n, p in trained.items()}
         self.average = {n: p.clone() for n, p in self.vanilla.items()}
         self.origin = digest(self.vanilla)

@@ -14,7 +14,6 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch.distributed.fsdp import FSDPModule, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hpt_hf.models.zero_shot import ZeroShotClassifier
@@ -82,17 +81,20 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The model's own parameters by name; not the gathered copies that a forward pass without a backward one leaves behind."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return dict(model.named_parameters())
+def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters by name, of a classifier under the names of its model.
+
+    Not the gathered copies that a forward pass without a backward one leaves behind.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    return {name.removeprefix("model."): parameter for name, parameter in module.named_parameters()}
 
 
 @torch.no_grad()
-def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
-    """Copy a checkpoint's weights into `model`, to where they lie."""
-    weights = type(model).from_pretrained(folder, dtype=torch.float32).state_dict()
-    for name, parameter in parameters(model).items():
+def load_weights(classifier: ZeroShotClassifier, folder: str | Path) -> None:
+    """Copy a checkpoint's weights into the classifier's model, to where they lie."""
+    weights = type(classifier.model).from_pretrained(folder, dtype=torch.float32).state_dict()
+    for name, parameter in parameters(classifier).items():
         parameter.copy_(shard_like(weights[name], parameter))

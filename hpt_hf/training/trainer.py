@@ -99,7 +99,7 @@ class HPTTrainer(HubTrainer):
             {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode} if args.torch_compile else None
         )
         args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
-        self.gpd = GPDCallback(self.schedule, student.freeze_text().model)
+        self.gpd = GPDCallback(self.schedule, student.freeze_text())
         self.stopwatch = Stopwatch(self.schedule, args.device)
         kwargs.setdefault("compute_metrics", accuracies)
         super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
@@ -239,7 +239,7 @@ class HPTTrainer(HubTrainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_weights(self.accelerator.unwrap_model(self.model).model, resume_from_checkpoint)
+        load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -93,10 +93,10 @@ def worker(folder: str, student_path: str, proxy_path: str) -> None:
         results[case] = train(trainer)
         if case == "hpt_gpd":
             trainer.save_model()
-            parts = parameters(trainer.model.model)
+            parts = parameters(trainer.model)
             results["sharded"] = {
                 "kinds": {n: isinstance(p, DTensor) for n, p in parts.items()},
-                "references": [type(p).__name__ for n, p in parameters(trainer.proxy.model).items() if n != "logit_scale"],
+                "references": [type(p).__name__ for n, p in parameters(trainer.proxy).items() if n != "logit_scale"],
                 "copies": [
                     isinstance(t, DTensor) for t in (*trainer.gpd.vanilla.values(), *trainer.gpd.average.values())
                 ],
@@ -134,7 +134,7 @@ def test_every_process_holds_half_of_the_weights_and_of_all_copies(two):
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_weights_end_as_whole_ones(one, two, student_path, case):
     whole, (sharded, other) = one[case], (rank[case] for rank in two.ranks)
-    assert other["weights"] is None, "one process gathers them"
+    assert largest_difference(other["weights"], sharded["weights"]) == 0
     bound = 3e-4 if case == "bf16" else 1e-6
     assert largest_difference(whole["weights"], sharded["weights"]) < bound
     assert largest_difference(whole["weights"], weights(ZeroShotClassifier.from_pretrained(student_path))) > 30 * bound
