@@ -67,9 +67,9 @@ def predict(data: DataArguments, method: MethodArguments, training: HPTConfig, *
     with tempfile.TemporaryDirectory() as place:
         probe = copy.copy(training)
         probe.output_dir, probe.push_to_hub, probe.load_best_model_at_end = place, False, False
-        trainer = build(data, method, probe)
+        trainer = build(data, method, probe, shortened=steps)
         preparing = time.perf_counter() - start
-        schedule, pictures = trainer.schedule, trainer.eval_dataset
+        schedule, pictures = trainer.full_schedule, trainer.eval_dataset
         saves, evaluations = (
             _times(
                 strategy, every, schedule, len(trainer.get_train_dataloader()) / training.gradient_accumulation_steps
@@ -79,9 +79,10 @@ def predict(data: DataArguments, method: MethodArguments, training: HPTConfig, *
                 (training.eval_strategy, training.eval_steps),
             )
         )
-        trainer.shorten(steps)
-        probe.save_strategy = type(probe.save_strategy)("steps" if saves else "no")
-        probe.save_steps, probe.eval_strategy = trainer.schedule.total_steps, type(probe.eval_strategy)("no")
+        trainer.args.save_strategy = type(probe.save_strategy)("steps" if saves else "no")
+        trainer.args.save_steps = trainer.schedule.total_steps
+        trainer.args.eval_strategy = type(probe.eval_strategy)("no")
+        trainer.stopwatch.quiet = True
         trainer.train()
         watch = trainer.stopwatch
         parts = [("preparing", 1, preparing)]
@@ -101,7 +102,7 @@ def predict(data: DataArguments, method: MethodArguments, training: HPTConfig, *
             share = len(pictures) / some
             parts.append(("the held-out slice", evaluations + 1, share * (time.perf_counter() - began)))
         began = time.perf_counter()
-        trainer.export()
+        trainer.save_model()
         parts.append(("the export", 1, time.perf_counter() - began))
         left += sum(f.stat().st_size for f in Path(place).iterdir() if f.is_file())
     return Cost(tuple(parts), training.world_size, training.device.type, peak_memory(training.device), left)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.html_report import write_html_report
 from hpt_hf.evaluation.result import EvalResult, read_results
 from hpt_hf.models.fast_layers import keep_memory
+from hpt_hf.publishing.model_card import TRAINED, read_record
 from hpt_hf.utils import processes, progress, shutdown_distributed, write_json
 
 
@@ -96,7 +96,7 @@ def trained_from(model: str) -> str | None:
     record = Path(model) / "train.json"
     if not record.is_file():
         return None
-    source = json.loads(record.read_text(encoding="utf-8")).get("recipe", {}).get("model_name_or_path", "")
+    source = read_record(model, TRAINED).get("recipe", {}).get("model", "")
     return source if source.startswith("lab:") or (source and Path(source).is_dir()) else None
 
 

@@ -105,7 +105,7 @@ class GPDCallback(TrainerCallback):
             vanilla, schedule = (file.metadata()[key] for key in ("vanilla", "schedule"))
             if vanilla != self.origin:
                 raise ValueError(
-                    f"{folder} was trained from other vanilla weights: got {self.origin}, expected {vanilla}"
+                    f"{folder} was trained from other vanilla weights: got {self.origin}, expected {vanilla}. Fix: --model"
                 )
             if json.loads(schedule) != self._describe():
                 raise ValueError(

@@ -96,7 +96,7 @@ def test_half_precision_is_the_same_tower_rounded_once_and_the_model_is_not_touc
     half, full = load_file(tmp_path / "tower" / "model.safetensors"), load_file(towers[64] / "model.safetensors")
     assert half.keys() == full.keys() and all(torch.equal(half[n], full[n].to(dtype)) for n in full)
     assert CLIPVisionModel.from_pretrained(tmp_path / "tower").dtype == dtype
-    assert all(torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in model.state_dict().items())
+    assert all(torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in weights(model).items())
     assert model.config.to_dict() == config.to_dict() and model.processor.image_processor.to_dict() == processor
 
 

@@ -165,7 +165,7 @@ def test_two_processes_estimate_together_and_one_speaks(tmp_path, student_path, 
 def test_two_processes_stream_as_one(tmp_path, student_path, proxy_path, monkeypatch):
     """Each reads the whole stream and decodes its own half of every batch."""
     from safetensors.torch import load_file
-    from test_stream import write_parquet
+    from test_streaming import write_parquet
 
     data = write_parquet(tmp_path / "data", make_pictures(43))
     said = f"--method hpt_gpd --streaming true --dataset {data} --max_steps 8 --interval 3 --use_cpu true --disable_tqdm true --eps 8/255"
