@@ -249,7 +249,7 @@ def _table(spec: DatasetSpec) -> tuple[_Table, tuple[str, ...] | None]:
             splits = datasets.load_dataset(str(path))
         if not set(wanted) <= set(splits) and max(len(splits), len(wanted)) > 1:
             raise ValueError(
-                f"{path} has no split {split!r}; it has {', '.join(splits)}: choose one with --split (--dataset_split in a recipe)"
+                f"{path} has no split {split!r}; it has {', '.join(splits)}: choose one with --split (--split in a recipe)"
             )
         chosen = [splits[s] for s in wanted] if set(wanted) <= set(splits) else list(splits.values())
         table = datasets.concatenate_datasets(chosen)

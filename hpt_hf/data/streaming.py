@@ -92,7 +92,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 place += 1
         if place < len(self):
             raise ValueError(
-                f"{self.name} ended after {place} pictures, and was said to have {self.length}: give the number with --pictures"
+                f"{self.name} ended after {place} pictures, and was said to have {self.length}: give the number with --images"
             )
 
     def _row(self, row: dict, number: int) -> dict:
@@ -132,7 +132,7 @@ def open_stream(spec: DatasetSpec, *, pictures: int | None = None) -> StreamedIm
             splits = {f: found[1] for f in files if (found := re.fullmatch(r"(.+)-\d+-of-\d+", f.stem))}
             if splits and spec.split not in splits.values():
                 raise ValueError(
-                    f"{path} has no split {spec.split!r}; it has {', '.join(sorted(set(splits.values())))}: choose one with --dataset_split"
+                    f"{path} has no split {spec.split!r}; it has {', '.join(sorted(set(splits.values())))}: choose one with --split"
                 )
             files = [f for f in files if splits[f] == spec.split] if len(splits) == len(files) else files
         if not files or any(f.suffix != ".parquet" for f in files):
@@ -150,14 +150,14 @@ def open_stream(spec: DatasetSpec, *, pictures: int | None = None) -> StreamedIm
         rows = datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision, streaming=True)
         known = rows.info.splits[spec.split].num_examples if spec.split in (rows.info.splits or {}) else None
     if pictures is not None and pictures < 1:
-        raise ValueError(f"--pictures {pictures}: expected at least 1")
+        raise ValueError(f"--images {pictures}: expected at least 1")
     length = pictures or known
     if not length:
         raise ValueError(
-            f"{spec.path} does not say how many pictures it has, and the schedule hangs on it: give the number with --pictures"
+            f"{spec.path} does not say how many pictures it has, and the schedule hangs on it: give the number with --images"
         )
     if known and pictures and pictures > known:
-        raise ValueError(f"--pictures {pictures}: {spec.path} has {known}")
+        raise ValueError(f"--images {pictures}: {spec.path} has {known}")
     if rows.features is None:
         raise ValueError(
             f"{spec.path} does not say what its columns hold: it cannot be streamed; leave out --streaming"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hpt_hf.method.schedule import DECAYS
+from hpt_hf.method.schedule import DECAYS, Schedule
 
 
 @dataclass
@@ -71,3 +71,14 @@ class HPTConfig(TrainingArguments):
         batch = self.per_device_train_batch_size * self.world_size
         micro_batches = images // batch if self.dataloader_drop_last else math.ceil(images / batch)
         return max(1, math.ceil(micro_batches / self.gradient_accumulation_steps))
+
+    def resolve(self, schedule: Schedule, steps_per_epoch: int) -> Schedule:
+        """The schedule in optimizer steps; what its phases leave open is said here."""
+        return schedule.resolve(
+            steps_per_epoch,
+            epochs=self.num_train_epochs,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.get_warmup_steps,
+            decay=str(self.lr_scheduler_type.value),
+            max_steps=self.max_steps,
+        )

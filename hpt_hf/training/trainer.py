@@ -79,17 +79,14 @@ class HPTTrainer(HubTrainer):
         self.proxy = proxy if "proxy" in references else None
         if self.proxy is not None:
             check_proxy(student, self.proxy)
-        self.given = {"student": origin(student), "proxy": self.proxy and origin(self.proxy), "attack": attack_record(attack)}
+        self.given = {
+            "student": origin(student),
+            "proxy": self.proxy and origin(self.proxy),
+            "attack": attack_record(attack),
+        }
         self.recipe, self.attack = recipe, attack
         args = copy.copy(args)
-        self.schedule = schedule.resolve(
-            args.steps_per_epoch(len(kwargs["train_dataset"])),
-            epochs=args.num_train_epochs,
-            learning_rate=args.learning_rate,
-            warmup_steps=args.get_warmup_steps,
-            decay=str(args.lr_scheduler_type.value),
-            max_steps=args.max_steps,
-        )
+        self.schedule = args.resolve(schedule, args.steps_per_epoch(len(kwargs["train_dataset"])))
         self.full_schedule = self.schedule
         if shortened:
             self.schedule = self.schedule.shortened(shortened)

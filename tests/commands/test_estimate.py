@@ -6,15 +6,13 @@ import time
 
 import pytest
 import torch
-from conftest import CLASSES, gpd_schedule, make_pictures, make_trainer, write_image_folder
+from conftest import gpd_schedule, make_pictures, make_trainer, write_image_folder
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hpt_hf.commands.estimate import Cost, main, predict
 from hpt_hf.commands.parser import parse
 from hpt_hf.commands.train import RECIPE
-from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.training import timing as stopwatch
-from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.timing import Stopwatch
 from hpt_hf.utils import duration, peak_memory
 
@@ -209,15 +207,3 @@ def test_a_probe_does_not_outlast_a_short_run(flags, tmp_path):
         1,
         1,
     ] and time.perf_counter() - began < 60
-
-
-def test_the_training_arguments_are_not_changed_by_a_probe(student, proxy, tmp_path):
-    trainer = make_trainer(tmp_path, student, gpd_schedule(warm_up_steps=8, steps=12), proxy=proxy)
-    trainer.shorten(3)
-    assert (
-        [p.steps for p in trainer.schedule.phases] == [3, 3]
-        and trainer.args.max_steps == 6
-        and trainer.gpd.schedule is trainer.schedule
-    )
-    assert isinstance(trainer.args, HPTConfig) and trainer.model.classes == CLASSES
-    assert isinstance(trainer.model, ZeroShotClassifier)

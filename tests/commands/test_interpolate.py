@@ -37,10 +37,10 @@ from hpt_hf.publishing.model_card import MIXED, TRAINED, check_figures, own_resu
 def pair(student_path, trained):
     """A model and what it became by training; every tensor of the second is another."""
     robust = ZeroShotClassifier.from_pretrained(student_path)
-    robust.load_state_dict(trained.state_dict())
+    robust.model.load_state_dict(trained.model.state_dict())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for tensor in robust.state_dict().values():
+        for tensor in robust.model.state_dict().values():
             tensor.add_(0.01 * torch.randn(tensor.shape, generator=generator))
     return ZeroShotClassifier.from_pretrained(student_path), robust
 
@@ -49,22 +49,22 @@ def pair(student_path, trained):
 def test_the_ends_are_the_two_models_to_the_last_bit(pair, weight):
     mixed, end = interpolate(*pair, weight), pair[int(weight)]
     assert fingerprint(mixed) == fingerprint(end) != fingerprint(pair[1 - int(weight)])
-    assert all(torch.equal(t, end.state_dict()[n]) for n, t in mixed.state_dict().items())
+    assert all(torch.equal(t, end.model.state_dict()[n]) for n, t in mixed.model.state_dict().items())
 
 
 def test_the_ends_are_exact_whatever_the_other_one_holds(pair, student_path):
     """0 * infinity is no number."""
     broken = ZeroShotClassifier.from_pretrained(student_path)
     with torch.no_grad():
-        broken.visual_projection.weight.fill_(math.inf)
+        broken.model.visual_projection.weight.fill_(math.inf)
     assert fingerprint(interpolate(pair[0], broken, 0.0)) == fingerprint(pair[0])
     assert fingerprint(interpolate(broken, pair[1], 1.0)) == fingerprint(pair[1])
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.25, 0.5, 2 / 3, 0.999])
 def test_every_tensor_lies_on_the_line_between(pair, weight):
-    original, robust = (m.state_dict() for m in pair)
-    mixed = interpolate(*pair, weight).state_dict()
+    original, robust = (m.model.state_dict() for m in pair)
+    mixed = interpolate(*pair, weight).model.state_dict()
     assert mixed.keys() == original.keys() == CLIPModel(pair[0].config).state_dict().keys()
     compared = 0
     for name, tensor in mixed.items():
@@ -80,9 +80,11 @@ def test_a_mixed_model_is_ready_and_nobody_else_s(pair):
     mixed = interpolate(*pair, 0.5)
     assert not mixed.training and mixed.processor is pair[1].processor and mixed.mean.equal(pair[1].mean)
     with torch.no_grad():
-        for tensor in mixed.state_dict().values():
+        for tensor in mixed.model.state_dict().values():
             tensor.zero_()
-    assert all(torch.equal(t, b[n]) for m, b in zip(pair, before, strict=True) for n, t in m.state_dict().items())
+    assert all(
+        torch.equal(t, b[n]) for m, b in zip(pair, before, strict=True) for n, t in m.model.state_dict().items()
+    )
 
 
 def test_models_that_no_line_connects_are_refused(pair, proxy_path, tmp_path):
@@ -207,7 +209,7 @@ def change(folder: Path, **changes) -> None:
 
 def arguments(model, output, **changes) -> InterpolateArguments:
     settings = {"weights": [0.0, 0.5, 1.0], "steps": 2, "max_drop": 100.0}
-    return InterpolateArguments(model=str(model), output=str(output), **(settings | changes))
+    return InterpolateArguments(model=str(model), output_dir=str(output), **(settings | changes))
 
 
 @pytest.fixture(scope="module")
@@ -531,7 +533,7 @@ def without_recipe(folder, tmp_path):
 
 
 def without_origin(folder, tmp_path):
-    change(folder, model_name_or_path=str(tmp_path / "gone"))
+    change(folder, model=str(tmp_path / "gone"))
 
 
 def of_another_version(folder, tmp_path):
@@ -543,7 +545,7 @@ def damaged(folder, tmp_path):
 
 
 def other_architecture(folder, tmp_path):
-    change(folder, model_name_or_path=save_tiny_clip(tmp_path / "other", patch_size=16, width=24))
+    change(folder, model=save_tiny_clip(tmp_path / "other", patch_size=16, width=24))
 
 
 def nothing(folder, tmp_path):
@@ -562,7 +564,7 @@ MISTAKES = {
         ["--origin", "{origin}"],
         "held nothing out .* name other training pictures",
     ),
-    "a record of another version": (of_another_version, [], "train.json lacks .*another version of hpt_hf"),
+    "a record of another version": (of_another_version, [], "train.json lacks "),
     "a damaged record": (damaged, [], "train.json"),
     "nothing held out": (lambda f, t: change(f, held_out=0.0), [], "held nothing out of its training data"),
     "an origin that is gone": (without_origin, [], "no model at .*gone"),
@@ -582,7 +584,7 @@ MISTAKES = {
     ),
     "no limit": (nothing, ["--max_drop", "inf"], "--max_drop inf"),
     "no such attack": (nothing, ["--attack", "pdg"], "no attack is called 'pdg'; did you mean pgd"),
-    "no such eps": (nothing, ["--eps", "8"], "did you mean '8/255'"),
+    "no such eps": (nothing, ["--eps", "8"], "Fix: '8/255'"),
     "no test set": (nothing, ["--report_on", "/nowhere/at/all"], "no data at /nowhere"),
     "no training pictures": (nothing, ["--choose_on", "/nowhere/at/all"], "no data at /nowhere"),
     "no picture": (nothing, ["--limit", "0"], "--limit 0: expected at least 1"),
@@ -670,7 +672,7 @@ def test_a_revision_that_holds_another_model_is_left_alone_until_asked(hub, fold
     stood = hub.files("alice/dial", "w1.00")
     other = ZeroShotClassifier.from_pretrained(folder)
     with torch.no_grad():
-        other.visual_projection.weight.mul_(1.5)
+        other.model.visual_projection.weight.mul_(1.5)
     record = (folder / TRAINED).read_text()
     other.save_pretrained(folder)
     (folder / TRAINED).write_text(record)

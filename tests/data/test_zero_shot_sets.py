@@ -375,7 +375,7 @@ def test_a_score_of_a_named_set_says_from_which_commit_it_is(cache, tmp_path, st
 def test_the_suite_is_all_seventeen(cache):
     for name, entry in SETS.items():
         cache.publish(name, entry.input)
-    opened = open_sets(EvaluateArguments(output="unused", suite="zero-shot-17"))
+    opened = open_sets(EvaluateArguments(output_dir="unused", suite="zero-shot-17"))
     assert [p.name for p in opened] == list(SETS) and {p.source["protocol"] for p in opened} == {"input"}
 
 

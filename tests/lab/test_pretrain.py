@@ -127,7 +127,7 @@ def test_no_name_of_the_suite_is_cut_and_all_prompts_differ():
         model = load_model(name)
         for task in LAB_SUITE:
             pictures = lab_images(task.removeprefix("lab:"), 1, faces="test")
-            embeds = model.embed_classes(pictures.classes, pictures.templates)  # raises for a name that is too long
+            embeds = model.set_classes(pictures.classes, pictures.templates).head  # raises for a name that is too long
             off_diagonal = (embeds @ embeds.T).fill_diagonal_(-1).max()
             assert off_diagonal < 0.9999, (task, off_diagonal)
 
@@ -147,7 +147,7 @@ def test_the_quickstart_gives_every_method_as_many_steps(method):
     totals = []
     for flags in (overrides(config, "hpt_gpd"), overrides(config, method)):
         _, recipe, training = parse(RECIPE, ["--config", config, *flags])
-        totals.append(build_schedule(recipe, training, steps_per_epoch=73).total_steps)
+        totals.append(training.resolve(build_schedule(recipe), 73).total_steps)
     assert totals[0] == totals[1] > 73
 
 
