@@ -563,6 +563,6 @@ def run(args: DemoArguments) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Exit 1 with one line for a mistake in the arguments or models; everything else is a traceback."""
-    with exit_on_user_error("recipes/demo.py"):
+    with exit_on_user_error("hpt-hf demo"):
         (args,) = parse((DemoArguments,), argv)
         run(args)

@@ -122,7 +122,7 @@ def _size(folder: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with exit_on_user_error("recipes/estimate.py"):
+    with exit_on_user_error("hpt-hf estimate"):
         *recipe, args = parse((*RECIPE, EstimateArguments), argv)
         if args.probe_steps < 1:
             raise RecipeError(f"--probe_steps {args.probe_steps}: expected at least 1")

@@ -101,7 +101,7 @@ def trained_from(model: str) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with exit_on_user_error("recipes/evaluate.py"):
+    with exit_on_user_error("hpt-hf evaluate"):
         (args,) = parse((EvaluateArguments,), argv)
         keep_memory()
         run(args)

@@ -146,6 +146,8 @@ def interpolate(original: ZeroShotClassifier, robust: ZeroShotClassifier, weight
     """
     check_line(original, robust)
     theta0, theta1 = original.model.state_dict(), robust.model.state_dict()
+    if weight in (0, 1):
+        return robust.with_weights((theta0, theta1)[int(weight)])
     return robust.with_weights({name: theta0[name].lerp(theta1[name], weight) for name in theta1})
 
 
@@ -207,7 +209,7 @@ def run(args: InterpolateArguments) -> tuple[list[Point], Point]:
                 records={MIXED: told} | ({TRAINED: trained} if trained else {}),
             )
             for score in point.reported:
-                write_json(folder / "scores" / score.file_name, score.to_json())
+                write_json(folder / "results" / score.file_name, score.to_json())
             write_model_card(folder)
             if args.push_to:
                 address = push(
@@ -371,7 +373,7 @@ def table(front: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with exit_on_user_error("recipes/dial.py"):
+    with exit_on_user_error("hpt-hf interpolate"):
         (args,) = parse((InterpolateArguments,), argv, positional=("model",))
         _, chosen = run(args)
     print(table(json.loads((Path(args.output_dir) / "front.json").read_text(encoding="utf-8"))))

@@ -221,7 +221,7 @@ def ranking_table(found: Sequence[Transfer], student: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with exit_on_user_error("recipes/transfer.py"):
+    with exit_on_user_error("hpt-hf transfer"):
         (args,) = parse((TransferArguments,), argv)
         result = run(args)
     print(result["table"])

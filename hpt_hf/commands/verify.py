@@ -144,7 +144,7 @@ def run(args: VerifyArguments) -> list[Finding]:
 
 def main(argv: list[str] | None = None) -> None:
     """Exit 0 if every figure was measured and lies inside, else 1."""
-    with exit_on_user_error("recipes/verify.py"):
+    with exit_on_user_error("hpt-hf verify"):
         (args,) = parse((VerifyArguments,), argv, positional=("model",))
         found = run(args)
     if processes().is_main_process:

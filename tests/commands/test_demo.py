@@ -402,7 +402,7 @@ def test_the_page_is_served_to_this_machine_and_uploads_go_with_it(monkeypatch, 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setenv("GRADIO_TEMP_DIR", "put back afterwards")
-    with pytest.raises(SystemExit, match=r"recipes/demo.py: the demo needs gradio .*: pip install 'hpt_hf\[demo\]'"):
+    with pytest.raises(SystemExit, match=r"hpt-hf demo: the demo needs gradio .*: pip install 'hpt_hf\[demo\]'"):
         main([])
 
 
@@ -421,7 +421,7 @@ def test_gradio_is_imported_inside_one_function_only():
 def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     pytest.importorskip("gradio")
     monkeypatch.setenv("GRADIO_TEMP_DIR", "put back afterwards")
-    with pytest.raises(SystemExit, match=f"recipes/demo.py: no model at {tmp_path}/none"):
+    with pytest.raises(SystemExit, match=f"hpt-hf demo: no model at {tmp_path}/none"):
         main(["--models", f"{tmp_path}/none"])
 
 

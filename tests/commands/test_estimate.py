@@ -191,7 +191,7 @@ def test_the_command_prints_the_table_and_refuses_a_bad_recipe(flags, tmp_path, 
     main([*flags, "--output_dir", str(tmp_path), "--probe_steps", "4", "--max_steps", "30"])
     said = capsys.readouterr()
     assert "| a step of hpt" in said.out and "process-hours on cpu" in said.out and "to go" not in said.err
-    with pytest.raises(SystemExit, match="recipes/estimate.py: .*probe_stepz"):
+    with pytest.raises(SystemExit, match="hpt-hf estimate: .*probe_stepz"):
         main([*flags, "--output_dir", str(tmp_path), "--probe_stepz", "4"])
     with pytest.raises(SystemExit, match="probe_steps 0: expected at least 1"):
         main([*flags, "--output_dir", str(tmp_path), "--probe_steps", "0"])

@@ -208,7 +208,7 @@ def change(folder: Path, **changes) -> None:
 
 
 def arguments(model, output, **changes) -> InterpolateArguments:
-    settings = {"weights": [0.0, 0.5, 1.0], "steps": 2, "max_drop": 100.0}
+    settings = {"weights": [0.0, 0.5, 1.0], "attack_steps": 2, "max_drop": 100.0}
     return InterpolateArguments(model=str(model), output_dir=str(output), **(settings | changes))
 
 
@@ -408,12 +408,12 @@ def test_other_training_pictures_may_be_named_and_several(folder, test_set, tmp_
         ({}, ("linf", "4/255", "pgd-20")),
         ({"eps": "8/255"}, ("linf", "8/255", "pgd-20")),
         ({"norm": "l2", "eps": "1"}, ("l2", "1", "pgd-20")),
-        ({"attack": "apgd-ce", "steps": 5}, ("linf", "4/255", "apgd-ce-5")),
+        ({"attack": "apgd-ce", "attack_steps": 5}, ("linf", "4/255", "apgd-ce-5")),
     ],
 )
 def test_the_attack_is_that_of_training_unless_another_is_named(folder, tmp_path, monkeypatch, given, wanted):
     asked = pretend(monkeypatch, lambda i: (60, 10 * i), write=False)
-    dial.run(arguments(folder, tmp_path / "out", **{"steps": None} | given))
+    dial.run(arguments(folder, tmp_path / "out", **{"attack_steps": None} | given))
     (attack,) = {a for _, a, _ in asked}
     assert (attack.threat.norm, attack.threat.eps, str(attack)) == wanted
 
@@ -517,7 +517,7 @@ def error_of(*argv) -> str:
     assert (
         isinstance(left.value.code, str)
         and left.value.code.count("\n") == 0
-        and left.value.code.startswith("recipes/dial.py: ")
+        and left.value.code.startswith("hpt-hf interpolate: ")
     )
     return left.value.code
 

@@ -180,7 +180,7 @@ def test_options_of_the_method_reach_every_phase(tmp_path):
         kl = phase.objective.divergence
         assert (kl.direction, kl.temperature, phase.objective.attack_on) == ("reverse", 2.0, "proxy")
     assert [p.warmup_steps for p in made.phases] == [0, 4], "the ramp is the second stage's"
-    with pytest.raises(ValueError, match="attack_on='proxy', but tecoa has no proxy"):
+    with pytest.raises(ValueError, match="'proxy' where tecoa has one"):
         schedule(tmp_path, "--attack_on", "proxy", "--method", "tecoa")
 
 
@@ -215,15 +215,15 @@ def test_a_step_of_the_attack_is_a_fraction_of_the_pixels_or_of_the_radius(flags
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--attack_steps", "0"], "attack_steps=0: expected at least 1"),
-        (["--attack_steps", "-2"], "attack_steps=-2: expected at least 1"),
-        (["--attack_step_size", "0"], "attack_step_size='0': expected more than 0"),
-        (["--attack_step_size", "0 eps"], "attack_step_size='0 eps': expected more than 0"),
-        (["--attack_step_size", "2"], "attack_step_size='2': images live in .0, 1.; did you mean '2/255'"),
-        (["--attack_step_size=-1/255"], "attack_step_size='-1/255': expected a fraction such as"),
-        (["--attack_step_size", "eps"], "attack_step_size='eps': expected a fraction such as"),
-        (["--attack_step_size", "two eps"], "attack_step_size='two eps': expected a fraction such as"),
-        (["--eps", "8"], "did you mean '8/255'"),
+        (["--attack_steps", "0"], "attack_steps: got 0, expected at least 1"),
+        (["--attack_steps", "-2"], "attack_steps: got -2, expected at least 1"),
+        (["--attack_step_size", "0"], "attack_step_size: got '0', expected more than 0"),
+        (["--attack_step_size", "0 eps"], "attack_step_size: got '0 eps', expected more than 0"),
+        (["--attack_step_size", "2"], "attack_step_size: got '2'.* did you mean '2/255'"),
+        (["--attack_step_size=-1/255"], "attack_step_size: got '-1/255', expected a fraction"),
+        (["--attack_step_size", "eps"], "attack_step_size: got 'eps', expected a fraction"),
+        (["--attack_step_size", "two eps"], "attack_step_size: got 'two eps', expected a fraction"),
+        (["--eps", "8"], "Fix: '8/255'"),
     ],
 )
 def test_an_attack_that_would_not_move_or_would_leave_the_pixels_is_refused(flags, says, tmp_path):
@@ -301,15 +301,15 @@ BAD = {
     "no model": ({"model": "/nowhere/clip"}, "no model at /nowhere/clip"),
     "model not on the Hub": ({"model": "nobody/no-such-clip"}, "nobody/no-such-clip"),
     "data not on the Hub": ({"dataset": "nobody/no-such-pictures"}, "nobody/no-such-pictures"),
-    "eps": ({"eps": "8"}, "did you mean '8/255'?"),
-    "eps word": ({"eps": "small"}, "eps='small' is not a number"),
+    "eps": ({"eps": "8"}, "Fix: '8/255'"),
+    "eps word": ({"eps": "small"}, "eps='small': expected a finite number"),
     "unknown key": ({"learning_rat": "1"}, "did you mean learning_rate"),
     "rate": ({"learning_rate": "-1"}, "expected a positive number"),
-    "too few": ({"per_device_train_batch_size": "64"}, "16 training pictures do not fill one batch of 64"),
-    "no proxy": ({"proxy": None}, "hpt_gpd learns from a proxy: name a vanilla CLIP"),
+    "too few": ({"per_device_train_batch_size": "64"}, "16 training images do not fill one batch of 64"),
+    "no proxy": ({"proxy": None}, "hpt_gpd learns from a proxy"),
     "held out": ({"held_out": "1.0"}, "held_out=1.0: expected a share of at least 0 and below 1"),
     "template": ({"templates": "a photo"}, "must hold '{}' exactly once"),
-    "ema": ({"ema": "9"}, "ema=9.0, expected a ratio between 0 and 1"),
+    "ema": ({"ema": "9"}, "ema: got 9.0, expected a ratio between 0 and 1"),
 }
 
 
@@ -320,7 +320,7 @@ def test_a_mistake_costs_one_line_and_makes_no_folder(case, good, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(flags(settings))
     message = str(stop.value.code)
-    assert message.startswith("recipes/train.py: ") and says in message and "\n" not in message
+    assert message.startswith("hpt-hf train: ") and says in message and "\n" not in message
     assert not Path(good["output_dir"]).exists()
 
 
@@ -339,7 +339,7 @@ def test_a_corrupt_picture_costs_one_line_and_no_training(good, tmp_path, capsys
 
 def test_resuming_what_never_began_begins_and_says_so(good, caplog):
     """Whoever restarts a run in a loop need not look whether it lived to its first checkpoint."""
-    train.main(flags(good | {"resume": "true", "max_steps": "2"}))
+    train.main(flags(good | {"resume_from_checkpoint": "true", "max_steps": "2"}))
     assert "nothing to resume" in caplog.text and "it begins at the beginning" in caplog.text
     assert (Path(good["output_dir"]) / "model.safetensors").is_file()
 
@@ -351,7 +351,7 @@ EVALUATE = {
     "limit": (["--dataset", "x", "--limit", "0"], "--limit 0: expected at least 1 picture"),
     "batch size": (["--dataset", "x", "--batch_size", "0"], "--batch_size 0: expected at least 1 picture"),
     "probe": (["--dataset", "x", "--probe", "-1"], "--probe -1: expected at least 0 pictures"),
-    "eps": (["--dataset", "x", "--eps", "1/255", "4"], "did you mean '4/255'?"),
+    "eps": (["--dataset", "x", "--eps", "1/255", "4"], "Fix: '4/255'"),
     "attack": (
         ["--dataset", "x", "--attack", "apgd"],
         "no attack is called 'apgd'; did you mean pgd or apgd-t or apgd-ce?",
@@ -392,7 +392,7 @@ def test_a_mistake_in_evaluation_costs_one_line_and_makes_no_folder(case, tmp_pa
     more, says = EVALUATE[case]
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["--model", student_path, "--output_dir", str(tmp_path / "scores"), *more])
-    assert says in str(stop.value.code) and str(stop.value.code).startswith("recipes/evaluate.py: ")
+    assert says in str(stop.value.code) and str(stop.value.code).startswith("hpt-hf evaluate: ")
     assert "\n" not in str(stop.value.code) and not (tmp_path / "scores").exists()
 
 
@@ -435,7 +435,7 @@ def test_evaluate_arguments_and_what_it_writes(tmp_path, student_path, capsys):
         and (tmp_path / "scores" / "report.html").is_file()
     )
     (args,) = parse((EvaluateArguments,), ["--model", "m", "--output_dir", "o"])
-    assert (args.attacks, args.eps, args.steps, args.protocol, args.seed) == (["pgd"], ["1/255"], None, "input", 0)
+    assert (args.attack, args.eps, args.steps, args.protocol, args.seed) == (["pgd"], ["1/255"], None, "input", 0)
 
 
 def test_each_attack_at_each_radius_is_a_score_of_each_set_once(tmp_path, student_path, capsys):
@@ -489,10 +489,7 @@ def few():
 @pytest.mark.multiprocess
 def test_the_script_itself_says_one_line_and_fails(good, tmp_path):
     """`recipes/train.py` as a process: exit status, standard error, and no traceback, before training and in the midst of it."""
-    cases = {
-        "did you mean '8/255'?": good | {"eps": "8"},
-        "cannot be read": good | {"dataset": str(tmp_path / "damaged")},
-    }
+    cases = {"Fix: '8/255'": good | {"eps": "8"}, "cannot be read": good | {"dataset": str(tmp_path / "damaged")}}
     write_image_folder(tmp_path / "damaged", make_pictures(16))
     corrupt(tmp_path / "damaged")
     running = {}

@@ -261,11 +261,11 @@ def test_one_model_alone_is_an_error(flags, tmp_path, trained_path):
         ["--student", trained_path, "--models", trained_path],
         ["--student", trained_path],
     ):
-        with pytest.raises(SystemExit, match="recipes/transfer.py: name at least two models"):
+        with pytest.raises(SystemExit, match="hpt-hf transfer: name at least two models"):
             main([*flags, *models])
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_not_there_is_an_error_in_one_line(flags, tmp_path, trained_path):
-    with pytest.raises(SystemExit, match="recipes/transfer.py: no model at .*gone"):
+    with pytest.raises(SystemExit, match="hpt-hf transfer: no model at .*gone"):
         main([*flags, "--models", trained_path, str(tmp_path / "gone")])

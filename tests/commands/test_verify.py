@@ -266,7 +266,7 @@ def test_another_seed_is_another_start_of_the_attack(model, capsys, monkeypatch)
 
 def test_nothing_claimed_is_an_error(model):
     shutil.rmtree(model / "scores")
-    assert error_of(model).startswith(f"recipes/verify.py: no Scores in {model}/scores: nothing is claimed")
+    assert error_of(model).startswith(f"hpt-hf verify: no Scores in {model}/scores: nothing is claimed")
     (model / "scores").mkdir()
     assert "no Scores in" in error_of(model)
 
@@ -293,4 +293,4 @@ def test_a_file_that_is_no_score_is_refused(text, model):
 def test_a_model_that_is_not_there_is_an_error(model, tmp_path):
     shutil.copytree(model / "scores", tmp_path / "scores")
     assert "no model at" in error_of(tmp_path / "gone", "--scores", tmp_path / "scores")
-    assert error_of("--limit", "3").startswith("recipes/verify.py: ")
+    assert error_of("--limit", "3").startswith("hpt-hf verify: ")

@@ -239,9 +239,7 @@ def test_the_recipe_streams_and_refuses_what_a_stream_cannot_give(tmp_path, fold
     trainer = build(*parse(RECIPE, flags))
     trainer.train()
     assert (
-        trainer.state.global_step == 10
-        and trainer.record()["pictures"] == 40
-        and trainer.record()["dataset"] == "data"
+        trainer.state.global_step == 10 and trainer.record()["images"] == 40 and trainer.record()["dataset"] == "data"
     )
     with pytest.raises(RecipeError, match="--images says how long a stream is"):
         build(*parse(RECIPE, [*flags, "--streaming", "false", "--images", "12"]))

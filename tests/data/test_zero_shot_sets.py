@@ -380,5 +380,5 @@ def test_the_suite_is_all_seventeen(cache):
 
 
 def test_a_named_set_that_is_not_to_be_had_ends_in_one_line(cache, tmp_path, student_path):
-    with pytest.raises(SystemExit, match="^recipes/evaluate.py: the data set .*wds_vtab-dtd_test .276b0059"):
+    with pytest.raises(SystemExit, match="^hpt-hf evaluate: the data set .*wds_vtab-dtd_test .276b0059"):
         main(["--model", student_path, "--dataset", "dtd", "--output_dir", str(tmp_path / "out")])
