@@ -1,4 +1,4 @@
-"""The tests' own small world: two random CLIPs of different architecture that share a tokenizer, and pictures that fit them.
+"""The tests' own small world: two random CLIPs of different architecture that share a tokenizer, and images that fit them.
 
 Shapes of every public function are checked while the tests run (jaxtyping + beartype), and warnings are errors.
 """
@@ -92,43 +92,28 @@ def proxy(proxy_path):
     return ZeroShotClassifier.from_pretrained(proxy_path).set_classes(CLASSES)
 
 
-class Rows:
-    """Pictures in memory, in the form LabelledImages reads."""
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return {"image": self.images[index], "label": None if self.labels is None else self.labels[index]}
-
-
-def make_pictures(count: int = 40, *, labelled: bool = True, size: int = 32, seed: int = 0) -> LabelledImages:
-    """Random pictures whose class can be learned: the class sets the mean colour."""
+def make_images(count: int = 40, *, labelled: bool = True, size: int = 32, seed: int = 0) -> LabelledImages:
+    """Random images whose class can be learned: the class sets the mean colour."""
     rng = np.random.default_rng(seed)
     labels = [i % len(CLASSES) for i in range(count)]
     base = rng.integers(40, 216, (len(CLASSES), 3))
     images = [
         Image.fromarray(np.clip(base[y] + rng.normal(0, 30, (size, size, 3)), 0, 255).astype(np.uint8)) for y in labels
     ]
-    return LabelledImages(Rows(images, labels if labelled else None), CLASSES, name="made")
+    return LabelledImages.from_images(images, labels if labelled else None, CLASSES, name="made")
 
 
-@pytest.fixture
-def pictures():
-    return make_pictures()
+def relabelled(images: LabelledImages, labels, classes=CLASSES, name=None) -> LabelledImages:
+    return LabelledImages.from_dataset(images.data, labels, classes, name=name or images.name)
 
 
 def make_batch(model, count=40):
-    pictures = make_pictures(count)
-    return Collator(model.processor)([pictures[i] for i in range(count)])
+    return Collator(model.processor)(list(make_images(count)))
 
 
 @pytest.fixture(scope="module")
 def trained(student_path):
-    """A student that has learned the made pictures: on a random one no attack could be told from chance."""
+    """A student that has learned the made images: on a random one no attack could be told from chance."""
     torch.manual_seed(0)
     model = ZeroShotClassifier.from_pretrained(student_path).set_classes(CLASSES).freeze_text()
     batch = make_batch(model)
@@ -149,7 +134,7 @@ def batch(trained):
 def gpd_schedule(
     *, warm_up_steps=5, steps=5, interval=2, warm_up_learning_rate=1e-3, learning_rate=1e-2, divergence=None, **changes
 ):
-    """HPT-GPD in ten steps; two epochs of `make_pictures()` at batch 8."""
+    """HPT-GPD in ten steps; two epochs of `make_images()` at batch 8."""
     ga, hpt = (dataclasses.replace(OBJECTIVES[n], divergence=divergence or Divergence()) for n in ("ga", "hpt"))
     return Schedule.gpd(
         ga,
@@ -186,7 +171,7 @@ def make_trainer(
         schedule=schedule,
         attack=TrainingAttack(ThreatModel("linf", eps)),
         proxy=proxy,
-        train_dataset=make_pictures() if data is None else data,
+        train_dataset=make_images() if data is None else data,
         eval_dataset=held_out,
         data_collator=Collator(student.processor),
         callbacks=callbacks,
@@ -207,11 +192,10 @@ def contents(folder) -> dict[str, str]:
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def write_image_folder(folder, pictures) -> str:
-    """`pictures` as one folder of PNG files a class: data as a user has it."""
-    for index in range(len(pictures)):
-        row = pictures[index]
-        place = Path(folder) / pictures.classes[row["label"]]
+def write_image_folder(folder, images) -> str:
+    """`images` as one folder of PNG files a class: data as a user has it."""
+    for index, row in enumerate(images):
+        place = Path(folder) / images.classes[row["label"]]
         place.mkdir(parents=True, exist_ok=True)
         row["image"].save(place / f"{index:03d}.png")
     return str(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import CLASSES, make_pictures
+from conftest import CLASSES, make_images
 
 from hpt_hf.commands.parser import parse
 from hpt_hf.commands.train import RECIPE, DataArguments, MethodArguments, build_attack, run
@@ -36,10 +36,10 @@ def test_recipe_runs_two_steps(recipe, tmp_path, student_path, proxy_path, monke
     text = recipe.read_text()
     assert len(text.splitlines()) <= 40
     assert "# hardware:" in text and "# command:" in text
-    pictures = make_pictures(20)
+    pictures = make_images(20)
     labels = datasets.ClassLabel(names=list(WORDNET_IDS if "imagenet_wordnet" in text else CLASSES))
     features = datasets.Features({"image": datasets.Image(), "label": labels})
-    rows = [pictures.rows[i] for i in range(len(pictures))]
+    rows = list(pictures)
     table = datasets.Dataset.from_dict(
         {"image": [r["image"] for r in rows], "label": [r["label"] for r in rows]}, features=features
     )

@@ -155,8 +155,8 @@ def build(
             raise RecipeError(
                 "--streaming: a stream is not looked at before training. Fix: no held_out, on_corrupt error"
             )
-        images = train_part = open_stream(spec, pictures=data.images)
-        images.seed, images.chunk, eval_part = training.seed, batch, None
+        images = train_part = open_stream(spec, length=data.images, batch=batch, seed=training.seed)
+        eval_part = None
     else:
         images = open_images(spec, training=True, data_dir=data.data_dir, on_corrupt=data.on_corrupt)
         train_part, eval_part = held_out(images, method.held_out, seed=0)

@@ -8,46 +8,47 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from hpt_hf.models.zero_shot import check_classes
+
 logger = logging.get_logger(__name__)
 
 
 def match_classes(
-    names: Sequence[str] | None, given: Sequence[str] | dict[str, str] | None, path: str
-) -> tuple[Sequence[str] | None, list[int] | None]:
-    """(class list, place in it of each of the data's own names), from these names and the user's; None: labels stay as they are.
+    own: Sequence[str] | None, given: Sequence[str] | dict[str, str] | None, path: str
+) -> tuple[tuple[str, ...], list[int]]:
+    """(the classes, the place among them of each label) from the data's own names and the user's.
 
-    Matches by name where it can, so that an order can never shift labels silently.
+    Matched by name where possible, so that the order of a list never shifts labels; otherwise renamed in order, with a warning.
     """
-    if given is None or names is None:
-        if isinstance(given, dict):
-            raise ValueError(
-                f"{path} names no classes, so a map from its names to others cannot be applied: give a list of names in label order"
-            )
-        return (names if given is None else given), None
+    if own is None:
+        if given is None or isinstance(given, dict):
+            raise ValueError(f"{path} names no classes. Fix: list them in label order, --classes … or --classes_file.")
+        own = given
     if isinstance(given, dict):
-        unknown = [n for n in names if n not in given]
-        if unknown:
-            raise ValueError(
-                f"the map of class names has no entry for {unknown[:5]}, {len(unknown)} of the {len(names)} classes of {path}"
-            )
-        return tuple(given[n] for n in names), None
-    if set(names) <= set(given) and len(set(names)) == len(names):
-        return given, [list(given).index(n) for n in names]
-    if len(given) != len(names):
+        if unknown := [n for n in own if n not in given]:
+            raise ValueError(f"the class names have no entry for {len(unknown)} classes of {path}: {unknown[:5]}")
+        given = [given[n] for n in own]
+    elif given is None:
+        given = own
+    elif set(own) <= set(given) and len(set(own)) == len(own):
+        check_classes(given)
+        return tuple(given), [list(given).index(n) for n in own]
+    elif len(given) != len(own):
         raise ValueError(
-            f"{len(given)} class names were given and {path} has {len(names)} classes ({', '.join(names[:5])} …): give as many, in that order, or a list with all its names"
+            f"{len(given)} class names were given and {path} has {len(own)} classes ({', '.join(own[:5])} …). "
+            "Fix: give as many, in that order, or a list with all its names."
         )
-    renamed = [f"{a} -> {b}" for a, b in zip(names, given, strict=True) if a != b]
-    logger.warning(
-        f"{len(renamed)} of {len(names)} classes of {path} are renamed, in their order: {', '.join(renamed[:5])} …"
-    )
-    return given, None
+    else:
+        renamed = [f"{a} -> {b}" for a, b in zip(own, given, strict=True) if a != b]
+        logger.warning(f"{len(renamed)} of {len(own)} classes of {path} are renamed: {', '.join(renamed[:5])} …")
+    check_classes(given)
+    return tuple(given), list(range(len(given)))
 
 
 def read_classes(file: str | Path) -> tuple[str, ...] | dict[str, str]:
     """Class names from a text file, one a line, or a JSON list; or a JSON object from the data's names to those for the prompts.
 
-    An empty line between others is the (refused) name of a class: left out it would give every name after it to another class.
+    An empty line between others is kept as a name, which is refused later: dropped, it would shift every name after it.
     """
     path = Path(file)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""From encoded images of any mode to a batch: RGB in [0, 1], cut as the model's processor cuts, and the ids that noise hangs on."""
+"""From encoded images of any mode to a batch: RGB in [0, 1], cut as the model's processor cuts, and the noise's ids."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def encoded(cell: dict) -> bytes:
 
 
 def to_rgb(image: Image.Image | bytes) -> Image.Image:
-    """Any picture -> 8-bit RGB, upright. Transparency is laid on white, 16 bits are scaled to 8, not cut off."""
+    """Any image -> 8-bit RGB, upright. Transparency is laid on white, 16 bits are scaled to 8, not cut off."""
     if isinstance(image, bytes):
         image = Image.open(io.BytesIO(image))
         image.load()  # decode now: a truncated file fails here and not in the middle of a batch
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
-        # Integers are 16 bits, however dark the picture; floats say by their range whether 1 or 255 is white.
+        # Integers are 16 bits, however dark the image; floats say by their range whether 1 or 255 is white.
         top = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
         return Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -40,7 +40,7 @@ def to_rgb(image: Image.Image | bytes) -> Image.Image:
 
 
 def image_id(pixels: np.ndarray) -> int:
-    """A 63-bit digest of a uint8 picture: the same picture always draws the same noise (`hpt_hf.attacks.noise.Noise`)."""
+    """A 63-bit digest of a uint8 image: the same image always draws the same noise (`hpt_hf.attacks.noise.Noise`)."""
     return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=8).digest(), "little") >> 1
 
 
@@ -50,7 +50,7 @@ class Collator:
 
     Args:
         processor: the student's; its resize and crop are applied, its normalisation is not (it lies in the model).
-        native: keep every picture's own size instead; a batch must then hold pictures of one size.
+        native: keep every image's own size instead; a batch must then hold images of one size.
     """
 
     processor: object
@@ -58,41 +58,42 @@ class Collator:
 
     @functools.cached_property
     def _side(self) -> int | None:
-        """Side of the square pictures that the processor gives back as they are, which is found out on one of noise; None if it changes them."""
+        """Side of the square images that the processor leaves as they are, found out on noise; None if it changes them."""
         if not self.processor.image_processor.do_center_crop:
             return None
         side = int(self.processor.image_processor.crop_size["height"])
         noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
         return side if np.array_equal(self._cut([Image.fromarray(noise)])[0], noise) else None
 
-    def _cut(self, pictures: list[Image.Image]) -> list[np.ndarray]:
-        """Each as (height, width, 3), resized and cropped by the processor."""
-        cut = self.processor.image_processor(pictures, do_normalize=False, do_rescale=False)["pixel_values"]
-        return [np.asarray(p).transpose(1, 2, 0) for p in cut]
+    def _cut(self, images: list[Image.Image]) -> np.ndarray:
+        """(batch, height, width, 3), resized and cropped by the processor."""
+        cut = self.processor.image_processor(images, do_normalize=False, do_rescale=False)["pixel_values"]
+        return np.stack([np.asarray(p).transpose(1, 2, 0) for p in cut])
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        pictures = [_decoded(r) for r in rows]
-        if self.native or all(p.size == (self._side, self._side) for p in pictures):
-            images = np.stack([np.asarray(p) for p in pictures])
+        images = [_decoded(r) for r in rows]
+        if self.native or all(i.size == (self._side, self._side) for i in images):
+            pixels = np.stack([np.asarray(i) for i in images])
         else:
-            images = np.stack(self._cut(pictures))
-        if images.dtype != np.uint8:
-            images = np.clip(np.rint(images), 0, 255).astype(np.uint8)
-        batch = {"images": to_images(images), "image_ids": torch.tensor([image_id(i) for i in images])}
+            pixels = self._cut(images)
+        if pixels.dtype != np.uint8:
+            pixels = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+        batch = {"images": to_images(pixels), "image_ids": torch.tensor([image_id(p) for p in pixels])}
         if rows[0]["label"] is not None:
             batch["labels"] = torch.tensor([r["label"] for r in rows])
         return batch
 
 
 def _decoded(row: dict) -> Image.Image:
-    """The picture of a row; a stream's are decoded here, by the process that asks for them."""
+    """The image of a row; a stream's are decoded here, by the process that asks for them."""
     if not isinstance(row["image"], bytes):
         return row["image"]
     try:
         return to_rgb(row["image"])
-    except Exception as error:  # Pillow's decoders raise a zoo of types on damaged files
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise ValueError(
-            f"{row['where']} cannot be read ({type(error).__name__}: {error}): a stream cannot leave pictures out, since its epochs would lose their length; repair or remove it"
+            f"{row['where']} cannot be read ({type(error).__name__}: {error}). "
+            "Fix: repair or remove it; a stream cannot leave images out."
         ) from error
 
 

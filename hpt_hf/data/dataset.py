@@ -1,31 +1,26 @@
-"""Data: labelled pictures from the Hub, local parquet or image folders, and the batches made of them. The seam to `datasets`.
-
-Whatever a picture's mode (grey, palette, CMYK, 16 bit, transparent), a batch holds RGB in [0, 1], cut as the model's processor cuts it.
-"""
+"""Labelled images from the Hub, local parquet files, image folders or tar shards, as a `datasets.Dataset` of encoded images."""
 
 from __future__ import annotations
 
 import glob
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+from PIL import Image
 from transformers.utils import logging
 
 from hpt_hf.data.class_names import match_classes, read_classes
 from hpt_hf.data.collator import encoded, to_rgb
-from hpt_hf.models.zero_shot import TEMPLATE, check_classes, check_templates
+from hpt_hf.models.zero_shot import TEMPLATE, check_templates
 from hpt_hf.utils import did_you_mean
 
 logger = logging.get_logger(__name__)
 
-
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-
-
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "dev", "test")
 
 
@@ -34,10 +29,10 @@ class DatasetSpec:
     """Where a labelled set lies and how its classes are asked for.
 
     Args:
-        path: Hub id, parquet file, folder of parquet files, or image folder (one folder a class, or pictures alone).
+        path: Hub id, parquet file, folder of parquet files or tar shards, or image folder (one folder a class, or images alone).
         split, revision, config: of a Hub id or folder.
         image, label: column names; None: found by type, and an error if two would fit.
-        classes: names in label order, if the features have none; or a dict from the features' names (WordNet ids, say) to better ones.
+        classes: names in label order; or a dict from the data's names (WordNet ids, say) to better ones.
         templates: prompts with `{}` for the name; None: those the data brings along, else the paper's.
     """
 
@@ -51,48 +46,82 @@ class DatasetSpec:
     templates: tuple[str, ...] | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class LabelledImages:
-    """Pictures by index, their labels and the classes these index; `skipped` lists (row, reason) of those that could not be read."""
+    """Images by index, and the prompts that ask for their classes.
 
-    rows: object  # anything with len(), [i] -> {"image": PIL image or encoded bytes, "label": int or None}, and labels
-    classes: tuple[str, ...]
+    Args:
+        data: columns `image` (encoded), `label` (ClassLabel; all None: unlabelled) and `row` (its number as loaded).
+        source: how to open them again, as JSON: path, split, revision …
+        skipped: (row, reason) of the images that could not be read.
+    """
+
+    data: datasets.Dataset
     templates: tuple[str, ...] = (TEMPLATE,)
     name: str = "data"
-    source: dict = field(default_factory=dict)  # how to open them again, as JSON: path, split, revision …
-    kept: Sequence[int] | None = None  # row numbers; None for all
-    skipped: list[tuple[int, str]] = field(default_factory=list)
+    source: dict = field(default_factory=dict)
+    skipped: tuple[tuple[int, str], ...] = ()
+
+    @classmethod
+    def from_dataset(cls, data: datasets.Dataset, labels: Sequence[int | None], classes: Sequence[str], **fields):
+        """From a `datasets.Dataset` with a column `image`, and a label for each of its rows."""
+        data = data.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        data = data.add_column("label", list(labels), feature=datasets.ClassLabel(names=list(classes)))
+        return cls(data.add_column("row", np.arange(len(data))), **fields)
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Iterable[Image.Image | bytes],
+        labels: Sequence[int] | None,
+        classes: Sequence[str],
+        templates: Sequence[str] = (TEMPLATE,),
+        name: str = "data",
+        source: dict | None = None,
+    ) -> LabelledImages:
+        """From images in memory, which are kept as PNG."""
+        cells = [i if isinstance(i, bytes) else to_rgb(i) for i in images]
+        data = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features(image=datasets.Image()))
+        labels = [None] * len(cells) if labels is None else labels
+        return cls.from_dataset(data, labels, classes, templates=tuple(templates), name=name, source=source or {})
 
     def __len__(self) -> int:
-        return len(self.rows) if self.kept is None else len(self.kept)
-
-    def row_id(self, index: int) -> int:
-        """The row of the data set that picture `index` is."""
-        return index if self.kept is None else self.kept[index]
+        return len(self.data)
 
     def __getitem__(self, index: int) -> dict:
-        """{"image": RGB PIL image, "label": int or None}.
-
-        Raises:
-            ValueError: the picture cannot be read; the message names its row.
-        """
-        row_id = self.row_id(int(index))
-        where = f"row {row_id}"
+        """{"image": RGB PIL image, "label": int or None}. Raises ValueError, with the row, if the image cannot be read."""
+        row = self.data[int(index)]
         try:
-            row = self.rows[row_id]  # an empty cell or a file that is gone fails here
-            where = row.get("where", where)
-            return {"image": to_rgb(row["image"]), "label": row["label"]}
-        except Exception as error:  # Pillow's decoders raise a zoo of types on damaged files
+            return {"image": to_rgb(encoded(row["image"])), "label": row["label"]}
+        except Exception as error:  # Pillow's decoders raise many types on damaged files
+            file = f" ({row['image']['path']})" if row["image"] and row["image"]["path"] else ""
             raise ValueError(
-                f"{where} of {self.name} cannot be read ({type(error).__name__}: {error}); repair or remove it, or pass --on_corrupt skip"
+                f"row {row['row']}{file} of {self.name} cannot be read ({type(error).__name__}: {error}). "
+                "Fix: repair or remove it, or pass --on_corrupt skip."
             ) from error
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.data.features["label"].names)
+
+    @property
+    def labels(self) -> list[int | None]:
+        return self.data["label"][:]
+
+    @property
     def labelled(self) -> bool:
-        return self.rows.labels is not None
+        return self.data.data["label"].null_count == 0
+
+    def select(self, indices: Iterable[int]) -> LabelledImages:
+        return replace(self, data=self.data.select(indices))
+
+    def with_classes(self, classes: Sequence[str]) -> LabelledImages:
+        """The same images and labels under other class names."""
+        feature = datasets.ClassLabel(names=list(classes))
+        return replace(self, data=self.data.remove_columns("label").add_column("label", self.labels, feature=feature))
 
     def without_class(self, name: str | None) -> LabelledImages:
-        """All pictures but those of one class: what an attack towards that class can be run on. None: all.
+        """All images but those of one class, which an attack towards that class can be run on; None: all.
 
         Raises:
             ValueError: there is no such class.
@@ -100,319 +129,231 @@ class LabelledImages:
         if name is None:
             return self
         if name not in self.classes:
-            raise ValueError(
-                f"{name!r} is none of the {len(self.classes)} classes of {self.name}{did_you_mean(name, self.classes)}"
-            )
+            near = did_you_mean(name, self.classes)
+            raise ValueError(f"{name!r} is none of the {len(self.classes)} classes of {self.name}{near}")
         number = self.classes.index(name)
-        ids = [self.row_id(i) for i in range(len(self))]
-        return replace(self, kept=[i for i in ids if self.rows.labels[i] != number])
+        return self.select([i for i, label in enumerate(self.labels) if label != number])
 
     def without_unreadable(self) -> LabelledImages:
-        """Read every picture once and leave out those that cannot be.
-
-        Up front and not on the way: the epochs keep one length on every process, and a resumed run meets the same batches.
-        """
+        """Read every image once and leave out those that cannot be read: before training, so that all epochs have one length."""
         kept, skipped = [], []
         for index in range(len(self)):
             try:
                 self[index]
-                kept.append(self.row_id(index))
+                kept.append(index)
             except ValueError as error:
-                skipped.append((self.row_id(index), str(error).split("; repair")[0]))
-        if skipped:
-            logger.warning(
-                f"{len(skipped)} of {len(self)} pictures of {self.name} are skipped: "
-                + "; ".join(reason for _, reason in skipped[:5])
-            )
+                skipped.append((self.data[index]["row"], str(error).split(". Fix")[0]))
         if not kept:
-            raise ValueError(
-                f"none of the {len(self)} pictures of {self.name} can be read; the first: {skipped[0][1]}"
-            )
-        return replace(self, kept=kept, skipped=skipped)
+            raise ValueError(f"none of the {len(self)} images of {self.name} can be read; the first: {skipped[0][1]}")
+        if not skipped:
+            return self
+        reasons = "; ".join(reason for _, reason in skipped[:5])
+        logger.warning(f"{len(skipped)} of {len(self)} images of {self.name} are skipped: {reasons}")
+        return replace(self.select(kept), skipped=tuple(skipped))
 
 
 def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> LabelledImages:
-    """Load a set and check its labels against its classes before anything is computed on it.
+    """Load a set and check its labels against its classes.
 
     Args:
         spec: a spec, a local path or a Hub id.
-        on_corrupt: unreadable pictures are an `"error"`, or `"skip"`ped with a list.
+        on_corrupt: unreadable images are an `"error"`, or `"skip"`ped with a list.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, no image column, no classes, labels out of range; each says what was expected.
+        FileNotFoundError, ValueError: nothing there, no image column, no classes, labels out of range.
     """
     if on_corrupt not in ("error", "skip"):
         raise ValueError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'")
-    if isinstance(spec, str):
-        spec = DatasetSpec(spec)
-    path, templates = Path(spec.path), spec.templates
-    check_templates(templates or (TEMPLATE,))
-    if path.is_dir() and (list(path.glob("*/*.tar")) or list(path.glob("*.tar"))):
-        rows, names, own = _webdataset(path, spec)
-        templates, name = templates or own, path.name
-        check_templates(templates or (TEMPLATE,))
+    spec = DatasetSpec(spec) if isinstance(spec, str) else spec
+    asked, path, names, templates = spec, Path(spec.path), None, None
+    check_templates(spec.templates or (TEMPLATE,))
+    name = path.name
+    if path.is_dir() and (list(path.glob("*.tar")) or list(path.glob("*/*.tar"))):
+        asked = replace(spec, label=spec.label or "cls")
+        data, (names, templates) = _shards(path, spec.split), _shard_texts(path)
     elif path.is_dir() and not any(path.rglob("*.parquet")):
-        # A folder called "train" beside others called "car" and "bus" is a class and not a split.
-        splits = {f.name for f in path.iterdir() if f.is_dir()} <= {spec.split, *SPLIT_FOLDERS}
-        rows, names = _image_folder(path / spec.split if splits and (path / spec.split).is_dir() else path)
-        name = path.name
+        data = _image_folder(path, spec.split)
+    elif path.exists():
+        data, name = _parquet(path, spec.split), path.stem
     else:
-        rows, names = _table(spec)
-        name = path.stem if path.exists() else f"{spec.path}:{spec.split}"
-    if names is not None:
-        _check_labels(rows, names, spec.path)
+        check_hub_id(spec.path)
+        data = datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision)
+        name = f"{spec.path}:{spec.split}"
+    if not len(data):
+        raise ValueError(f"{spec.path} (split {spec.split}) holds no images")
+    templates = spec.templates or templates or (TEMPLATE,)
+    check_templates(templates)
+    image, label = find_columns(data, asked)
+    labels, names = _read_labels(data, label, names)
     classes, places = match_classes(names, spec.classes, spec.path)
-    if places is not None and rows.labels:
-        rows.labels = [None if v is None else places[v] for v in rows.labels]
-    if classes is None:
-        raise ValueError(
-            f"{spec.path} names no classes: its labels are plain numbers, or it has none. Give the names: --classes cat dog … or --classes_file names.txt"
-        )
-    check_classes(classes)
-    if len(rows) == 0:
-        raise ValueError(f"{spec.path} (split {spec.split}) holds no pictures")
-    _check_labels(rows, classes, spec.path)
-    source = {k: v for k, v in asdict(spec).items() if v is not None}
-    pictures = LabelledImages(rows, tuple(classes), tuple(templates or (TEMPLATE,)), name, source)
-    return pictures.without_unreadable() if on_corrupt == "skip" else pictures
+    _check_labels(labels, len(places), spec.path)
+    images = LabelledImages.from_dataset(
+        data.select_columns(image).rename_columns({image: "image"}),
+        [None if v is None else places[v] for v in labels],
+        classes,
+        templates=tuple(templates),
+        name=name,
+        source={k: v for k, v in asdict(spec).items() if v is not None},
+    )
+    return images.without_unreadable() if on_corrupt == "skip" else images
 
 
-class _Files:
-    """Pictures of a folder, read when asked for."""
-
-    def __init__(self, files: list[Path], labels: list[int] | None):
-        self.files, self.labels = files, labels
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict:
-        file = self.files[index]
-        return {
-            "image": file.read_bytes(),
-            "label": None if self.labels is None else self.labels[index],
-            "where": f"file {file.name}",
-        }
+def read_files(kind: str, files: Iterable[Path], **options):
+    """Local files, in order, through a loader of `datasets`, which copies them into its cache once and anew when their time changes."""
+    names = [str(f) for f in files]
+    try:
+        return datasets.load_dataset(kind, data_files=[glob.escape(n) for n in names], split="train", **options)
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"{names[0]} (1 of {len(names)} files) cannot be read: {error.__cause__ or error}") from error
 
 
-def _image_folder(path: Path) -> tuple[_Files, tuple[str, ...] | None]:
-    """One sub-folder a class, names in alphabetical order; or pictures alone, which have no labels."""
+def _image_folder(path: Path, split: str) -> datasets.Dataset:
+    """One sub-folder a class, in alphabetical order; or images alone, without labels.
+
+    Not `imagefolder`, which takes the innermost folder for the class and splits for classes.
+    """
+    # A folder called "train" beside others called "car" and "bus" is a class and not a split.
+    if (path / split).is_dir() and {f.name for f in path.iterdir() if f.is_dir()} <= {split, *SPLIT_FOLDERS}:
+        path = path / split
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f"{path} holds no parquet file and no picture ({', '.join(IMAGE_SUFFIXES)})")
-    folders = sorted({f.relative_to(path).parts[0] for f in files if len(f.relative_to(path).parts) > 1})
-    if not folders:
-        return _Files(files, None), None
-    loose = [f.name for f in files if len(f.relative_to(path).parts) == 1]
-    if loose:
-        raise ValueError(
-            f"{path} has pictures both in class folders ({', '.join(folders[:4])} …) and beside them ({', '.join(loose[:4])} …): which class are those?"
-        )
-    return _Files(files, [folders.index(f.relative_to(path).parts[0]) for f in files]), tuple(folders)
+        raise ValueError(f"{path} holds no parquet file and no image ({', '.join(IMAGE_SUFFIXES)})")
+    columns: dict[str, list] = {"image": [str(f) for f in files]}
+    features = datasets.Features(image=datasets.Image())
+    parts = [f.relative_to(path).parts for f in files]
+    if folders := sorted({p[0] for p in parts if len(p) > 1}):
+        if loose := [p[0] for p in parts if len(p) == 1]:
+            raise ValueError(
+                f"{path} has images both in class folders ({', '.join(folders[:4])} …) and beside them "
+                f"({', '.join(loose[:4])} …): which class are those?"
+            )
+        columns["label"] = [folders.index(p[0]) for p in parts]
+        features["label"] = datasets.ClassLabel(names=folders)
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
-class _Table:
-    """Rows of a `datasets.Dataset` with the two columns renamed and images left encoded, so that a damaged one is ours to report."""
-
-    def __init__(self, table: datasets.Dataset, image: str, label: str | None, names: Sequence[str] | None = None):
-        self.image, self.label = image, label
-        self.table = table.cast_column(image, datasets.Image(decode=False))
-        # -1 is how the Hub writes "no label" in hidden test splits.
-        number = {n: i for i, n in enumerate(names)}.__getitem__ if names else int
-        labels = None if label is None else [None if v is None or v == -1 else number(v) for v in table[label]]
-        self.labels = None if labels is None or all(v is None for v in labels) else labels
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> dict:
-        cell = self.table[index][self.image]
-        return {"image": encoded(cell), "label": None if self.labels is None else self.labels[index]}
-
-
-def _table(spec: DatasetSpec) -> tuple[_Table, tuple[str, ...] | None]:
-    path, split = Path(spec.path), spec.split
+def _parquet(path: Path, split: str) -> datasets.Dataset:
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(
-                f"{path} is not a parquet file: give a parquet file, a folder of them, an image folder or a Hub id"
+                f"{path} is not a parquet file. Fix: a parquet file, a folder of them, of images, or a Hub id."
             )
-        table = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
-    elif path.is_dir():
-        wanted = split.split("+")  # as `datasets` writes a union
-        # The Hub's own names say which files are wanted. A README might speak of splits that were not downloaded, and all would be unpacked.
-        named = {s: sorted(path.rglob(f"{s}-*-of-*.parquet")) for s in wanted}
-        if all(named.values()) and len({f.parent for files in named.values() for f in files}) == 1:
-            named = {s: [glob.escape(str(f)) for f in files] for s, files in named.items()}
-            splits = datasets.load_dataset("parquet", data_files=named)
-        else:
-            splits = datasets.load_dataset(str(path))
-        if not set(wanted) <= set(splits) and max(len(splits), len(wanted)) > 1:
-            raise ValueError(
-                f"{path} has no split {split!r}; it has {', '.join(splits)}: choose one with --split (--split in a recipe)"
-            )
-        chosen = [splits[s] for s in wanted] if set(wanted) <= set(splits) else list(splits.values())
-        table = datasets.concatenate_datasets(chosen)
-    else:
-        check_hub_id(spec.path)
-        table = datasets.load_dataset(spec.path, spec.config, split=split, revision=spec.revision)
-    image, label, names = find_columns(table, spec)
-    if label is not None and table.features[label].dtype in ("string", "large_string"):
-        names = tuple(sorted(set(table.unique(label)) - {None}))  # as with folders: alphabetical
-        return _Table(table, image, label, names), names
-    return _Table(table, image, label), names
+        return read_files("parquet", [path])
+    wanted = split.split("+")  # as `datasets` writes a union
+    # Files named as on the Hub, by their split, are all that is read: a README might speak of splits that were not downloaded.
+    named = {s: sorted(path.rglob(f"{s}-*-of-*.parquet")) for s in wanted}
+    if all(named.values()) and len({f.parent for files in named.values() for f in files}) == 1:
+        return datasets.concatenate_datasets([read_files("parquet", files) for files in named.values()])
+    splits = datasets.load_dataset(str(path))
+    if set(wanted) <= set(splits):
+        return datasets.concatenate_datasets([splits[s] for s in wanted])
+    if len(splits) > 1 or len(wanted) > 1:
+        raise ValueError(f"{path} has no split {split!r}, it has {', '.join(splits)}. Fix: choose one with --split.")
+    return next(iter(splits.values()))
 
 
-class _Shards:
-    """Pictures in tar files, each read where it lies: no cache that could answer for a shard since changed, and no second copy on the disk."""
+def _shards(path: Path, split: str) -> datasets.Dataset:
+    """clip-benchmark's layout: `<split>/*.tar` of images, each with a `cls` member.
 
-    def __init__(self, places: list[tuple[Path, str, int, int]], labels: list[int]):
-        self.places, self.labels = places, labels
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> dict:
-        shard, name, start, size = self.places[index]
-        with shard.open("rb") as file:
-            file.seek(start)
-            return {
-                "image": file.read(size),
-                "label": self.labels[index],
-                "where": f"row {index} ({name} in {shard.name})",
-            }
-
-
-def _webdataset(path: Path, spec: DatasetSpec) -> tuple[_Shards, tuple[str, ...] | None, tuple[str, ...] | None]:
-    """clip-benchmark's layout: `<split>/*.tar` of pictures with a `cls` member, and class names and templates (`{c}`) in text files beside.
-
-    `load_dataset(folder)` would read the one-line nshards.txt beside the shards as the data set.
+    Named one by one, since `load_dataset(folder)` would read the one-line nshards.txt beside the shards as the data set.
     """
-    folder = path / spec.split if (path / spec.split).is_dir() else path
+    folder = path / split if (path / split).is_dir() else path
     shards = sorted(folder.glob("*.tar"), key=lambda f: (len(f.name), f.name))  # 2.tar before 10.tar
     if not shards:
-        raise ValueError(
-            f"{path} has shards in {', '.join(sorted({f.parent.name for f in path.glob('*/*.tar')}))}, none for the split {spec.split!r}"
-        )
+        others = ", ".join(sorted({f.parent.name for f in path.glob("*/*.tar")}))
+        raise ValueError(f"{path} has shards in {others}, none for the split {split!r}")
     count = folder / "nshards.txt"
     if count.is_file() and count.read_text().strip() != str(len(shards)):
+        said = count.read_text().strip()
         raise ValueError(
-            f"{folder} holds {len(shards)} shards and its nshards.txt says {count.read_text().strip()!r}: the download is not complete"
+            f"{folder} holds {len(shards)} shards and its nshards.txt says {said!r}. Fix: download the rest."
         )
-    places, labels = [], []
     for shard in shards:
-        for place, label in _shard(shard, spec.image, spec.label or "cls"):
-            places.append(place)
-            labels.append(label)
-    names, templates = path / "classnames.txt", path / "zeroshot_classification_templates.txt"
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                archive.getmembers()
+                archive.fileobj.seek(archive.offset)
+                # tarfile takes a cut-off archive for a shorter one; a whole one ends with a block of zeros.
+                if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("it ends in the middle")
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise ValueError(f"the shard {shard} cannot be read ({error}). Fix: download it again.") from None
+    return read_files("webdataset", shards)
+
+
+def _shard_texts(path: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Class names and templates (`{c}`) in text files beside the shards."""
+    names, file = path / "classnames.txt", path / "zeroshot_classification_templates.txt"
     names = read_classes(names) if names.is_file() else None
-    templates = (
-        templates.read_text(encoding="utf-8-sig").replace("{c}", "{}").splitlines() if templates.is_file() else ()
-    )
-    return _Shards(places, labels), names, tuple(t.strip() for t in templates if t.strip()) or None
-
-
-def _shard(shard: Path, image: str | None, label: str) -> list[tuple[tuple[Path, str, int, int], int]]:
-    """((shard, name, start, length), label) of every picture of one shard, in its order."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            members = archive.getmembers()
-            archive.fileobj.seek(archive.offset)
-            # tarfile takes whatever it cannot read behind the first member for the end; the end is a block of zeros.
-            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("it ends in the middle")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"the shard {shard} cannot be read ({error}): delete it and download it again") from None
-    for member in members:
-        folder, _, name = member.name.rpartition("/")
-        key, _, kind = name.partition(".")
-        if not member.isreg() or not key or not kind:
-            continue
-        sample = samples.setdefault(f"{folder}/{key}", {})
-        if kind.lower() in sample:
-            raise ValueError(f"the shard {shard} has {member.name} twice")
-        sample[kind.lower()] = member
-    rows = []
-    with shard.open("rb") as file:
-        for sample in samples.values():
-            fits = [k for k in sample if k == image or image is None and f".{k}" in IMAGE_SUFFIXES]
-            if len(fits) != 1 or label not in sample:
-                raise ValueError(
-                    f"in the shard {shard}, {next(iter(sample.values())).name} and what belongs to it ({', '.join(sample)}) should be "
-                    f"one picture{f' called {image!r}' if image else ''} and its label, called {label!r}"
-                )
-            file.seek(sample[label].offset_data)
-            number = file.read(sample[label].size)
-            if not number.strip().isdigit():
-                raise ValueError(
-                    f"in the shard {shard}, {sample[label].name} should hold the number of a class, it holds {number[:40]!r}"
-                )
-            member = sample[fits[0]]
-            rows.append(((shard, member.name, member.offset_data, member.size), int(number)))
-    return rows
+    lines = file.read_text(encoding="utf-8-sig").replace("{c}", "{}").splitlines() if file.is_file() else ()
+    return names, tuple(t.strip() for t in lines if t.strip()) or None
 
 
 def check_hub_id(path: str) -> None:
     """Raise FileNotFoundError for what is not there and cannot be a Hub id either."""
     if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise FileNotFoundError(
-            f"no data at {path}: neither a file nor a folder, and not a Hub id of the form owner/name"
-        )
+        raise FileNotFoundError(f"no data at {path}: neither a file nor a folder, nor a Hub id of the form owner/name")
 
 
-def find_columns(table, spec: DatasetSpec) -> tuple[str, str | None, tuple[str, ...] | None]:
-    """(image column, label column, class names if it holds them) of a data set or a stream."""
-    image = _column(table, spec.image, datasets.Image, "image", spec.path)
-    label = _column(table, spec.label, datasets.ClassLabel, "label", spec.path, required=False)
-    if label is None and "label" in table.column_names:
-        label = "label"
-    named = label is not None and isinstance(table.features[label], datasets.ClassLabel)
-    return image, label, tuple(table.features[label].names) if named else None
+def find_columns(data: datasets.Dataset | datasets.IterableDataset, spec: DatasetSpec) -> tuple[str, str | None]:
+    """(image column, label column if any): as `spec` names them, else the only one of that type, else the one called so."""
+    found = []
+    for what, given, kind in (("image", spec.image, datasets.Image), ("label", spec.label, datasets.ClassLabel)):
+        fits = [n for n, feature in data.features.items() if isinstance(feature, kind)]
+        if given is not None and given not in data.features:
+            there = ", ".join(data.features)
+            raise ValueError(f"{spec.path} has no column {given!r} for the {what}; it has {there}")
+        if given is None and what in data.features and (what in fits or what == "label" and not fits):
+            given = what
+        elif given is None and len(fits) == 1:
+            given = fits[0]
+        elif given is None and (fits or what == "image"):
+            raise ValueError(
+                f"{spec.path} has {len(fits)} columns of {what}s ({', '.join(fits) or 'none'}) among "
+                f"{', '.join(data.features)}. Fix: say which with --{what}_column."
+            )
+        found.append(given)
+    return found[0], found[1]
 
 
-def _column(table, given: str | None, kind: type, what: str, path: str, *, required: bool = True) -> str | None:
-    if given is not None:
-        if given not in table.column_names:
-            raise ValueError(f"{path} has no column {given!r} for the {what}; it has {', '.join(table.column_names)}")
-        return given
-    fits = [n for n, feature in table.features.items() if isinstance(feature, kind)]
-    if what in fits:
-        return what
-    if len(fits) == 1:
-        return fits[0]
-    if fits or required:
-        raise ValueError(
-            f"{path} has {len(fits)} columns of {what}s ({', '.join(fits) or 'none'}) among {', '.join(table.column_names)}: say which with --{what}_column"
-        )
-    return None
+def _read_labels(
+    data: datasets.Dataset, column: str | None, names: Sequence[str] | None
+) -> tuple[list[int | None], Sequence[str] | None]:
+    """(a number or None for each row, the data's own class names if it has any)."""
+    if column is None:
+        return [None] * len(data), names
+    values, feature = data[column][:], data.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names = feature.names
+    elif feature.dtype in ("string", "large_string"):
+        names = sorted(set(values) - {None})
+        number = {n: i for i, n in enumerate(names)}
+        values = [None if v is None else number[v] for v in values]
+    # -1 is how the Hub writes "no label" in hidden test splits.
+    return [None if v is None or v == -1 else int(v) for v in values], names
 
 
-def _check_labels(rows, classes: Sequence[str], path: str) -> None:
-    labels = rows.labels
-    if labels is None:
-        return
-    wrong = [(i, v) for i, v in enumerate(labels) if v is not None and not 0 <= v < len(classes)]
+def _check_labels(labels: Sequence[int | None], classes: int, path: str) -> None:
+    wrong = [(i, v) for i, v in enumerate(labels) if v is not None and not 0 <= v < classes]
     if wrong:
         raise ValueError(
-            f"{len(wrong)} labels of {path} are out of range: row {wrong[0][0]} has label {wrong[0][1]}, and there are {len(classes)} classes (0 to {len(classes) - 1})"
+            f"{len(wrong)} labels of {path} are out of range: row {wrong[0][0]} has label {wrong[0][1]}, "
+            f"and there are {classes} classes (0 to {classes - 1})"
         )
-    missing = sum(v is None for v in labels)
+    missing = labels.count(None)
     if 0 < missing < len(labels):
-        raise ValueError(f"{missing} of {len(labels)} rows of {path} have no label: label all of them or none")
+        raise ValueError(f"{missing} of {len(labels)} rows of {path} have no label. Fix: label all of them or none.")
 
 
-def held_out(pictures: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages | None]:
-    """(training part, held-out slice): a fixed random share by seed, for choosing rates without looking at a test set."""
+def held_out(images: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages | None]:
+    """(training part, held-out slice): a random share fixed by the seed, for choosing settings without a test set."""
     if not 0 <= share < 1:
         raise ValueError(f"held_out={share}: expected a share of at least 0 and below 1")
-    count = round(share * len(pictures))
+    count = round(share * len(images))
     if count == 0:
-        return pictures, None
-    if count >= len(pictures):
-        raise ValueError(f"held_out={share} leaves none of the {len(pictures)} pictures for training")
-    order = np.random.default_rng(seed).permutation(len(pictures)).tolist()
-    kept, aside = (
-        replace(pictures, kept=[pictures.row_id(i) for i in sorted(p)]) for p in (order[count:], order[:count])
-    )
-    return kept, replace(aside, name=f"{pictures.name} (held out)")
+        return images, None
+    if count >= len(images):
+        raise ValueError(f"held_out={share} leaves none of the {len(images)} images for training")
+    order = np.random.default_rng(seed).permutation(len(images)).tolist()
+    aside = replace(images.select(sorted(order[:count])), name=f"{images.name} (held out)")
+    return images.select(sorted(order[count:])), aside

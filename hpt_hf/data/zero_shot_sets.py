@@ -24,7 +24,7 @@ class Source:
 
     repository: str
     revision: str | None  # a commit; None: nobody pins it, the newest is taken and recorded
-    pictures: int
+    images: int
     split: str = "test"
     image: str | None = None
     label: str | None = None
@@ -100,7 +100,7 @@ SETS: dict[str, ZeroShotSet] = {
 
 
 def open_set(name: str, protocol: str, *, revision: str | None = None, on_corrupt: str = "error") -> LabelledImages:
-    """A set by name, under a protocol, with its class names, its number of classes and of pictures checked.
+    """A set by name, under a protocol, with its class names, its number of classes and of images checked.
 
     `input` takes the set's own templates where it brings any, `native` the paper's one. Files are kept in the Hub's cache, so a second call, or
     one with HF_HUB_OFFLINE=1, needs no network. `revision`: the commit of an earlier EvalResult instead of the pinned or newest one.
@@ -120,24 +120,29 @@ def open_set(name: str, protocol: str, *, revision: str | None = None, on_corrup
     pinned = source.revision is not None
     source = replace(source, revision=revision or source.revision)
     folder = download(source)
-    commit = folder.name
     templates = None if protocol == "input" else (TEMPLATE,)
     classes = _class_names(folder, name, entry, source)
     spec = DatasetSpec(
         str(folder), split=source.split, image=source.image, label=source.label, classes=classes, templates=templates
     )
-    pictures = load_images(spec, on_corrupt=on_corrupt)
-    for what, count, expected in (
-        ("classes", len(pictures.classes), entry.classes),
-        ("pictures", len(pictures.rows), source.pictures),
-    ):
-        if count != expected:
-            raise ValueError(
-                f"{name} from {source.repository} at {commit} has {count} {what}, expected {expected}: not the set that its name promises"
-            )
-    origin = {"set": name, "protocol": protocol, "repository": source.repository, "revision": commit, "pinned": pinned}
-    names = pictures.classes if source.shards or classes else tuple(_spoken(c) for c in pictures.classes)
-    return replace(pictures, name=name, source=origin, classes=names)
+    images = load_images(spec)
+    found = (len(images.classes), len(images))
+    if found != (expected := (entry.classes, source.images)):
+        raise ValueError(
+            f"{name} from {source.repository} at {folder.name} has {found[0]} classes and {found[1]} images, "
+            f"expected {expected[0]} and {expected[1]}"
+        )
+    if not source.shards and not classes:
+        images = images.with_classes([_spoken(c) for c in images.classes])
+    origin = {
+        "set": name,
+        "protocol": protocol,
+        "repository": source.repository,
+        "revision": folder.name,
+        "pinned": pinned,
+    }
+    images = replace(images, name=name, source=origin)
+    return images.without_unreadable() if on_corrupt == "skip" else images
 
 
 def download(source: Source) -> Path:

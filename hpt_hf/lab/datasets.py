@@ -1,4 +1,4 @@
-"""The lab's data sets by name: `lab:<task>` of glyphs, and `real:<set>` from a folder of real pictures (Fashion-MNIST, digits, emoji).
+"""The lab's data sets by name: `lab:<task>` of glyphs, and `real:<set>` from a folder of real images (Fashion-MNIST, digits, emoji).
 
 Training and test faces, and training and test rows, never mix; one emoji vendor is kept out of pre-training as an unseen style.
 """
@@ -6,10 +6,14 @@ Training and test faces, and training and test rows, never mix; one emoji vendor
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
+from PIL import Image
+
 from hpt_hf.data.collator import to_rgb
-from hpt_hf.data.dataset import DatasetSpec, LabelledImages, load_images
+from hpt_hf.data.dataset import DatasetSpec, LabelledImages, load_images, read_files
 from hpt_hf.lab.glyphs import TASKS, TEMPLATE, UNATTACKABLE, task_classes, task_rows
 from hpt_hf.models.zero_shot import check_classes
 
@@ -28,7 +32,7 @@ LAB_TRAINING_SIZE = 5_280
 
 
 # Settings are chosen zero-shot, on classes that a tuning run (`lab:tuning letters`, `real:noto tuning`) leaves out of the training data: what
-# fine-tuning costs on classes it never saw is invisible on more pictures of the classes it did see.
+# fine-tuning costs on classes it never saw is invisible on more images of the classes it did see.
 LAB_VALIDATION = ("lab:hebrew letters", "lab:armenian capitals")
 
 
@@ -59,46 +63,27 @@ EMOJI_CATEGORIES = (
 )
 
 
-class _Rows:
-    """(image, label) pairs as rows."""
-
-    def __init__(self, pairs):
-        self.images = [image for image, _ in pairs]
-        self.labels = [label for _, label in pairs]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"image": self.images[index], "label": self.labels[index]}
-
-
 @functools.cache
-def _drawn(task: str, count: int, seed: int, faces: str) -> list:
-    """Drawn once in a process: the methods that are compared train on the same pictures."""
-    return task_rows(task, count, seed=seed, faces=faces)
-
-
 def lab_images(name: str, count: int, *, faces: str, seed: int = 0) -> LabelledImages:
-    """`count` pictures of a task, or of `letters`, the fine-tuning set: an equal number of every letter of `LAB_TRAINING`.
+    """`count` images of a task, or of `letters`, the fine-tuning set: an equal number of every letter of `LAB_TRAINING`.
 
-    `tuning letters` is the same without `LAB_VALIDATION`.
+    `tuning letters` is the same without `LAB_VALIDATION`. Drawn once in a process.
     """
+    tasks = [name]
     if name in ("letters", "tuning letters"):
         tasks = [t for t in LAB_TRAINING if name == "letters" or f"lab:{t}" not in LAB_VALIDATION]
-        classes, pairs = (), []
-        total = sum(len(task_classes(t)) for t in tasks)
-        for task in tasks:
-            rows = _drawn(task, count * len(task_classes(task)) // total, seed, faces)
-            pairs += [(image, label + len(classes)) for image, label in rows]
-            classes += task_classes(task)
-    else:
-        classes, pairs = task_classes(name), _drawn(name, count, seed, faces)
+    sizes = [len(task_classes(t)) for t in tasks]
+    classes, images, labels = (), [], []
+    for task, size in zip(tasks, sizes, strict=True):
+        for image, label in task_rows(task, count * size // sum(sizes), seed=seed, faces=faces):
+            images.append(image)
+            labels.append(label + len(classes))
+        classes += task_classes(task)
     source = {"path": f"lab:{name}", "count": count, "faces": faces, "seed": seed}
-    return LabelledImages(_Rows(pairs), classes, (TEMPLATE,), f"lab:{name}", source)
+    return LabelledImages.from_images(images, labels, classes, (TEMPLATE,), f"lab:{name}", source)
 
 
-# --- real pictures ----------------------------------------------------------------------------------------------------
+# --- real images ----------------------------------------------------------------------------------------------------
 
 
 def _file(folder: str, name: str) -> Path:
@@ -110,12 +95,8 @@ def _file(folder: str, name: str) -> Path:
     return path
 
 
-@functools.cache
-def _emoji(folder: str, vendor: str):
-    import datasets
-
-    path = _file(folder, f"emoji_{vendor}.parquet")
-    return datasets.load_dataset("parquet", data_files=str(path), split="train")
+def _emoji(folder: str, vendor: str) -> datasets.Dataset:
+    return read_files("parquet", [_file(folder, f"emoji_{vendor}.parquet")])
 
 
 def real_suite() -> tuple[str, ...]:
@@ -133,57 +114,52 @@ def real_images(name: str, folder: str, *, training: bool) -> LabelledImages:
 
     `<vendor> tuning` is all names but those of the categories in `REAL_VALIDATION`.
     """
+    source = {"path": f"real:{name}", "data_dir": str(folder)}
     if name in ("fashion_mnist", "digits"):
         split = "train" if training else "test"
-        path = _file(folder, f"{name}-{split}.parquet")
-        pictures = load_images(DatasetSpec(str(path), templates=(TEMPLATE,)))
-        pictures.name = f"real:{name}"
-        pictures.source = {"path": f"real:{name}", "split": split, "data_dir": str(folder)}
-        pictures.classes = tuple(_spoken(name, c) for c in pictures.classes)
-        return pictures
+        images = load_images(DatasetSpec(str(_file(folder, f"{name}-{split}.parquet")), templates=(TEMPLATE,)))
+        images = images.with_classes([_spoken(name, c) for c in images.classes])
+        return replace(images, name=f"real:{name}", source={**source, "split": split})
     vendor, _, subset = name.partition(" ")
     if vendor not in ("noto", "twemoji"):
         raise ValueError(
-            f"no real set is called {name!r}; there are fashion_mnist, digits, noto, twemoji, '<vendor> categories' and '<vendor> <category>'"
+            f"no real set is called {name!r}; there are fashion_mnist, digits, noto, twemoji, "
+            "'<vendor> categories' and '<vendor> <category>'"
         )
-    table = _emoji(str(folder), vendor)
-    categories = table.features["category"].names
+    data = _emoji(folder, vendor)
+    categories, labels = data.features["category"].names, data["category"][:]
     if subset == "categories":
-        classes, pairs = tuple(c.lower() for c in categories), [(r["image"], r["category"]) for r in table]
+        classes = tuple(c.lower() for c in categories)
     else:
+        wanted = {subset} if subset else set(categories)
         if subset == "tuning":
             wanted = {c for c in categories if f"real:noto {c}" not in REAL_VALIDATION}
-        elif subset and subset not in categories:
+        elif not wanted <= set(categories):
             raise ValueError(f"no category {subset!r} among the emoji; there are {', '.join(categories)}")
-        else:
-            wanted = {subset} if subset else set(categories)
-        rows = [(r["image"], r["caption"]) for r in table if categories[r["category"]] in wanted]
-        classes = tuple(dict.fromkeys(caption for _, caption in rows))
-        index = {c: i for i, c in enumerate(classes)}
-        pairs = [(image, index[caption]) for image, caption in rows]
+        data = data.select([i for i, c in enumerate(labels) if categories[c] in wanted])
+        captions = data["caption"][:]
+        classes = tuple(dict.fromkeys(captions))
+        labels = [classes.index(c) for c in captions]
     check_classes(classes)
-    source = {"path": f"real:{name}", "data_dir": str(folder)}
-    return LabelledImages(
-        _Rows([(to_rgb(i), label) for i, label in pairs]), classes, (TEMPLATE,), f"real:{name}", source
+    return LabelledImages.from_dataset(
+        data, labels, classes, templates=(TEMPLATE,), name=f"real:{name}", source=source
     )
 
 
-def captioned_rows(folder: str | Path):
-    """(picture, its captions) to pre-train on: Fashion-MNIST and digits of the training splits, and Noto's emoji. Twemoji stays unseen."""
+def captioned_rows(folder: str | Path) -> list[tuple[Image.Image, tuple[str, ...]]]:
+    """(image, its captions) to pre-train on: Fashion-MNIST and digits of the training splits, and Noto's emoji."""
     templates = ("{}", TEMPLATE, "a picture of {}")
     rows = []
     for name in ("fashion_mnist", "digits"):
-        pictures = real_images(name, str(folder), training=True)
-        rows += [
-            (r["image"], tuple(t.format(pictures.classes[r["label"]]) for t in templates))
-            for r in (pictures[i] for i in range(len(pictures)))
-        ]
-    table = _emoji(str(folder), "noto")
-    categories, kinds = (table.features[c].names for c in ("category", "subcategory"))
-    for r in table:
-        names = tuple(t.format(r["caption"]) for t in templates)
-        groups = (categories[r["category"]], kinds[r["subcategory"]].replace("-", " "))
-        rows += [(to_rgb(r["image"]), (*names, *names, *(TEMPLATE.format(g.lower()) for g in groups)))] * 12
+        images = real_images(name, str(folder), training=True)
+        for row in images:
+            rows.append((row["image"], tuple(t.format(images.classes[row["label"]]) for t in templates)))
+    data = _emoji(str(folder), "noto")
+    categories, kinds = (data.features[c].names for c in ("category", "subcategory"))
+    for row in data:
+        names = tuple(t.format(row["caption"]) for t in templates)
+        groups = (categories[row["category"]], kinds[row["subcategory"]].replace("-", " "))
+        rows += [(to_rgb(row["image"]), (*names, *names, *(TEMPLATE.format(g.lower()) for g in groups)))] * 12
     return rows
 
 

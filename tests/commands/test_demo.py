@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, make_pictures, save_tiny_clip, weights
+from conftest import CLASSES, make_images, save_tiny_clip, weights
 from PIL import Image
 from transformers import pipeline
 
@@ -51,7 +51,7 @@ TEMPLATE = "This is a photo of a {}"
 
 
 def ask(model, image=None, labels=CLASSES, template=TEMPLATE, eps=8, steps=5, **more):
-    image = make_pictures()[0]["image"] if image is None else image
+    image = make_images()[0]["image"] if image is None else image
     return attack_picture(model, image, labels, template, eps, steps, **more)
 
 
@@ -79,7 +79,7 @@ def test_the_attacked_picture_lies_in_the_ball_to_the_last_bit(trained, eps):
 
 
 def test_the_answers_are_those_of_the_classifier_and_of_the_stock_pipeline(trained, tmp_path):
-    image = make_pictures()[1]["image"]
+    image = make_images()[1]["image"]
     found = ask(trained, image)
     batch = Collator(trained.processor)([{"image": image, "label": None}])
     assert np.array_equal(found.seen, batch["images"][0].permute(1, 2, 0).numpy())
@@ -94,7 +94,7 @@ def test_the_answers_are_those_of_the_classifier_and_of_the_stock_pipeline(train
 
 
 def test_a_picture_is_fooled_where_the_evaluation_says_it_breaks(trained):
-    pictures = make_pictures(20)
+    pictures = make_images(20)
     batch = Collator(trained.processor)([pictures[i] for i in range(20)])
     attack = EvaluationAttack(ThreatModel("linf", "14/255"), steps=5)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_a_picture_is_fooled_where_the_evaluation_says_it_breaks(trained):
 
 
 def test_what_is_shown_led_at_least_as_far_as_the_last_step(trained):
-    for row in (make_pictures()[i] for i in range(6)):
+    for row in (make_images()[i] for i in range(6)):
         batch = Collator(trained.processor)([row])
         last = EvaluationAttack(ThreatModel("linf", "8/255"), steps=5).craft(
             trained, batch["images"], batch["image_ids"], batch["labels"]
@@ -123,7 +123,7 @@ def test_what_is_shown_led_at_least_as_far_as_the_last_step(trained):
 
 
 def test_an_iterate_that_was_wrong_on_the_way_counts(trained, monkeypatch):
-    row = make_pictures()[0]
+    row = make_images()[0]
     batch = Collator(trained.processor)([row])
     attack = EvaluationAttack(ThreatModel("linf", "16/255"), steps=10)
     fooling = attack.craft(trained, batch["images"], batch["image_ids"], batch["labels"])
@@ -149,7 +149,7 @@ def test_an_open_label_is_the_models_own_answer(trained):
 def test_the_same_question_has_the_same_answer(trained):
     first = ask(trained)
     torch.manual_seed(99)
-    assert same(first, ask(trained)) and not same(first, ask(trained, make_pictures()[1]["image"]))
+    assert same(first, ask(trained)) and not same(first, ask(trained, make_images()[1]["image"]))
 
 
 def test_every_step_is_told(trained):
@@ -160,7 +160,7 @@ def test_every_step_is_told(trained):
 
 def test_models_of_two_input_sizes_each_see_their_own(student, tmp_path):
     larger = ZeroShotClassifier.from_pretrained(save_tiny_clip(tmp_path, image_size=48, seed=3))
-    photo = make_pictures(1, size=100)[0]["image"].resize((100, 70))
+    photo = make_images(1, size=100)[0]["image"].resize((100, 70))
     shapes = [ask(model, photo).adversarial.shape for model in (student, larger)]
     assert shapes == [(32, 32, 3), (48, 48, 3)]
 
@@ -330,9 +330,7 @@ def test_the_answer_is_told_in_words_and_names_are_never_markup(trained):
 
 
 def test_the_sentence_says_what_happened(trained):
-    found = {
-        f.verdict: f for f in (ask(trained, make_pictures()[i]["image"], eps=e) for i in range(3) for e in (1, 16))
-    }
+    found = {f.verdict: f for f in (ask(trained, make_images()[i]["image"], eps=e) for i in range(3) for e in (1, 16))}
     for verdict, outcome in found.items():
         before = f"{verdict}: “{CLASSES[outcome.truth]}” {demo.percent(max(outcome.clean))} → "
         assert outcome.sentence.startswith(before) and outcome.sentence.endswith(demo.percent(max(outcome.attacked)))

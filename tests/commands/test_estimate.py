@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import gpd_schedule, make_pictures, make_trainer, write_image_folder
+from conftest import gpd_schedule, make_images, make_trainer, write_image_folder
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hpt_hf.commands.estimate import Cost, main, predict
@@ -121,7 +121,7 @@ def test_a_cost_adds_up_and_counts_every_process():
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, student_path, proxy_path):
-    data = write_image_folder(tmp_path_factory.mktemp("cost") / "data", make_pictures(40))
+    data = write_image_folder(tmp_path_factory.mktemp("cost") / "data", make_images(40))
     said = f"--method hpt_gpd --dataset {data} --model {student_path} --proxy {proxy_path} --use_cpu true"
     return [
         *said.split(),

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, make_pictures, make_result, save_tiny_clip, weights, write_image_folder
+from conftest import CLASSES, make_images, make_result, save_tiny_clip, weights, write_image_folder
 from loopback_hub import FakeHub, card_data
 from transformers import CLIPModel, pipeline
 
@@ -186,7 +186,7 @@ def learned(student_path, tmp_path_factory) -> Trained:
     """A few steps of training as a recipe makes them, with a quarter held out."""
     place = tmp_path_factory.mktemp("dial")
     shutil.copytree(student_path, place / "origin")
-    write_image_folder(place / "pictures", make_pictures(40))
+    write_image_folder(place / "pictures", make_images(40))
     flags = ["--method", "tecoa", "--dataset", str(place / "pictures"), "--held_out", "0.25", "--eps", "4/255"]
     flags += ["--model", str(place / "origin"), "--output_dir", str(place / "robust"), "--learning_rate", "0.05"]
     flags += ["--max_steps", "8", "--per_device_train_batch_size", "10", "--use_cpu", "true", "--disable_tqdm", "true"]
@@ -214,7 +214,7 @@ def arguments(model, output, **changes) -> InterpolateArguments:
 
 @pytest.fixture(scope="module")
 def test_set(tmp_path_factory) -> Path:
-    return Path(write_image_folder(tmp_path_factory.mktemp("test") / "unseen", make_pictures(20, seed=3)))
+    return Path(write_image_folder(tmp_path_factory.mktemp("test") / "unseen", make_images(20, seed=3)))
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def test_the_measured_model_is_the_one_that_is_exported(dialled, learned, test_s
 def test_the_chosen_folder_opens_with_pipeline_and_its_card_tells_the_weight(dialled):
     folder = dialled.output / f"w{dialled.chosen.weight:.2f}"
     classify = pipeline("zero-shot-image-classification", model=str(folder))
-    said = classify(make_pictures(1)[0]["image"], candidate_labels=list(CLASSES))
+    said = classify(make_images(1)[0]["image"], candidate_labels=list(CLASSES))
     assert {a["label"] for a in said} == set(CLASSES) and sum(a["score"] for a in said) == pytest.approx(1, abs=1e-5)
     text, weight = (folder / "README.md").read_text(), dialled.chosen.weight
     assert f"{weight:.2f} × the robust weights + {1 - weight:.2f} × the original's (origin)" in text
@@ -389,7 +389,7 @@ def test_test_sets_have_no_say(folder, test_set, tmp_path, monkeypatch, reported
 
 def test_other_training_pictures_may_be_named_and_several(folder, test_set, tmp_path, monkeypatch):
     change(folder, held_out=0.0)
-    more = write_image_folder(tmp_path / "more", make_pictures(10, seed=7))
+    more = write_image_folder(tmp_path / "more", make_images(10, seed=7))
     asked = pretend(monkeypatch, lambda i: (60, 10 * i), write=False)
     points, chosen = dial.run(
         arguments(folder, tmp_path / "out", choose_on=[str(test_set), more], limit=7, batch_size=3)
@@ -624,7 +624,7 @@ def test_a_model_or_an_output_that_is_not_named(tmp_path):
 
 def test_pictures_without_labels_cannot_choose(folder, tmp_path):
     (tmp_path / "bare").mkdir()
-    make_pictures(1)[0]["image"].save(tmp_path / "bare" / "0.png")
+    make_images(1)[0]["image"].save(tmp_path / "bare" / "0.png")
     with pytest.raises((RecipeError, ValueError), match="names no classes|has no labels"):
         dial.run(arguments(folder, tmp_path / "out", choose_on=[str(tmp_path / "bare")]))
 

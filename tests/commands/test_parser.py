@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Rows, make_pictures, write_image_folder
+from conftest import make_images, relabelled, write_image_folder
 
 from hpt_hf.commands import evaluate, train
 from hpt_hf.commands.common import dataset_spec
 from hpt_hf.commands.evaluate import EvaluateArguments
 from hpt_hf.commands.parser import RecipeError, parse
 from hpt_hf.commands.train import DataArguments, MethodArguments, build_attack, build_schedule
-from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation.result import read_results
 from hpt_hf.method.objectives import OBJECTIVES
 from hpt_hf.training.config import HPTConfig
@@ -246,7 +245,7 @@ def test_classes_are_named_once(tmp_path):
 @pytest.fixture
 def good(tmp_path, student_path, proxy_path):
     """A command line that trains; each test below spoils one thing of it."""
-    data = write_image_folder(tmp_path / "data", make_pictures(16))
+    data = write_image_folder(tmp_path / "data", make_images(16))
     return {
         "method": "hpt_gpd",
         "dataset": data,
@@ -282,7 +281,7 @@ def one_line(stderr: str) -> str:
 def test_an_epoch_has_as_many_steps_as_the_trainers_own(good, tmp_path):
     """Eleven micro-batches in fours: the epoch's third step has three, and one epoch is the whole of it."""
     settings = good | {
-        "dataset": write_image_folder(tmp_path / "more", make_pictures(22)),
+        "dataset": write_image_folder(tmp_path / "more", make_images(22)),
         "method": "hpt",
         "learning_rate": "1e-5",
     }
@@ -397,7 +396,7 @@ def test_a_mistake_in_evaluation_costs_one_line_and_makes_no_folder(case, tmp_pa
 
 
 def test_all_sets_are_opened_before_the_first_is_attacked(tmp_path, student_path):
-    data = write_image_folder(tmp_path / "data", make_pictures(10))
+    data = write_image_folder(tmp_path / "data", make_images(10))
     with pytest.raises(SystemExit, match="no data at /nowhere"):
         evaluate.main(
             ["--model", student_path, "--output_dir", str(tmp_path / "scores"), "--dataset", data, "/nowhere"]
@@ -406,7 +405,7 @@ def test_all_sets_are_opened_before_the_first_is_attacked(tmp_path, student_path
 
 
 def test_evaluate_arguments_and_what_it_writes(tmp_path, student_path, capsys):
-    data = write_image_folder(tmp_path / "data", make_pictures(10))
+    data = write_image_folder(tmp_path / "data", make_images(10))
     evaluate.main(
         [
             "--model",
@@ -439,7 +438,7 @@ def test_evaluate_arguments_and_what_it_writes(tmp_path, student_path, capsys):
 
 
 def test_each_attack_at_each_radius_is_a_score_of_each_set_once(tmp_path, student_path, capsys):
-    data = [write_image_folder(tmp_path / name, make_pictures(5)) for name in ("one", "two")]
+    data = [write_image_folder(tmp_path / name, make_images(5)) for name in ("one", "two")]
     asked = [
         "--attack",
         "pgd",
@@ -470,7 +469,7 @@ def test_each_attack_at_each_radius_is_a_score_of_each_set_once(tmp_path, studen
 
 def test_a_target_that_the_last_set_lacks_stops_before_the_first_is_attacked(tmp_path, student_path, monkeypatch):
     data = [
-        write_image_folder(tmp_path / name, pictures) for name, pictures in (("one", make_pictures(5)), ("two", few()))
+        write_image_folder(tmp_path / name, pictures) for name, pictures in (("one", make_images(5)), ("two", few()))
     ]
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("an attack ran"))
     with pytest.raises(SystemExit, match="'cat' is none of the 2 classes of two"):
@@ -482,15 +481,15 @@ def test_a_target_that_the_last_set_lacks_stops_before_the_first_is_attacked(tmp
 
 def few():
     """Pictures of two classes, neither of them a cat."""
-    whole = make_pictures(10)
-    return LabelledImages(Rows([whole[i]["image"] for i in (1, 2, 6, 7)], [0, 1, 0, 1]), ("dog", "house"), name="few")
+    whole = make_images(10)
+    return relabelled(whole.select((1, 2, 6, 7)), [0, 1, 0, 1], ("dog", "house"), name="few")
 
 
 @pytest.mark.multiprocess
 def test_the_script_itself_says_one_line_and_fails(good, tmp_path):
     """`recipes/train.py` as a process: exit status, standard error, and no traceback, before training and in the midst of it."""
     cases = {"Fix: '8/255'": good | {"eps": "8"}, "cannot be read": good | {"dataset": str(tmp_path / "damaged")}}
-    write_image_folder(tmp_path / "damaged", make_pictures(16))
+    write_image_folder(tmp_path / "damaged", make_images(16))
     corrupt(tmp_path / "damaged")
     running = {}
     for says, settings in cases.items():

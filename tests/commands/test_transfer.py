@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, Rows, make_pictures, save_tiny_clip, write_image_folder
+from conftest import CLASSES, make_images, save_tiny_clip, write_image_folder
 from PIL import Image
 
 from hpt_hf.attacks.suite import EvaluationAttack
@@ -42,9 +42,9 @@ def trained_path(tmp_path_factory, trained):
 
 
 def mixed_pictures(count=20) -> LabelledImages:
-    even, sizes = make_pictures(count), ((32, 32), (48, 40), (40, 64))
+    even, sizes = make_images(count), ((32, 32), (48, 40), (40, 64))
     images = [even[i]["image"].resize(sizes[i // 3 % 3], Image.Resampling.BICUBIC) for i in range(count)]
-    return LabelledImages(Rows(images, [even[i]["label"] for i in range(count)]), CLASSES, name="mixed")
+    return LabelledImages.from_images(images, even.labels, CLASSES, name="mixed")
 
 
 # --- transfer -------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_transfer_equals_a_plain_loop(protocol, trained, proxy, other):
 
 
 def test_transfer_to_itself_is_the_white_box_attack_at_full_length(trained):
-    pictures, chosen = make_pictures(), attack(steps=20)
+    pictures, chosen = make_images(), attack(steps=20)
     (own,) = transfer(("s", trained), {"s": trained}, pictures, chosen)
     batch = Collator(trained.processor)([pictures[i] for i in range(40)])
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_transfer_to_itself_is_the_white_box_attack_at_full_length(trained):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_ball_of_no_size_changes_nothing(norm, trained, proxy):
     chosen = EvaluationAttack(ThreatModel(norm, "0"), "pgd", 3)
-    for one in transfer(("s", trained), {"s": trained, "p": proxy}, make_pictures(), chosen):
+    for one in transfer(("s", trained), {"s": trained, "p": proxy}, make_images(), chosen):
         assert one.adversarial == one.clean and one.kl == 0 and (one.kept == 100 or one.clean == 0)
 
 
@@ -112,33 +112,33 @@ def test_transfer_does_not_depend_on_batches_or_judges_and_leaves_no_trace(train
     torch.manual_seed(1)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     before = {n: t.clone() for n, t in trained.state_dict().items()}
-    found = transfer(("s", trained), {"s": trained, "p": proxy}, make_pictures(), attack(), batch_size=40)
+    found = transfer(("s", trained), {"s": trained, "p": proxy}, make_images(), attack(), batch_size=40)
     assert torch.equal(torch.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], numpy_state)
     assert not trained.training and all(p.grad is None for p in trained.parameters())
     assert all(torch.equal(t, before[n]) for n, t in trained.state_dict().items())
     for size, judges in ((40, {"p": proxy}), (7, {"p": proxy, "s": trained}), (1, {"p": proxy})):
-        again = {t.judge: t for t in transfer(("s", trained), judges, make_pictures(), attack(), batch_size=size)}["p"]
+        again = {t.judge: t for t in transfer(("s", trained), judges, make_images(), attack(), batch_size=size)}["p"]
         assert dataclasses.replace(again, kl=0) == dataclasses.replace(found[1], kl=0) and again.kl == pytest.approx(
             found[1].kl, abs=2e-4
         )
 
 
 def test_a_limit_is_the_same_sample_as_an_evaluations(trained):
-    chosen = dataclasses.replace(make_pictures(), kept=sample(40, 15))
+    chosen = make_images().select(sample(40, 15))
     found, expected = (
-        transfer(("s", trained), {"s": trained}, *asked) for asked in ((make_pictures(), attack()), (chosen, attack()))
+        transfer(("s", trained), {"s": trained}, *asked) for asked in ((make_images(), attack()), (chosen, attack()))
     )
-    limited = transfer(("s", trained), {"s": trained}, make_pictures(), attack(), limit=15)
+    limited = transfer(("s", trained), {"s": trained}, make_images(), attack(), limit=15)
     assert limited == expected != found and limited[0].n == 15
 
 
 def test_pictures_without_labels_are_an_error(trained):
     with pytest.raises(ValueError, match="has no labels"):
-        transfer(("s", trained), {"s": trained}, make_pictures(labelled=False), attack())
+        transfer(("s", trained), {"s": trained}, make_images(labelled=False), attack())
 
 
 def test_the_matrix_holds_every_cell_in_every_set(trained, proxy):
-    models, sets = {"s": trained, "p": proxy}, [make_pictures(10), mixed_pictures(10)]
+    models, sets = {"s": trained, "p": proxy}, [make_images(10), mixed_pictures(10)]
     found = matrix(models, sets, attack(steps=2), batch_size=5)
     cells = [(t.source, t.judge, t.dataset) for t in found]
     assert (
@@ -220,7 +220,7 @@ def test_the_share_kept_is_of_the_clean_accuracy():
 
 @pytest.fixture
 def flags(tmp_path, trained_path):
-    data = write_image_folder(tmp_path / "data", make_pictures(20))
+    data = write_image_folder(tmp_path / "data", make_images(20))
     return ["--dataset", data, "--output_dir", str(tmp_path / "out"), "--attack_steps", "3", "--eps", EPS]
 
 
@@ -234,7 +234,7 @@ def test_the_command_writes_the_matrix_and_its_page(flags, tmp_path, trained_pat
     result = written(tmp_path)
     assert result["sources"] == result["judges"] == [trained_path, proxy_path], "named twice is meant once"
     assert result["student"] is None and result["ranking"] is None and len(result["cells"]) == 4
-    expected = matrix({trained_path: trained, proxy_path: proxy}, [make_pictures(20)], attack(steps=3))
+    expected = matrix({trained_path: trained, proxy_path: proxy}, [make_images(20)], attack(steps=3))
     figures = {(t.source, t.judge): round(t.adversarial, 2) for t in expected}
     assert result["adversarial"] == [[figures[s, j] for j in result["judges"]] for s in result["sources"]]
     table, page = result["table"], (tmp_path / "out" / "report.html").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import CLASSES, make_pictures, save_tiny_clip, write_image_folder
+from conftest import CLASSES, make_images, save_tiny_clip, write_image_folder
 from PIL import Image
 
 from hpt_hf.attacks.suite import EvaluationAttack
@@ -30,7 +30,7 @@ def filled(tmp_path_factory, trained) -> Path:
     """A model folder that `recipes/evaluate.py --output` filled, and its data beside it."""
     folder = tmp_path_factory.mktemp("verify")
     trained.save_pretrained(folder / "model")
-    score(folder / "model", write_image_folder(folder / "data", make_pictures()))
+    score(folder / "model", write_image_folder(folder / "data", make_images()))
     return folder
 
 
@@ -101,9 +101,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_score_measures_to_the_same_figure(kind, filled, model, tmp_path, capsys):
     shutil.rmtree(model / "scores")
-    data = (
-        write_image_folder(tmp_path / "larger", make_pictures(size=40)) if kind == "native" else str(filled / "data")
-    )
+    data = write_image_folder(tmp_path / "larger", make_images(size=40)) if kind == "native" else str(filled / "data")
     score(model, data, *KINDS[kind])
     capsys.readouterr()
     code, rows, _ = run(capsys, model, "--batch_size", "7")
@@ -130,8 +128,8 @@ def test_a_score_of_the_lab_is_measured_on_the_same_glyphs(model, tmp_path_facto
 def test_a_real_set_may_lie_elsewhere_now(model, tmp_path, capsys):
     shutil.rmtree(model / "scores")
     (tmp_path / "real").mkdir()
-    pictures = make_pictures(20)
-    rows = {"image": pictures.rows.images, "label": pictures.rows.labels}
+    pictures = make_images(20)
+    rows = {"image": [r["image"] for r in pictures], "label": pictures.labels}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "real" / "fashion_mnist-test.parquet")
     score(model, "real:fashion_mnist", "--data_dir", str(tmp_path / "real"))
@@ -207,7 +205,7 @@ def test_data_that_is_gone_is_not_measured(model, capsys):
 def test_a_score_without_a_source_is_not_measured(model, trained, capsys):
     """Of pictures in memory nobody knows where they came from."""
     shutil.rmtree(model / "scores")
-    found = measure(trained, make_pictures(), EvaluationAttack(ThreatModel("linf", EPS), "pgd", 2), name="m", probe=0)
+    found = measure(trained, make_images(), EvaluationAttack(ThreatModel("linf", EPS), "pgd", 2), name="m", probe=0)
     write_json(model / "scores" / "one.json", found.to_json())
     code, rows, _ = run(capsys, model)
     assert code == 1 and all("does not say where its pictures came from" in r[6] for r in rows)

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, Rows, make_pictures
+from conftest import CLASSES, Rows, make_images
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -502,10 +502,10 @@ def test_a_key_is_of_the_pixels_and_not_of_their_memory_layout():
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
 def test_the_held_out_slice_is_fixed_by_its_seed_and_disjoint(share):
-    pictures = make_pictures(60)
+    pictures = make_images(60)
     train, held = held_out(pictures, share, seed=0)
     assert sorted([*train.kept, *held.kept]) == list(range(60)) and len(held) == round(share * 60)
-    again, again_held = held_out(make_pictures(60), share, seed=0)
+    again, again_held = held_out(make_images(60), share, seed=0)
     assert (again.kept, again_held.kept) == (train.kept, held.kept)
     assert held_out(pictures, share, seed=1)[1].kept != held.kept
     # Sets are sorted by class: a slice of the end would hold one class alone.
@@ -514,7 +514,7 @@ def test_the_held_out_slice_is_fixed_by_its_seed_and_disjoint(share):
 
 
 def test_nothing_held_out_and_everything_held_out():
-    pictures = make_pictures(10)
+    pictures = make_images(10)
     train, held = held_out(pictures, 0.0, seed=0)
     assert held is None and train is pictures
     with pytest.raises(ValueError, match="none of the 10 pictures"):

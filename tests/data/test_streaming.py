@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import CLASSES, gpd_schedule, make_pictures, make_trainer, weights
+from conftest import CLASSES, gpd_schedule, make_images, make_trainer, weights
 from PIL import Image
 
 from hpt_hf.data import streaming as stream
@@ -35,7 +35,7 @@ def write_parquet(folder, pictures, *, files=3, labels=None, feature=None):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_parquet(tmp_path_factory.mktemp("shards") / "data", make_pictures(40))
+    return write_parquet(tmp_path_factory.mktemp("shards") / "data", make_images(40))
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def seen(pictures) -> list[tuple[bytes, int]]:
 
 
 def test_a_stream_holds_every_picture_once_with_its_label(folder, small_blocks):
-    pictures, stored = opened(folder), make_pictures(40)
+    pictures, stored = opened(folder), make_images(40)
     rows = seen(pictures)
     assert len(pictures) == len(rows) == 40 and pictures.classes == CLASSES and pictures.labelled
     found = {(Image.open(io.BytesIO(image)).tobytes(), label) for image, label in rows}
@@ -123,9 +123,9 @@ def test_fewer_pictures_than_there_are_can_be_asked_for_and_more_cannot(folder):
 
 def test_splits_are_never_mixed(tmp_path):
     """Whoever asks for one split gets its files alone; whoever asks for one that is not there gets none."""
-    folder = Path(write_parquet(tmp_path / "data", make_pictures(12), files=1))
+    folder = Path(write_parquet(tmp_path / "data", make_images(12), files=1))
     (folder / "train-00000-of-00001.parquet").rename(folder / "test-00000-of-00001.parquet")
-    write_parquet(folder, make_pictures(20), files=2)
+    write_parquet(folder, make_images(20), files=2)
     assert len(seen(open_stream(DatasetSpec(str(folder), split="test")))) == 12
     assert len(seen(open_stream(DatasetSpec(str(folder))))) == 20
     with pytest.raises(ValueError, match="has no split 'val'; it has test, train: choose one with --split"):
@@ -149,7 +149,7 @@ def test_names_are_matched_as_those_of_stored_data(folder):
 
 
 def test_what_cannot_be_streamed_is_refused_with_the_reason(tmp_path):
-    pictures = make_pictures(6)
+    pictures = make_images(6)
     (tmp_path / "images").mkdir()
     pictures[0]["image"].save(tmp_path / "images" / "a.png")
     plain = write_parquet(tmp_path / "plain", pictures, files=1, feature=datasets.Value("int64"))

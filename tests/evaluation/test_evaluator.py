@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, Rows, gpd_schedule, make_pictures, make_trainer, single_schedule, write_image_folder
+from conftest import CLASSES, gpd_schedule, make_images, make_trainer, relabelled, single_schedule, write_image_folder
 from PIL import Image
 
 from hpt_hf.attacks.noise import Noise
@@ -64,10 +64,10 @@ def stable(score: EvalResult) -> dict:
 
 
 def mixed_pictures(count=24, sizes=((32, 32), (48, 40), (40, 64))) -> LabelledImages:
-    """Pictures of several sizes, one after another, the class in the colour as in `make_pictures`."""
-    even = make_pictures(count, seed=0)
+    """Pictures of several sizes, one after another, the class in the colour as in `make_images`."""
+    even = make_images(count, seed=0)
     images = [even[i]["image"].resize(sizes[i // 2 % len(sizes)], Image.Resampling.BICUBIC) for i in range(count)]
-    return LabelledImages(Rows(images, [even[i]["label"] for i in range(count)]), CLASSES, name="mixed")
+    return LabelledImages.from_images(images, even.labels, CLASSES, name="mixed")
 
 
 # --- invariances ----------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def mixed_pictures(count=24, sizes=((32, 32), (48, 40), (40, 64))) -> LabelledIm
 @pytest.mark.parametrize(("name", "norm", "eps"), [("pgd", "linf", EPS), ("cw", "linf", EPS), ("pgd", "l2", "4")])
 @pytest.mark.parametrize("protocol", ["input", "native"])
 def test_a_score_does_not_depend_on_the_batch_size(name, norm, eps, protocol, able):
-    pictures = mixed_pictures() if protocol == "native" else make_pictures(40)
+    pictures = mixed_pictures() if protocol == "native" else make_images(40)
     chosen = EvaluationAttack(ThreatModel(norm, eps), name, 5, protocol)
     scores = [stable(measure(able, pictures, chosen, batch_size=b)) for b in (1, 7, 64)]
     assert scores[0] == scores[1] == scores[2]
@@ -89,18 +89,18 @@ def test_answers_are_deterministic_and_leave_no_trace(able):
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     gradients = [p.requires_grad for p in able.parameters()]
     before = {n: t.clone() for n, t in able.state_dict().items()}
-    first = measure(able, make_pictures(), attack())
+    first = measure(able, make_images(), attack())
     assert torch.equal(torch.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], numpy_state)
     assert not able.training and [p.requires_grad for p in able.parameters()] == gradients
     assert all(p.grad is None for p in able.parameters())
     assert all(torch.equal(t, before[n]) for n, t in able.state_dict().items())
     torch.manual_seed(2)
     torch.rand(7)
-    assert stable(measure(able, make_pictures(), attack())) == stable(first)
+    assert stable(measure(able, make_images(), attack())) == stable(first)
 
 
 def test_the_attacks_seed_changes_its_start_and_the_score_says_so(able):
-    pictures = make_pictures(8)
+    pictures = make_images(8)
     batch = Collator(able.processor)([pictures[i] for i in range(8)])
     x, y = (attack(seed=s, steps=1).craft(able, batch["images"], batch["image_ids"], batch["labels"]) for s in (0, 1))
     assert not torch.equal(x, y)
@@ -109,13 +109,13 @@ def test_the_attacks_seed_changes_its_start_and_the_score_says_so(able):
 
 def test_robust_never_exceeds_clean_picture_by_picture(able):
     """Also where the attack itself would turn a wrong answer into the right one: those pictures are not attacked."""
-    answers = answer(able, make_pictures(60, seed=4), attack(steps=1))
+    answers = answer(able, make_images(60, seed=4), attack(steps=1))
     assert not (answers.robust & ~answers.clean).any() and answers.clean.sum() > answers.robust.sum()
 
 
 def test_a_larger_ball_is_no_safer_and_a_huge_one_leaves_nothing(able):
-    robust = [measure(able, make_pictures(), attack(eps=e, steps=20)).robust for e in ("0", "12/255", EPS, "64/255")]
-    clean = measure(able, make_pictures(), attack()).clean
+    robust = [measure(able, make_images(), attack(eps=e, steps=20)).robust for e in ("0", "12/255", EPS, "64/255")]
+    clean = measure(able, make_images(), attack()).clean
     assert robust[0] == clean and robust == sorted(robust, reverse=True) and robust[-1] == 0 and len(set(robust)) == 4
 
 
@@ -187,9 +187,9 @@ def test_native_protocol_attacks_the_pictures_own_pixels(able):
 def test_native_batches_hold_one_size_and_keep_the_order(able):
     pictures = mixed_pictures(24)
     got = list(batches(pictures, Collator(able.processor, native=True), 3))
-    assert torch.cat([b["labels"] for b in got]).tolist() == pictures.rows.labels
+    assert torch.cat([b["labels"] for b in got]).tolist() == pictures.labels
     assert len(got) == 12 and {tuple(b["images"].shape[2:]) for b in got} == {(32, 32), (40, 48), (64, 40)}
-    assert [len(b["labels"]) for b in batches(make_pictures(20), Collator(able.processor), 8)] == [8, 8, 4]
+    assert [len(b["labels"]) for b in batches(make_images(20), Collator(able.processor), 8)] == [8, 8, 4]
 
 
 # --- samples, sets, names ----------------------------------------------------------------------------------------------------
@@ -205,9 +205,9 @@ def test_limit_is_a_fixed_sample_spread_over_the_set(able):
     state = np.random.get_state()[1].copy()
     sample(1000, 50)
     assert np.array_equal(np.random.get_state()[1], state)
-    pictures = make_pictures(40)
+    pictures = make_images(40)
     limited = measure(able, pictures, attack(), limit=11)
-    by_hand = dataclasses.replace(pictures, kept=sample(40, 11))
+    by_hand = pictures.select(sample(40, 11))
     same = dataclasses.replace(measure(able, by_hand, attack()), source=limited.source)
     assert stable(limited) == stable(same) and (limited.n, limited.source["limit"]) == (11, 11)
     assert limited.rows != measure(able, pictures, attack(), limit=12).rows
@@ -215,13 +215,13 @@ def test_limit_is_a_fixed_sample_spread_over_the_set(able):
 
 def test_a_set_without_labels_is_an_error(able):
     with pytest.raises(ValueError, match="made has no labels: accuracy cannot be measured"):
-        measure(able, make_pictures(4, labelled=False), attack())
+        measure(able, make_images(4, labelled=False), attack())
 
 
 def test_evaluate_asks_for_the_sets_own_classes(student):
     """The classes set before belong to another data set; those of the pictures are set, with their templates."""
     student.set_classes(("zebra", "car"))
-    pictures = dataclasses.replace(make_pictures(4), templates=("a photo of the {}", "{}"))
+    pictures = dataclasses.replace(make_images(4), templates=("a photo of the {}", "{}"))
     score = measure(student, pictures, attack(steps=1))
     assert student.classes == CLASSES and score.classes == 5 and score.templates == ("a photo of the {}", "{}")
     assert torch.equal(
@@ -234,8 +234,8 @@ def test_evaluate_asks_for_the_sets_own_classes(student):
 
 def test_a_targeted_score_equals_a_plain_loops_on_the_other_classes(able):
     """Robust then means never taken for the target: pictures that only become some other wrong class still stand."""
-    pictures, chosen = make_pictures(40), attack(steps=8, eps="22/255", target="cat", seed=1)
-    others = dataclasses.replace(pictures, kept=[i for i in range(40) if pictures[i]["label"] != CLASSES.index("cat")])
+    pictures, chosen = make_images(40), attack(steps=8, eps="22/255", target="cat", seed=1)
+    others = pictures.select([i for i in range(40) if pictures[i]["label"] != CLASSES.index("cat")])
     score = measure(able, pictures, chosen)
     assert (score.n, score.classes, score.target) == (32, 5, "cat") and "cat" not in score.per_class
     assert (score.clean, score.robust) == plain_loop(able, others, chosen)
@@ -250,8 +250,8 @@ def test_a_targeted_score_equals_a_plain_loops_on_the_other_classes(able):
 
 def test_a_target_that_cannot_be_asked_for_is_an_error(able):
     with pytest.raises(ValueError, match="'hose' is none of the 5 classes of made; did you mean house?"):
-        measure(able, make_pictures(5), attack(target="hose"))
-    only = dataclasses.replace(make_pictures(10), kept=[0, 5])
+        measure(able, make_images(5), attack(target="hose"))
+    only = make_images(10).select([0, 5])
     with pytest.raises(ValueError, match="made holds no picture of another class than 'cat'"):
         measure(able, only, attack(target="cat"))
 
@@ -260,7 +260,7 @@ def test_a_target_that_cannot_be_asked_for_is_an_error(able):
 
 
 def test_logits_that_are_not_finite_are_an_error_that_names_the_pictures(able, monkeypatch):
-    classify, pictures = able.classify, make_pictures(12)
+    classify, pictures = able.classify, make_images(12)
     bad = Collator(able.processor)([pictures[i] for i in (5, 9)])["images"]
 
     def broken(images):
@@ -278,14 +278,14 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_pictures(able, m
 
 def test_a_model_cut_off_from_its_pixels_can_be_evaluated_and_is_doubted(able, monkeypatch):
     """Its gradient is zero, so the attack stays at its random start; the figure comes out too high, and the check says why."""
-    honest, classify = measure(able, make_pictures(), attack()), able.classify
+    honest, classify = measure(able, make_images(), attack()), able.classify
     monkeypatch.setattr(able, "classify", lambda images: classify(images.detach()), raising=False)
     monkeypatch.setattr(evaluation, "CHECKS", (suspicions.detached, suspicions.zero_gradient))
-    score = measure(able, make_pictures(), attack(), probe=6)
+    score = measure(able, make_images(), attack(), probe=6)
     assert score.clean == honest.clean and score.robust > honest.robust
     assert score.verdict == "suspicious" and [s["name"] for s in score.suspicions] == ["detached", "zero_gradient"]
     for name in ("apgd-ce", "apgd-t", "cw"):
-        assert measure(able, make_pictures(10), attack(name, 2)).n == 10
+        assert measure(able, make_images(10), attack(name, 2)).n == 10
 
 
 # --- the checks get what they need ------------------------------------------------------------------------------------------------
@@ -324,10 +324,10 @@ def test_the_verdict_is_the_worst_of_the_checks_and_unchecked_without_any(able, 
         monkeypatch.setattr(evaluation, "CHECKS", tuple(lambda _, c=c: c for c in found))
         for number, check in enumerate(evaluation.CHECKS):
             check.__name__ = f"check{number}"
-        score = measure(able, make_pictures(6), attack(steps=1), probe=2)
+        score = measure(able, make_images(6), attack(steps=1), probe=2)
         assert score.verdict == verdict and [s["name"] for s in score.suspicions] == raised
         assert score.checks == tuple(c.to_json() for c in found)
-    assert measure(able, make_pictures(6), attack(steps=1)).verdict == "unchecked"
+    assert measure(able, make_images(6), attack(steps=1)).verdict == "unchecked"
 
 
 # --- the record -----------------------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def test_the_verdict_is_the_worst_of_the_checks_and_unchecked_without_any(able, 
 
 def test_a_score_is_json_and_tells_its_settings(able):
     chosen = attack("cw", 7, eps="3/255", seed=5)
-    record = json.loads(json.dumps(measure(able, make_pictures(10), chosen, name="mine").to_json()))
+    record = json.loads(json.dumps(measure(able, make_images(10), chosen, name="mine").to_json()))
     told = {k: record[k] for k in ("model", "dataset", "n", "attack", "norm", "eps", "protocol", "seed", "classes")}
     assert told == {
         "model": "mine",
@@ -354,24 +354,22 @@ def test_a_score_is_json_and_tells_its_settings(able):
 
 
 def test_another_model_or_other_pictures_are_another_record(able, student):
-    a, b = (measure(m, make_pictures(6), attack()) for m in (able, student))
+    a, b = (measure(m, make_images(6), attack()) for m in (able, student))
     assert a.fingerprint != b.fingerprint and a.rows == b.rows
-    assert measure(able, make_pictures(6, seed=9), attack()).rows != a.rows
+    assert measure(able, make_images(6, seed=9), attack()).rows != a.rows
 
 
 def test_training_moves_the_score(able, able_path, proxy, tmp_path):
     """The measure can tell a trained student from the one before, or all the above would hold for a constant."""
-    before = measure(able, make_pictures(), attack())
+    before = measure(able, make_images(), attack())
     make_trainer(tmp_path, able, gpd_schedule(learning_rate=0.05), proxy=proxy.set_classes(CLASSES)).train()
-    assert stable(measure(able, make_pictures(), attack())) != stable(before)
+    assert stable(measure(able, make_images(), attack())) != stable(before)
 
 
 def test_too_few_classes_for_the_dlr_loss_are_said(able):
-    whole = make_pictures(10)
+    whole = make_images(10)
     kept = [i for i in range(10) if whole[i]["label"] < 3]
-    pictures = LabelledImages(
-        Rows([whole[i]["image"] for i in kept], [whole[i]["label"] for i in kept]), CLASSES[:3], name="few"
-    )
+    pictures = relabelled(whole.select(kept), [whole.labels[i] for i in kept], CLASSES[:3])
     (note,) = measure(able, pictures, attack("apgd-t", 1)).notes
     assert "needs four classes and there are 3" in note
     assert measure(able, pictures, attack("pgd", 1)).notes == ()
@@ -379,7 +377,7 @@ def test_too_few_classes_for_the_dlr_loss_are_said(able):
 
 
 def test_the_classes_counts_sum_to_the_whole(able):
-    pictures = dataclasses.replace(make_pictures(40), kept=[i for i in range(40) if i % 5 != 2 and i != 0])
+    pictures = make_images(40).select([i for i in range(40) if i % 5 != 2 and i != 0])
     score, answers = measure(able, pictures, attack()), answer(able, pictures, attack())
     assert list(score.per_class) == ["cat", "dog", "tree", "red car"], "a class without pictures has no accuracy"
     n, clean, robust = (sum(counts[i] for counts in score.per_class.values()) for i in range(3))
@@ -392,12 +390,12 @@ def test_the_classes_counts_sum_to_the_whole(able):
 
 
 def test_each_part_leaves_no_more_than_the_one_before_and_the_last_leaves_what_is_robust(able):
-    score = measure(able, make_pictures(60), attack("standard", 3, eps="26/255", seed=4))
+    score = measure(able, make_images(60), attack("standard", 3, eps="26/255", seed=4))
     left = list(score.parts.values())
     assert list(score.parts) == ["apgd-ce", "apgd-t", "square"] and left == sorted(left, reverse=True)
     assert left[-1] == score.robust < left[0] < score.clean
-    assert left[0] == measure(able, make_pictures(60), attack("apgd-ce", 3, eps="26/255", seed=4)).robust
-    assert measure(able, make_pictures(), attack()).parts.keys() == {"pgd"}
+    assert left[0] == measure(able, make_images(60), attack("apgd-ce", 3, eps="26/255", seed=4)).robust
+    assert measure(able, make_images(), attack()).parts.keys() == {"pgd"}
 
 
 def unpack(png: str) -> np.ndarray:
@@ -429,20 +427,20 @@ def test_the_gallery_shows_the_first_broken_pictures_as_they_were_attacked(able,
 
 
 def test_no_picture_is_shown_where_none_was_broken(able, tmp_path):
-    score = measure(able, make_pictures(6), attack(eps="0"), folder=tmp_path)
+    score = measure(able, make_images(6), attack(eps="0"), folder=tmp_path)
     assert json.loads((tmp_path / "gallery" / score.file_name).read_text()) == []
 
 
 def test_a_score_in_a_folder_is_that_without_and_comes_out_again(able, tmp_path):
-    alone = stable(measure(able, make_pictures(20), attack(), batch_size=6))
+    alone = stable(measure(able, make_images(20), attack(), batch_size=6))
     for _ in range(2):
-        assert stable(measure(able, make_pictures(20), attack(), batch_size=6, folder=tmp_path)) == alone
+        assert stable(measure(able, make_images(20), attack(), batch_size=6, folder=tmp_path)) == alone
 
 
 def test_other_labels_on_the_same_pictures_are_answered_afresh(able, tmp_path):
     """Someone mends the labels of a set and runs again into the same folder: nothing of the old run may be taken over."""
-    before = make_pictures(20)
-    after = dataclasses.replace(before, rows=Rows(before.rows.images, [(y + 1) % 5 for y in before.rows.labels]))
+    before = make_images(20)
+    after = relabelled(before, [(y + 1) % 5 for y in before.labels])
     old = measure(able, before, attack(), folder=tmp_path)
     new = measure(able, after, attack(), folder=tmp_path)
     assert stable(new) == stable(measure(able, after, attack())) and new.clean != old.clean
@@ -452,12 +450,12 @@ def test_other_labels_on_the_same_pictures_are_answered_afresh(able, tmp_path):
 
 
 def as_folder(place: Path) -> list[str]:
-    return [write_image_folder(place / "set", make_pictures(20))]
+    return [write_image_folder(place / "set", make_images(20))]
 
 
 def as_parquet(place: Path) -> list[str]:
-    made = make_pictures(20)
-    columns = {"image": made.rows.images, "label": made.rows.labels}
+    made = make_images(20)
+    columns = {"image": [r["image"] for r in made], "label": made.labels}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     datasets.Dataset.from_dict(columns, features=features).to_parquet(place / "set.parquet")
     return [str(place / "set.parquet"), "--classes", *CLASSES, "--templates", "a {}", "{}"]

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CLASSES, make_pictures, write_image_folder
+from conftest import CLASSES, make_images, relabelled, write_image_folder
 from PIL import Image
 
 from hpt_hf.attacks.suite import EvaluationAttack
@@ -154,7 +154,7 @@ def trained_path(tmp_path_factory, trained):
 
 @pytest.fixture
 def data(tmp_path):
-    return write_image_folder(tmp_path / "data", make_pictures())
+    return write_image_folder(tmp_path / "data", make_images())
 
 
 CHEAP = [
@@ -257,10 +257,10 @@ def test_changed_pictures_under_the_same_path_are_answered_afresh(trained, data,
 
 def test_corrected_labels_are_answered_afresh(trained, tmp_path, counted):
     """The pictures are the same ones to the last bit, in the same order, so only the labels tell."""
-    pictures = make_pictures()
+    pictures = make_images()
     before = measure(trained, pictures, tmp_path / "out")
     checks = taken(counted)[2]
-    pictures.rows.labels[:3] = [4, 4, 4]
+    pictures = relabelled(pictures, [4, 4, 4, *pictures.labels[3:]])
     after = measure(trained, pictures, tmp_path / "out")
     assert taken(counted) == (1, 1, checks) and after.rows == before.rows and after.clean < before.clean
     assert stable(after) == stable(measure(trained, pictures, None))
@@ -270,7 +270,7 @@ def test_corrected_labels_are_answered_afresh(trained, tmp_path, counted):
 def test_another_model_attack_or_set_is_not_answered_from_the_journal(
     change, trained_path, student_path, tmp_path, counted
 ):
-    model, pictures, more = ZeroShotClassifier.from_pretrained(trained_path), make_pictures(), {}
+    model, pictures, more = ZeroShotClassifier.from_pretrained(trained_path), make_images(), {}
     measure(model, pictures, tmp_path)
     first = taken(counted)[0]
     if change == "weights":
@@ -278,9 +278,9 @@ def test_another_model_attack_or_set_is_not_answered_from_the_journal(
     elif change == "mean":
         model.mean += 0.1
     elif change == "classes":
-        pictures.classes = (*CLASSES[1:], CLASSES[0])
+        pictures = pictures.with_classes((*CLASSES[1:], CLASSES[0]))
     elif change == "fewer":
-        pictures.kept = list(range(39))
+        pictures = pictures.select(range(39))
     else:
         more = {"seed": 1} if change == "seed" else {"baseline": ZeroShotClassifier.from_pretrained(student_path)}
     measure(model, pictures, tmp_path, **more)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, Rows, make_pictures, weights, write_image_folder
+from conftest import CLASSES, make_images, relabelled, weights, write_image_folder
 
 from hpt_hf.attacks.suite import ATTACKS, EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
@@ -37,7 +37,7 @@ def look(model, *names, pictures=None, chosen=None, **changes) -> dict[str, Chec
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "CHECKS", tuple(c for c in CHECKS if not names or c.__name__ in names))
         changes = {"probe": 12, "limit": None, **changes}
-        score = evaluate(model, pictures or make_pictures(50), chosen or attack(), name="m", **changes)
+        score = evaluate(model, pictures or make_images(50), chosen or attack(), name="m", **changes)
     assert score.suspicions == tuple(c for c in score.checks if c["raised"])
     return {c["name"]: Check(**c) for c in score.checks}
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_with_a_large_logit_scale_is_saturated(trained, tmp_path, c
     broken = remade(trained, ZeroShotClassifier)
     broken.model.logit_scale.data.fill_(float(np.log(1e4)))
     broken.save_pretrained(tmp_path / "model")
-    data = write_image_folder(tmp_path / "data", make_pictures(10))
+    data = write_image_folder(tmp_path / "data", make_images(10))
     recipe.main(
         [
             "--model",
@@ -191,7 +191,7 @@ def test_a_checkpoint_with_a_large_logit_scale_is_saturated(trained, tmp_path, c
 
 def test_where_square_ran_as_part_of_the_attack_it_need_not_run_again(trained, monkeypatch):
     """`standard` ends with Square, so the check counts what it broke after two attacks that follow gradients."""
-    chosen, pictures = attack("standard", 60, eps=48 / 255), make_pictures(20)
+    chosen, pictures = attack("standard", 60, eps=48 / 255), make_images(20)
     assert look(trained, "black_box", chosen=attack("square", 2), pictures=pictures)["black_box"].raised is NOT_RUN
     for white_box in ("apgd-ce", "apgd-t"):
         honest = look(trained, "black_box", chosen=chosen, pictures=pictures)["black_box"]
@@ -274,18 +274,15 @@ def test_an_attack_that_leaves_the_ball_is_told(norm, trained, honest):
 
 def first_classes(count: int, pictures: int = 20) -> LabelledImages:
     """A set of the first `count` classes only."""
-    whole = make_pictures(pictures)
+    whole = make_images(pictures)
     kept = [i for i in range(pictures) if whole[i]["label"] < count]
-    rows = Rows([whole[i]["image"] for i in kept], [whole[i]["label"] for i in kept])
-    return LabelledImages(rows, CLASSES[:count], name="few")
+    few = whole.select(kept)
+    return relabelled(few, few.labels, CLASSES[:count], name="few")
 
 
 def wrong(pictures: LabelledImages) -> LabelledImages:
     """Every label is false."""
-    rows = [pictures[i] for i in range(len(pictures))]
-    return LabelledImages(
-        Rows([r["image"] for r in rows], [(r["label"] + 1) % 5 for r in rows]), CLASSES, name="wrong"
-    )
+    return relabelled(pictures, [(y + 1) % 5 for y in pictures.labels], name="wrong")
 
 
 def test_few_classes_and_few_pictures_are_told_at_their_number(trained):
@@ -305,7 +302,7 @@ def test_a_baseline_that_withstands_the_attack_is_told_and_without_one_nobody_kn
         and seen(baseline=trained, chosen=attack(kind=Idle)).raised
     )
     assert seen().raised is NOT_RUN and "no undefended model was given" in seen().seen
-    assert seen(baseline=trained, pictures=wrong(make_pictures(20))).raised is not True, (
+    assert seen(baseline=trained, pictures=wrong(make_images(20))).raised is not True, (
         "it knows none that it could withstand"
     )
 
@@ -365,7 +362,7 @@ def test_what_a_stronger_attack_breaks_is_weighed_by_how_far_the_figure_would_fa
 @pytest.mark.parametrize("name", ["pgd", "standard"])
 def test_an_honest_evaluation_is_clear_and_every_check_has_its_say(name, trained, undefended):
     steps = None if name == "pgd" else 30  # Square alone would take its 5000 queries
-    score = evaluate(trained, make_pictures(60), attack(name, steps), name="m", baseline=undefended)
+    score = evaluate(trained, make_images(60), attack(name, steps), name="m", baseline=undefended)
     assert (score.verdict, score.suspicions) == ("clear", ())
     assert [c["name"] for c in score.checks] == NAMES and len(set(NAMES)) == 19
     assert {c["raised"] for c in score.checks} == {False} and all(c["seen"] for c in score.checks)
@@ -375,7 +372,7 @@ def test_an_honest_evaluation_is_clear_and_every_check_has_its_say(name, trained
 def test_the_verdict_follows_the_checks(trained):
     """Unchecked is not clear, a check that was not run raises nothing, and what is raised stands in the EvalResult in full."""
     verdicts = [
-        evaluate(trained, make_pictures(n), attack("pgd", 3), name="m", probe=p)
+        evaluate(trained, make_images(n), attack("pgd", 3), name="m", probe=p)
         for n, p in ((50, 0), (50, 6), (20, 6), (20, 0))
     ]
     assert [s.verdict for s in verdicts] == ["unchecked", "clear", "suspicious", "unchecked"]
@@ -393,26 +390,26 @@ def test_the_verdict_follows_the_checks(trained):
 
 
 def resized(*sizes, count: int = 12) -> LabelledImages:
-    even = make_pictures(count)
+    even = make_images(count)
     images = [even[i]["image"].resize(sizes[i // 2 % len(sizes)]) for i in range(count)]
-    return LabelledImages(Rows(images, [even[i]["label"] for i in range(count)]), CLASSES, name="sizes")
+    return LabelledImages.from_images(images, even.labels, CLASSES, name="sizes")
 
 
 SMALL = {"few_samples"}
 EDGES = {
-    "none right": (wrong(make_pictures(6)), attack(), SMALL),
-    "none standing": (make_pictures(6), attack(eps=0.5), SMALL),
-    "all standing": (make_pictures(6), attack(eps=0), SMALL | {"baseline"}),
-    "one picture": (make_pictures(1), attack(), SMALL),
+    "none right": (wrong(make_images(6)), attack(), SMALL),
+    "none standing": (make_images(6), attack(eps=0.5), SMALL),
+    "all standing": (make_images(6), attack(eps=0), SMALL | {"baseline"}),
+    "one picture": (make_images(1), attack(), SMALL),
     "two classes": (first_classes(2), attack(), SMALL | {"few_classes"}),
     "two classes, all attacks": (first_classes(2, 10), attack("standard", 3), SMALL | {"few_classes"}),
     "native sizes": (resized((32, 32), (48, 40), (40, 64)), attack(protocol="native"), SMALL),
     "native and elongated": (resized((100, 40)), attack(protocol="native", eps=40 / 255), SMALL),
     "native, none right": (wrong(resized((48, 40), (32, 32))), attack(protocol="native"), SMALL),
-    "l2": (make_pictures(10), attack("standard", 10, norm="l2", eps=4), SMALL),
-    "l2, none right": (wrong(make_pictures(6)), attack(norm="l2", eps=4), SMALL),
-    "towards a class": (make_pictures(20), attack(target="cat", eps=28 / 255), SMALL),
-    "towards a class, with APGD": (make_pictures(10), attack("apgd-ce", 10, target="dog", eps=0.4), SMALL),
+    "l2": (make_images(10), attack("standard", 10, norm="l2", eps=4), SMALL),
+    "l2, none right": (wrong(make_images(6)), attack(norm="l2", eps=4), SMALL),
+    "towards a class": (make_images(20), attack(target="cat", eps=28 / 255), SMALL),
+    "towards a class, with APGD": (make_images(10), attack("apgd-ce", 10, target="dog", eps=0.4), SMALL),
 }
 
 
@@ -428,7 +425,7 @@ def test_at_the_edges_an_honest_model_raises_only_what_is_true(edge, trained, un
 def test_what_stands_towards_a_target_need_not_withstand_every_other_attack(trained):
     """'Never taken for a cat' is all that such a EvalResult claims; that another answer is easily had is no fault of it."""
     chosen = attack(target="cat")
-    pictures = make_pictures(60)
+    pictures = make_images(60)
     assert (
         evaluate(trained, pictures, chosen, name="m", probe=0).robust
         > evaluate(trained, pictures, attack(), name="m").robust
@@ -459,7 +456,7 @@ def test_the_checks_leave_no_trace(trained):
     torch.manual_seed(1)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     before, asked = weights(model), [p.requires_grad for p in model.parameters()]
-    found = look(model, baseline=trained, probe=4, pictures=make_pictures(10))
+    found = look(model, baseline=trained, probe=4, pictures=make_images(10))
     assert list(found) == NAMES
     assert torch.equal(torch.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], numpy_state)
     assert [p.requires_grad for p in model.parameters()] == asked and len(set(asked)) == 2
@@ -499,9 +496,9 @@ def stable(score: EvalResult) -> tuple:
 
 def fault_1_attack_inside_autocast(model, patch):
     """Inside somebody's autocast the figure is the same, or the EvalResult says that it was."""
-    plain = evaluate(model, make_pictures(20), attack("pgd", 3), name="m", probe=4)
+    plain = evaluate(model, make_images(20), attack("pgd", 3), name="m", probe=4)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = evaluate(model, make_pictures(20), attack("pgd", 3), name="m", probe=4)
+        inside = evaluate(model, make_images(20), attack("pgd", 3), name="m", probe=4)
     told = {s["name"]: s["seen"] for s in inside.suspicions}
     assert "autocast to torch.bfloat16" in told["half_precision"] and "half_precision" not in {
         s["name"] for s in plain.suspicions
@@ -513,7 +510,7 @@ def fault_2_the_batch_size_counts(model, patch):
     flat = remade(model, saying(lambda logits: logits / 50))
     for one in (model, flat):
         scores = [
-            evaluate(one, make_pictures(20), attack("pgd", 3), name="m", probe=0, batch_size=b) for b in (1, 7, 64)
+            evaluate(one, make_images(20), attack("pgd", 3), name="m", probe=0, batch_size=b) for b in (1, 7, 64)
         ]
         assert stable(scores[0]) == stable(scores[1]) == stable(scores[2])
 
@@ -529,7 +526,7 @@ def fault_7_an_attack_that_returns_nothing(model, patch):
     """Neither None nor the clean pictures pass for an attack; and `standard` has a targeted part."""
     with patch.context() as short, pytest.raises(TypeError):
         short.setitem(ATTACKS, "pgd", (lambda *given: None, 20))
-        evaluate(model, make_pictures(4), attack(), name="m", probe=0)
+        evaluate(model, make_images(4), attack(), name="m", probe=0)
     unchanged = look(model, "more_steps", "baseline", baseline=model, chosen=attack(kind=Idle))
     assert unchanged["more_steps"].raised and unchanged["baseline"].raised
     assert "apgd-t" in attack("standard").stages
@@ -538,8 +535,7 @@ def fault_7_an_attack_that_returns_nothing(model, patch):
 def fault_8_samples_by_batches(model, patch):
     """`limit` counts pictures, whatever the batch size, and every figure has its interval."""
     scores = [
-        evaluate(model, make_pictures(30), attack("pgd", 3), name="m", probe=0, limit=11, batch_size=b)
-        for b in (2, 64)
+        evaluate(model, make_images(30), attack("pgd", 3), name="m", probe=0, limit=11, batch_size=b) for b in (2, 64)
     ]
     assert stable(scores[0]) == stable(scores[1]) and scores[0].n == 11
     assert (
@@ -553,7 +549,7 @@ def fault_9_text_tower_in_the_attack(model, patch):
     runs = []
     hook = model.model.text_model.register_forward_hook(lambda *given: runs.append(1))
     try:
-        evaluate(model, make_pictures(20), attack("standard", 3), name="m", batch_size=5, probe=4)
+        evaluate(model, make_images(20), attack("standard", 3), name="m", batch_size=5, probe=4)
     finally:
         hook.remove()
     assert len(runs) == 1
@@ -566,7 +562,7 @@ def fault_10_class_names_damaged(model, patch):
     patch.setattr(
         model.processor, "tokenizer", lambda prompts, **options: read.extend(prompts) or tokenizer(prompts, **options)
     )
-    score = evaluate(model, make_pictures(10), attack("pgd", 1), name="m", probe=0)
+    score = evaluate(model, make_images(10), attack("pgd", 1), name="m", probe=0)
     assert read == [f"This is a photo of a {name}" for name in CLASSES] and tuple(score.per_class) == CLASSES
 
 

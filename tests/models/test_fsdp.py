@@ -21,7 +21,7 @@ from conftest import (
     gpd_schedule,
     largest_difference,
     launch,
-    make_pictures,
+    make_images,
     make_trainer,
     single_schedule,
     weights,
@@ -52,7 +52,7 @@ def build(folder, student_path, proxy_path, case: str, world: int) -> HPTTrainer
     schedule, settings = CASES[case]()
     settings |= {"save_strategy": "steps", "save_steps": CUT, "eval_strategy": "steps", "eval_steps": 3}
     settings |= {f"per_device_{kind}_batch_size": 8 // world for kind in ("train", "eval")}
-    return make_trainer(folder, student, schedule, proxy=proxy, held_out=make_pictures(24, seed=3), **settings)
+    return make_trainer(folder, student, schedule, proxy=proxy, held_out=make_images(24, seed=3), **settings)
 
 
 def train(trainer: HPTTrainer, **resume) -> dict:

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import CLASSES, contents, make_pictures, make_result, write_image_folder
+from conftest import CLASSES, contents, make_images, make_result, write_image_folder
 from huggingface_hub import ModelCard, constants
 from loopback_hub import FakeHub, card_data
 from safetensors.torch import load_file, save_file
@@ -268,7 +268,7 @@ def test_the_command_takes_results_along_and_refuses_those_of_other_weights(hub,
 
 
 def test_from_training_to_the_hub_to_the_pipeline_of_a_stranger(hub, student_path, proxy_path, tmp_path, monkeypatch):
-    data = write_image_folder(tmp_path / "images", make_pictures(16))
+    data = write_image_folder(tmp_path / "images", make_images(16))
     said = f"--method hpt --dataset {data} --model {student_path} --proxy {proxy_path} --output_dir {tmp_path}/out"
     said += " --use_cpu true --num_train_epochs 2 --per_device_train_batch_size 8 --save_strategy epoch --license mit"
     said += f" --report_to none --push_to_hub true --hub_model_id {NAME} --hub_strategy checkpoint"
@@ -292,7 +292,7 @@ def test_from_training_to_the_hub_to_the_pipeline_of_a_stranger(hub, student_pat
         (tmp_path / "pulled" / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "pulled" / path).write_bytes(content)
     classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "pulled"))
-    answers = classify(make_pictures(1)[0]["image"], candidate_labels=list(CLASSES))
+    answers = classify(make_images(1)[0]["image"], candidate_labels=list(CLASSES))
     assert {a["label"] for a in answers} == set(CLASSES)
     with pytest.raises(SystemExit, match=f"{NAME} holds a model already.*--hub_overwrite"):
         train.main(said.split())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_pictures, make_result, make_trainer, single_schedule
+from conftest import make_images, make_result, make_trainer, single_schedule
 from huggingface_hub import ModelCard
 from loopback_hub import card_data
 
@@ -82,7 +82,7 @@ def folder(sealed, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def record(student_path, tmp_path_factory) -> dict:
     """What a trainer says of itself, and what a recipe adds."""
-    student = ZeroShotClassifier.from_pretrained(student_path).set_classes(make_pictures().classes)
+    student = ZeroShotClassifier.from_pretrained(student_path).set_classes(make_images().classes)
     trainer = make_trainer(tmp_path_factory.mktemp("run"), student, single_schedule("tecoa", steps=7))
     return json.loads(json.dumps(trainer.record())) | {
         "method": "hpt_gpd",
@@ -453,7 +453,7 @@ def test_the_card_names_the_model_as_readers_will(folder, fingerprint, repo_id, 
 def test_the_snippet_of_the_card_runs(folder, fingerprint, monkeypatch):
     put_results(folder, make_result(fingerprint=fingerprint))
     monkeypatch.chdir(folder.parent)
-    make_pictures(1)[0]["image"].save("image.png")
+    make_images(1)[0]["image"].save("image.png")
     (code,) = re.findall(r"```python\n(.*?)```", card(folder), re.DOTALL)
     scope: dict = {}
     exec(code.replace('classify("image.png"', 'said = classify("image.png"'), scope)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CLASSES, gpd_schedule, make_pictures, make_trainer, single_schedule, weights, write_image_folder
+from conftest import CLASSES, gpd_schedule, make_images, make_trainer, single_schedule, weights, write_image_folder
 
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 
@@ -90,7 +90,7 @@ def test_compiled_layers_end_at_the_same_weights_the_attacks_passes_included(
     backend, tmp_path, student_path, proxy_path
 ):
     """With dynamo's own stand-in for a compiler, and with the real one. In a process of its own: dynamo and the checks of shapes do not bear each other."""
-    data = write_image_folder(tmp_path / "data", make_pictures())
+    data = write_image_folder(tmp_path / "data", make_images())
     flags = f"--method hpt --dataset {data} --model {student_path} --proxy {proxy_path} --use_cpu true --max_steps 10"
     flags += f" --per_device_train_batch_size 8 --eps 8/255 --learning_rate 1e-2 --disable_tqdm true --output_dir {tmp_path / 'out'}"
     done = subprocess.run(
@@ -125,7 +125,7 @@ def test_pictures_of_the_towers_size_are_not_resized_again(student):
     """The processor would give them back as they are; where it would not, it is asked."""
     from hpt_hf.data.collator import Collator
 
-    pictures = make_pictures(6)
+    pictures = make_images(6)
     rows = [pictures[i] for i in range(6)]
     quick, asked = Collator(student.processor), Collator(student.processor)
     asked.__dict__["_side"] = None

@@ -18,7 +18,7 @@ import datasets
 import psutil
 import pytest
 import torch
-from conftest import CLASSES, gpd_schedule, largest_difference, launch, make_pictures, make_trainer, weights
+from conftest import CLASSES, gpd_schedule, largest_difference, launch, make_images, make_trainer, weights
 
 from hpt_hf.commands.train import main
 from hpt_hf.models.zero_shot import ZeroShotClassifier
@@ -36,7 +36,7 @@ def train(folder: Path, student_path: str, proxy_path: str, batch_size: int) -> 
         # Rates at which one pixel whose gradient is rounded to the other sign does not reach the sixth decimal.
         gpd_schedule(warm_up_steps=10, steps=10, interval=4, warm_up_learning_rate=3e-4, learning_rate=1e-3),
         proxy=proxy,
-        held_out=make_pictures(19, seed=3),
+        held_out=make_images(19, seed=3),
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         save_strategy="steps",
@@ -139,7 +139,7 @@ def test_the_recipe_runs_on_two_processes_and_exports_once(tmp_path, student_pat
     from conftest import write_image_folder
     from safetensors.torch import load_file
 
-    data = write_image_folder(tmp_path / "data", make_pictures())
+    data = write_image_folder(tmp_path / "data", make_images())
     flags = f"--method hpt_gpd --max_steps 4 --use_cpu true --disable_tqdm true --eps 8/255 --learning_rate 1e-3 --dataset {data}"
     flags += f" --model {student_path} --proxy {proxy_path} --held_out 0.2"
     train_alone_and_together(tmp_path, flags)
@@ -154,7 +154,7 @@ def test_the_recipe_runs_on_two_processes_and_exports_once(tmp_path, student_pat
 def test_two_processes_estimate_together_and_one_speaks(tmp_path, student_path, proxy_path):
     from conftest import write_image_folder
 
-    data = write_image_folder(tmp_path / "data", make_pictures())
+    data = write_image_folder(tmp_path / "data", make_images())
     flags = f"--method hpt_gpd --use_cpu true --eps 8/255 --dataset {data} --model {student_path} --proxy {proxy_path}"
     flags += f" --held_out 0.2 --num_train_epochs 50 --per_device_train_batch_size 4 --probe_steps 2 --output_dir {tmp_path / 'out'}"
     said = launch(2, str(Path(__file__).parent.parent.parent / "recipes" / "estimate.py"), *flags.split())
@@ -167,7 +167,7 @@ def test_two_processes_stream_as_one(tmp_path, student_path, proxy_path, monkeyp
     from safetensors.torch import load_file
     from test_streaming import write_parquet
 
-    data = write_parquet(tmp_path / "data", make_pictures(43))
+    data = write_parquet(tmp_path / "data", make_images(43))
     said = f"--method hpt_gpd --streaming true --dataset {data} --max_steps 8 --interval 3 --use_cpu true --disable_tqdm true --eps 8/255"
     said += f" --learning_rate 1e-3 --ga_learning_rate 1e-3 --model {student_path} --proxy {proxy_path}"
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # in this process
@@ -222,7 +222,7 @@ def kill_two_processes(tmp_path, student_path, proxy_path, kills: list[float], s
     from conftest import write_image_folder
     from safetensors.torch import load_file
 
-    data = write_image_folder(tmp_path / "data", make_pictures())
+    data = write_image_folder(tmp_path / "data", make_images())
     said = f"--method hpt_gpd --max_steps {steps} --interval 7 --use_cpu true --disable_tqdm true --eps 8/255 --learning_rate 1e-2 --ga_learning_rate 1e-3"
     said += f" --model {student_path} --proxy {proxy_path} --dataset {data} --per_device_train_batch_size 4"
     flags = [*said.split(), "--save_strategy", "steps", "--save_steps", "3"]
@@ -260,7 +260,7 @@ def evaluated(tmp_path_factory, trained) -> tuple[list[str], Path, Path]:
 
     folder = tmp_path_factory.mktemp("evaluated")
     trained.save_pretrained(folder / "model")
-    data = write_image_folder(folder / "data", make_pictures())
+    data = write_image_folder(folder / "data", make_images())
     flags = f"--attack apgd-ce square --attack_steps 20 --probe 4 --batch_size 8 --eps 16/255 --model {folder / 'model'} --dataset {data}"
     main([*flags.split(), "--output_dir", str(folder / "one")])
     script = str(Path(__file__).parent.parent.parent / "recipes" / "evaluate.py")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, gpd_schedule, make_pictures, make_trainer, single_schedule, weights, write_image_folder
+from conftest import CLASSES, gpd_schedule, make_images, make_trainer, single_schedule, weights, write_image_folder
 from safetensors.torch import load_file
 
 from hpt_hf.method.gpd import PIVOT_FILE
@@ -201,7 +201,7 @@ def test_only_cut_off_checkpoints_are_an_error(whole, tmp_path, student_path, pr
 @pytest.mark.multiprocess
 def test_a_killed_run_ends_like_one_left_alone(tmp_path, student_path, proxy_path):
     """SIGKILL at some step of a real `recipes/train.py`, then `--resume_from_checkpoint true`."""
-    data = write_image_folder(tmp_path / "data", make_pictures())
+    data = write_image_folder(tmp_path / "data", make_images())
     command = [sys.executable, str(ROOT / "recipes" / "train.py"), "--method", "hpt_gpd", "--dataset", data]
     command += ["--model", student_path, "--proxy", proxy_path, "--use_cpu", "true", "--eps", "8/255"]
     command += [

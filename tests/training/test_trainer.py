@@ -13,8 +13,9 @@ from conftest import (
     CLASSES,
     gpd_schedule,
     largest_difference,
-    make_pictures,
+    make_images,
     make_trainer,
+    relabelled,
     save_tiny_clip,
     single_schedule,
     weights,
@@ -82,7 +83,7 @@ def by_hand(student, proxy, batch, *, eps=8 / 255, g=0.9, b=0.5, momentum=0.9) -
 
 def test_hpt_gpd_equals_the_method_written_out_by_hand(student, student_path, proxy, tmp_path):
     """Also: no gradient of the attack leaks into the update, for by hand it cannot."""
-    data = make_pictures(8)
+    data = make_images(8)
     trainer = make_trainer(
         tmp_path, student, gpd_schedule(warm_up_steps=4, steps=4), proxy=proxy, data=data, seed=0, max_grad_norm=0.0
     )
@@ -308,7 +309,7 @@ def test_a_broken_proxy_stops_the_run_in_the_phase_that_asks_it(student, proxy, 
 
 @pytest.mark.parametrize("name", OBJECTIVE_NAMES)
 def test_pictures_without_labels(name, student, proxy, tmp_path):
-    trainer = make_trainer(tmp_path, student, single_schedule(name), proxy=proxy, data=make_pictures(labelled=False))
+    trainer = make_trainer(tmp_path, student, single_schedule(name), proxy=proxy, data=make_images(labelled=False))
     if name in ("tecoa", "pmg_aft"):
         with pytest.raises(ValueError, match=f"{name} needs labels and the data has none"):
             trainer.train()
@@ -320,13 +321,13 @@ def test_pictures_without_labels(name, student, proxy, tmp_path):
 
 def test_without_labels_the_attack_aims_at_the_proxys_answer(student, student_path, proxy, tmp_path):
     """Training on no labels is training on the labels that the proxy reads off the clean pictures, bit by bit."""
-    bare = make_pictures(labelled=False)
+    bare = make_images(labelled=False)
     batch = Collator(proxy.processor)([bare[i] for i in range(len(bare))])
     with torch.no_grad():
         read = proxy.classify(batch["images"]).logits.argmax(1).tolist()
-    told = make_pictures()
-    assert read != told.rows.labels
-    told.rows.labels = read
+    told = make_images()
+    assert read != told.labels
+    told = relabelled(told, read)
     results = []
     for data in (bare, told):
         student = ZeroShotClassifier.from_pretrained(student_path).set_classes(CLASSES)
@@ -376,7 +377,7 @@ def test_the_text_towers_run_once_per_class_list(student_path, proxy_path, tmp_p
         models[name].set_classes(CLASSES)
     assert calls == {"student": 1, "proxy": 1}
     trainer = make_trainer(
-        tmp_path, models["student"], gpd_schedule(), proxy=models["proxy"], held_out=make_pictures(8, seed=1)
+        tmp_path, models["student"], gpd_schedule(), proxy=models["proxy"], held_out=make_images(8, seed=1)
     )
     trainer.train()
     trainer.evaluate()
@@ -396,7 +397,7 @@ def test_a_step_costs_the_forwards_its_equations_name(name, forwards, student, p
 
 
 def test_evaluate_measures_every_held_out_picture_and_leaves_no_trace(student, proxy, tmp_path):
-    held_out = make_pictures(19, seed=3)  # two full batches and three more
+    held_out = make_images(19, seed=3)  # two full batches and three more
     trainer = make_trainer(tmp_path, student, single_schedule("hpt"), proxy=proxy, held_out=held_out)
     before, trained = weights(student), [n for n, p in student.model.named_parameters() if p.requires_grad]
     metrics = [trainer.evaluate() for _ in range(2)]
@@ -431,7 +432,7 @@ def test_evaluating_on_the_way_does_not_change_the_run(student_path, proxy, tmp_
             student,
             gpd_schedule(),
             proxy=proxy,
-            held_out=make_pictures(8, seed=3),
+            held_out=make_images(8, seed=3),
             eval_strategy=strategy,
             eval_steps=1,
         )
