@@ -1,4 +1,4 @@
-"""`hpt-hf convert`: any CLIP checkpoint, in any form that others can open; what cannot be shown to be the same is not written."""
+"""`hpt-hf convert`: any CLIP checkpoint in any form that others can open, shown to be the same or not written."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """CLIP checkpoints that other people's code wrote, read without running any of it; and open_clip's form, written.
 
-A file is flattened to dotted names. The one that ends in `class_embedding` says where the CLIP lies and in whose
-names; one table leads from OpenAI's and open_clip's names to transformers' and back. What the file lacks comes
-from a base, and is listed.
+A file is flattened to dotted names. The one that ends in `class_embedding` says where the CLIP lies and whose names it
+has; one table leads from open_clip's to transformers'. What the file lacks comes from a base, and is listed.
 """
 
 from __future__ import annotations
@@ -48,28 +47,24 @@ SHOWN_BY_NO_WEIGHTS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "e
 TRANSPOSED = ("visual.proj", "text_projection")
 # Parts that the base has no place for and that change what a tower computes.
 OTHER_PARTS = re.compile(
-    r"(^|\.)(text_model|vision_model|transformer|resblocks|attn_pool\w*|cls_emb|prompt_pos_embedding)\b"
+    r"\b(text_model|vision_model|transformer|resblocks|attn_pool\w*|cls_emb|prompt_pos_embedding)\b"
 )
+# Buffers that every CLIP computes, and the state of a training.
 BUFFERS = r"position_ids|attn_mask|input_resolution|context_length|vocab_size"
-NO_LOSS = re.compile(
-    rf"(^|\.)({BUFFERS})$|^(optim|scaler|sched|lr_)"
-)  # buffers that every CLIP computes, training state
+NO_LOSS = re.compile(rf"(^|\.)({BUFFERS})$|^(optim|scaler|sched|lr_)")
 FOLDERS = {  # a folder's config -> its weights, the first that is there
     OPEN_CLIP_CONFIG: (OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin"),
     "config.json": tuple(n + i for n in ("model.safetensors", "pytorch_model.bin") for i in ("", ".index.json")),
 }
-# What open_clip's model_cfg may say: shown by the weights' shapes, compared with the base, or of no effect on logits.
+# What open_clip's model_cfg may say: what shapes show, what is compared with the base, what changes no logit.
 MAY_SAY = re.compile(
-    r"embed_dim|vision_cfg|text_cfg|layers|width|patch_size|image_size|mlp_ratio|context_length|vocab_size|quick_gelu|"
-    r"head_width|heads|norm_kwargs|eos_id|custom_text|init_logit_scale|patch_dropout|output_tokens|pos_embed_type|pad_id|"
+    r"embed_dim|vision_cfg|text_cfg|layers|width|patch_size|image_size|mlp_ratio|context_length|vocab_size|heads|eos_id|"
+    r"quick_gelu|head_width|norm_kwargs|custom_text|init_logit_scale|patch_dropout|output_tokens|pos_embed_type|pad_id|"
     r"tokenizer_mode|tokenizer_kwargs|(timm|hf|attn_pooler)_(?!model_name$).*"  # parts that are refused by other names
 )
 MAY_BE = {"pool_type": ("tok", "argmax", "eos"), "proj_type": ("linear",)}
-OPENAI_VOCABULARY = (
-    "a photo of a cat",
-    [49406, 320, 1125, 539, 320, 2368, 49407],
-    49408,
-)  # a prompt, its ids, the size
+# A prompt, its ids in OpenAI's vocabulary, and the size of that.
+OPENAI_VOCABULARY = ("a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407], 49408)
 HIGHEST = 2  # an eos_token_id that means whatever id is the highest in a text (transformers#24773)
 # numpy's numbers, as best_acc1 in TeCoA's files: data, yet a pickle calls their maker by a name that numpy 2 changed.
 NUMPY = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -78,7 +73,7 @@ NUMPY += [np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read from a checkpoint: whose names, how many tensors, which (ours) the base gave, and notes."""
+    """The account of a checkpoint: whose names, how many tensors, which the base gave, what else to know."""
 
     form: str
     read: int
@@ -92,15 +87,10 @@ class Reading:
 
 
 def read_checkpoint(source: str | Path, base: ZeroShotClassifier) -> tuple[ZeroShotClassifier, Reading]:
-    """A CLIP from a checkpoint that others' code wrote, in float32 and eval mode, and the account of it.
+    """A CLIP from a file or folder that others' code wrote, in float32 and eval mode, and the account of it.
 
-    Read are state dicts in OpenAI's, open_clip's or transformers' names, whole or the vision tower alone, in any
-    nesting and under any prefix (TeCoA, PMG-AFT, TGA-ZSR, AGFT, FARE, open_clip's training); and folders of
-    open_clip and of transformers.
-
-    Args:
-        source: a file (.pt, .pth, .pth.tar, .bin, .ckpt, .safetensors) or a folder.
-        base: a CLIP of the same architecture, not changed: gives config, tokenizer, processor and what `source` lacks.
+    State dicts in OpenAI's, open_clip's or transformers' names, whole or the vision tower alone, under any prefix
+    (TeCoA, PMG-AFT, TGA-ZSR, AGFT, FARE). `base`, of the same architecture, gives what is missing.
 
     Raises:
         ValueError: nothing there, broken, a pickle that needs code to run, no CLIP, not whole, another architecture.
@@ -168,11 +158,9 @@ def _load(file: Path) -> dict[str, object]:
     except Exception as error:  # a damaged file raises whatever its bytes happen to mean
         why = f"is damaged or not what its name says ({type(error).__name__}). Fix: fetch it again"
         if "TorchScript" in str(error):
-            why = "is a TorchScript archive, a program that is not run here. Fix: OpenAI's are on the Hub as weights, "
-            why += "such as openai/clip-vit-base-patch32. Of others you trust, save torch.jit.load(file).state_dict()"
+            why = "is a TorchScript archive, a program. Fix: take weights, as those of openai/clip-vit-base-patch32"
         elif needed := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            why = f"is a pickle that needs {needed[1]} to be called, and nothing in it is run here. "
-            why += "Fix: ask its author for the state dict alone, as safetensors"
+            why = f"is a pickle that needs {needed[1]} to be called; nothing in it was run. Fix: take a state dict"
         raise ValueError(f"{file} {why}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} holds a {type(content).__name__}: expected a state dict, names to tensors")
@@ -216,9 +204,7 @@ def _table(own: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def _translate(
-    found: dict[str, torch.Tensor], form: str, own: Mapping[str, torch.Tensor], source: Path
-) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _translate(found: dict, form: str, own: Mapping[str, torch.Tensor], source: Path) -> tuple[dict, list[str]]:
     """({our name: tensor}, the names of `found` that it was made of). A tower is there as a whole or not at all."""
     table = _table(own) if form == "open_clip" else {name: (name,) for name in own}
     fix = "Fix: a base of the same architecture, or the whole checkpoint"
@@ -252,7 +238,7 @@ def _norm(name: str) -> str:
 
 
 def _open_clips_config(content: dict, base: ZeroShotClassifier, file: Path):
-    """The base's config with what open_clip's says and weights do not show. Raises ValueError for no CLIPModel."""
+    """The base's config with what open_clip's says. Raises ValueError where that is no CLIPModel's."""
     cfg = content.get("model_cfg", {})
     parts = {"": cfg, "vision_cfg.": cfg.get("vision_cfg"), "text_cfg.": cfg.get("text_cfg")}
     if not all(isinstance(part, dict) for part in parts.values()):
@@ -275,14 +261,10 @@ def _open_clips_config(content: dict, base: ZeroShotClassifier, file: Path):
 
 def _transformers_config(content: dict, base: ZeroShotClassifier, file: Path):
     """The config of a whole CLIP, or the base's with that of a vision tower."""
-    kind = content.get("model_type")
-    if kind == "clip":
-        return type(base.config).from_dict(content)
-    if kind != "clip_vision_model":
+    if (kind := content.get("model_type")) not in ("clip", "clip_vision_model"):
         raise ValueError(f"{file} describes a model of type {kind!r}: expected 'clip' or 'clip_vision_model'")
-    config = copy.deepcopy(base.config)
-    config.vision_config = type(config.vision_config).from_dict(content)
-    return config
+    whole = content if kind == "clip" else base.config.to_dict() | {"vision_config": content}
+    return type(base.config).from_dict(whole)
 
 
 def _pooling(eos: int, classifier: ZeroShotClassifier) -> dict[str, object]:
@@ -318,7 +300,7 @@ def _resizing(classifier: ZeroShotClassifier) -> dict[str, str | None]:
 
 
 def _reconcile_processor(pixels: dict[str, list], base: ZeroShotClassifier) -> tuple[object, list[str]]:
-    """The base's processor with the checkpoint's own mean and standard deviation; a sentence a difference."""
+    """The base's processor with the checkpoint's own mean and std, and a sentence on each difference."""
     processor, notes = copy.deepcopy(base.processor), []
     image = processor.image_processor
     for key, ours in (("mean", image.image_mean), ("std", image.image_std)):
@@ -338,10 +320,7 @@ def _reconcile_processor(pixels: dict[str, list], base: ZeroShotClassifier) -> t
 
 
 def write_open_clip(classifier: ZeroShotClassifier, folder: str | Path) -> int:
-    """Write a CLIP for `open_clip.create_model_and_transforms("local-dir:FOLDER")` and `get_tokenizer`; read it back.
-
-    Returns:
-        How many tensors were written and came back bit for bit.
+    """Write for `open_clip.create_model_and_transforms("local-dir:FOLDER")`; how many tensors came back bit for bit.
 
     Raises:
         ValueError: it is something that open_clip cannot express, and nothing was written.
@@ -362,8 +341,7 @@ def write_open_clip(classifier: ZeroShotClassifier, folder: str | Path) -> int:
     save_file(tensors, folder / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
     write_json(folder / OPEN_CLIP_CONFIG, content)
     again, reading = read_checkpoint(folder, classifier)
-    if reading.from_base or not all(torch.equal(t, state[n]) for n, t in again.model.state_dict().items()):
-        raise RuntimeError(f"{folder} was written, but its weights come back changed: please report this")
+    assert not reading.from_base and all(torch.equal(t, state[n]) for n, t in again.model.state_dict().items())
     return reading.read
 
 
@@ -375,9 +353,7 @@ def _open_clip_config(classifier: ZeroShotClassifier) -> dict[str, dict]:
         raise ValueError(f"open_clip has gelu or quick_gelu in both towers alike, this model has {activations}")
     if None in resizing.values():
         ours = f"{dict(image.size)} with Pillow's filter {int(image.resample)}"
-        raise ValueError(
-            f"open_clip resizes to {classifier.image_size} px, bicubic or bilinear, this processor {ours}"
-        )
+        raise ValueError(f"open_clip resizes to {classifier.image_size} px, bicubic or bilinear, and not: {ours}")
 
     def tower(part, **more: object) -> dict[str, object]:
         width, mlp = part.hidden_size, part.intermediate_size

@@ -1,7 +1,7 @@
-"""Export: a folder that `pipeline`, the Auto classes and `CLIPModel` open, checked against the evaluator.
+"""Export: a folder that `pipeline` opens with nothing else, checked against the evaluator and sealed.
 
-What is written is opened afresh and must give the evaluator's logits through the pipeline's own resize, crop,
-tokenizer and prompt. Those logits are kept beside it (`parity.json`), so that a later change can be told.
+What is written is opened afresh and must give the evaluator's logits through the pipeline's own resize and prompt.
+Those logits are kept beside it (`parity.json`), so that a later change of the folder can be told.
 """
 
 from __future__ import annotations
@@ -33,22 +33,15 @@ SEALED = ("fingerprint", "mean", "std", "vocabulary")  # what must not change, b
 FIX = "Fix: export it again, or take it through `hpt-hf convert` if the change was meant"
 
 
-def export(
-    classifier: ZeroShotClassifier,
-    folder: str | Path,
-    *,
-    records: dict[str, dict] | None = None,
-    dtype: str = "float32",
-    max_shard_size: str = "5GB",
-) -> Path:
-    """Write weights (safetensors), config, processor, tokenizer, records, seal and card: all of it, checked, or none.
+def export(classifier, folder: str | Path, *, records=None, dtype: str = "float32", max_shard_size="5GB") -> Path:
+    """Write weights (safetensors), config, processor, records, seal and card: all of it, checked, or nothing.
 
     What else lies in the folder stays, but for weights that would be opened in place of these and records of others.
 
     Args:
-        records: file name -> content: how the model was made, for the card (`hpt_hf.publishing.model_card`).
+        classifier: a `ZeroShotClassifier`; it is not changed.
+        records: file name -> content: how the model was made, for the card (`hpt_hf.publishing.model_card.RECORDS`).
         dtype: of the stored weights, a key of `DTYPES`; the stock classes compute in it.
-        max_shard_size: larger weights are split into several files, as "200MB".
 
     Raises:
         ValueError: what would be written does not answer as the classifier does; it lies in `<folder>-refused`.
@@ -165,7 +158,7 @@ def _close(a, b, tolerance: float) -> bool:
 
 
 def probe_images(side: int) -> list[Image.Image]:
-    """What parity is measured on: exact, smaller and larger than the model's `side`, upright, wide and grey."""
+    """What parity is measured on: of the model's `side`, smaller, larger, upright, wide and grey."""
     generator = np.random.default_rng(0)
     s = side
     images = []

@@ -1,4 +1,4 @@
-"""Push: an exported folder to the Hub, checked before anything leaves this machine. Only listed files are sent.
+"""Push: an exported folder to the Hub, checked before anything leaves this machine. Only files on a list are sent.
 
 A pickle, a log or `training_args.bin`, in which the Trainer stores tokens in clear, is never among them.
 """
@@ -72,7 +72,7 @@ def push(
             first = api.list_repo_commits(repo_id)[-1].commit_id
             api.create_branch(repo_id, branch=revision, revision=first, exist_ok=True)
         there = _files(api, repo_id, revision)
-        ours = {p: hashlib.sha256((folder / p).read_bytes()).hexdigest() for p in sent if p.endswith(".safetensors")}
+        ours = {p: _sha256(folder / p) for p in sent if p.endswith(".safetensors")}
         same = ours == {p: sha256 for p, sha256 in there.items() if p.endswith(WEIGHTS[:-1]) and "/" not in p}
         other = [
             p for p in there if p not in sent and p.startswith("results/") or not same and (p in sent or _weights(p))
@@ -126,7 +126,7 @@ def push_checkpoint(
 
 
 def _stage(folder: Path, stage: Path, patterns: tuple[str, ...], repo_id: str, revision: str | None) -> set[str]:
-    """Lay out what is sent: links to files, records and results without local folders, the card as read there."""
+    """Lay out what is sent: links to files, records and results without this machine's folders, the card."""
     for file in sorted(f for pattern in patterns for f in folder.glob(pattern)):
         if file.name in (*RECORDS, "trainer_state.json"):
             write_json(stage / file.name, _without_folders(read_json(file)))
@@ -149,6 +149,11 @@ def _files(api: HfApi, repo_id: str, revision: str | None) -> dict[str, str | No
     """Path -> SHA-256 if it is a large file, of what a repository holds."""
     tree = api.list_repo_tree(repo_id, revision=revision, recursive=True)
     return {f.path: f.lfs.sha256 if f.lfs else None for f in tree if isinstance(f, RepoFile)}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _weights(path: str) -> bool:

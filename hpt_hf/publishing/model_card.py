@@ -1,4 +1,4 @@
-"""The model card: what to know before relying on a checkpoint, every figure taken from the results beside it.
+"""The model card: what a stranger must know about a checkpoint, every figure taken from the results beside it.
 
 Metadata as the Hub reads it (`model-index` included); the text is `model_card.md.j2`.
 """
@@ -29,18 +29,10 @@ _NEEDED = {"method", "student", "proxy", "dataset", "images", "phases", "attack"
 _MARK = "<!-- written by hpt_hf, "
 
 
-def card(
-    folder: str | Path,
-    *,
-    results: Sequence[EvalResult] | None = None,
-    repo_id: str | None = None,
-    revision: str | None = None,
-) -> str:
-    """README.md of an exported folder, from its records and results; one edited by hand is given back as it is.
+def card(folder: str | Path, *, results=None, repo_id: str | None = None, revision: str | None = None) -> str:
+    """README.md of a folder, from its records and results (None: its `own_results`); one edited by hand as it is.
 
-    Args:
-        results: None: the folder's `own_results`.
-        repo_id, revision: under which name readers will open the model; None: the folder's own, and main.
+    `repo_id` and `revision` are where readers will open the model; None: the folder's own name, and main.
     """
     folder = Path(folder)
     file = folder / "README.md"
@@ -85,11 +77,7 @@ def own_results(folder: str | Path) -> list[EvalResult]:
 
 
 def check_figures(text: str, results: Sequence[EvalResult]) -> int:
-    """How many figures of the card's metadata were found in the results: all of them, and all results in it.
-
-    Raises:
-        ValueError: the card claims what no result says, or leaves one out; or it cannot be parsed.
-    """
+    """How many figures the card's metadata holds. Raises ValueError unless they are those of the results."""
     try:
         data = ModelCard(text).data
     except Exception as error:  # its own, and whatever yaml raises
@@ -97,10 +85,8 @@ def check_figures(text: str, results: Sequence[EvalResult]) -> int:
     claimed, measured = ({_figure(f) for f in figures or ()} for figures in (data.eval_results, _figures(results)))
     if odd := sorted(claimed ^ measured):
         where = "card" if odd[0] in claimed else "results"
-        raise ValueError(
-            f"README.md and the results disagree about {len(odd)} figures: the {where} alone has {odd[0]}. "
-            "Fix: delete README.md to have it written anew"
-        )
+        disagree = f"README.md and the results disagree about {len(odd)} figures: the {where} alone has {odd[0]}"
+        raise ValueError(f"{disagree}. Fix: delete README.md to have it written anew")
     return len(claimed)
 
 
@@ -113,11 +99,7 @@ def _digest(text: str) -> str:
 
 
 def read_record(folder: str | Path, name: str) -> dict:
-    """How a model was made, from one of `RECORDS` beside it, in today's names; empty if there is none.
-
-    Raises:
-        ValueError: it is damaged, or lacks what training writes.
-    """
+    """How a model was made, from one of `RECORDS`, in today's names; {} without. Raises ValueError if damaged."""
     file = Path(folder) / name
     if name == MIXED and not file.is_file():
         file = file.with_name(MIXED_BEFORE)

@@ -1,4 +1,4 @@
-"""The vision tower for VLMs: a robust CLIP's vision side as `CLIPVisionModel`, at its own or a larger resolution.
+"""The vision tower for VLMs: a robust CLIP's vision side alone, as `CLIPVisionModel`, at its own or another size.
 
 A LLaVA-style model reads the hidden states of all patches, so all of them are checked, not only the class token.
 """
@@ -19,7 +19,7 @@ from hpt_hf.utils import write_text
 
 
 def vision_tower(classifier: ZeroShotClassifier, image_size: int | None = None) -> CLIPVisionModel:
-    """The stock tower with the classifier's weights; `image_size` in pixels, positions are interpolated to it.
+    """The stock tower with the classifier's weights at `image_size` pixels, as `interpolate_pos_encoding` resizes.
 
     Raises:
         ValueError: the patches do not fill such an image.
