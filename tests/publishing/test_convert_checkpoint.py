@@ -537,7 +537,7 @@ PICKLED = {
 def test_code_in_a_pickle_is_refused_by_name_and_not_run(how, base, theirs, tmp_path):
     file, trap = tmp_path / "a.pt", tmp_path / "sprung"
     PICKLED[how]({"state_dict": theirs, "extra": Trap(trap)}, file)
-    code = r"is a pickle that needs (posix|nt)\.mkdir to be called, and nothing in it is run.*state dict"
+    code = r"is a pickle that needs (posix|nt)\.mkdir to be called"
     with pytest.raises(ValueError, match="a.pt is damaged" if how.endswith("new") else rf"a\.pt {code}"):
         read_checkpoint(file, base)
     assert not trap.exists()
