@@ -11,8 +11,11 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["hpt_hf", "hpt_hf.*"]),
-    package_data={"hpt_hf": ["*/*.json", "*/*.j2"], "hpt_hf.lab": ["weights/*/*"]},
+    # The recipes lie beside the package, where accelerate's users look for them, and in it once it is installed.
+    packages=[*find_packages(include=["hpt_hf", "hpt_hf.*"]), "hpt_hf.recipes"],
+    package_dir={"hpt_hf.recipes": "recipes"},
+    entry_points={"console_scripts": ["hpt-hf = hpt_hf.cli:main"]},
+    package_data={"hpt_hf": ["*/*.json", "*/*.j2"], "hpt_hf.lab": ["weights/*/*"], "hpt_hf.recipes": ["*.yaml", "*/*.yaml"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6,<3",

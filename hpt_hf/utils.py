@@ -13,9 +13,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import PartialState
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
@@ -26,6 +28,9 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
 
 def processes() -> PartialState:
     """The processes of a launch. Without an accelerator, accelerate takes each for the only one unless told `cpu`."""
+    import torch
+    from accelerate import PartialState
+
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -60,11 +65,11 @@ def commit() -> str | None:
 
 def hardware() -> str:
     """The machine, in a word: the same for every process on it."""
-    return (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    )
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def read_json(path: str | Path) -> dict:
@@ -125,6 +130,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process has held at most: of the GPU's memory, or, on a CPU, of the machine's; 0 where that is not known."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_reserved(device)
     if sys.platform == "win32":
         return 0

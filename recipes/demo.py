@@ -1,4 +1,6 @@
-from hpt_hf.commands.demo import main
+import sys
+
+from hpt_hf.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["demo", *sys.argv[1:]])

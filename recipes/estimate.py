@@ -1,4 +1,6 @@
-from hpt_hf.commands.estimate import main
+import sys
+
+from hpt_hf.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["estimate", *sys.argv[1:]])

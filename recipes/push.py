@@ -1,4 +1,6 @@
-from hpt_hf.commands.push import main
+import sys
+
+from hpt_hf.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["push", *sys.argv[1:]])

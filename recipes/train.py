@@ -1,4 +1,6 @@
-from hpt_hf.commands.train import main
+import sys
+
+from hpt_hf.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

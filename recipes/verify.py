@@ -1,4 +1,6 @@
-from hpt_hf.commands.verify import main
+import sys
+
+from hpt_hf.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["verify", *sys.argv[1:]])

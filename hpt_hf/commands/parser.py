@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
 
+from hpt_hf.commands.recipes import find_recipe, recipe_names
 from hpt_hf.utils import did_you_mean
 
 
@@ -23,7 +23,7 @@ class RecipeError(ValueError):
 
 @contextmanager
 def exit_on_user_error(script: str) -> Iterator[None]:
-    """Exit 1 with one line for a mistake in recipe, data or model (OSError: also what the Hub's client raises); everything else is a traceback."""
+    """Exit 1 with one line for a mistake in recipe, data or model; everything else is a traceback. OSError: also the Hub's client."""
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
@@ -47,20 +47,18 @@ def parse(types: tuple[type, ...], argv: list[str] | None = None, *, positional:
             break
     argv = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
     # Abbreviations are off: with them, a mistyped key is taken for a longer one that begins the same way.
-    parser = HfArgumentParser(types, allow_abbrev=False, prog=Path(sys.argv[0]).name)
+    parser = HfArgumentParser(types, allow_abbrev=False)
     known = {name.lstrip("-") for name in parser._option_string_actions}
     recipe: list[str] = []
     while "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
-            raise RecipeError("--config needs the path of a recipe")
-        recipe += _recipe_to_argv(Path(argv[at + 1]), known)
+            raise RecipeError("--config needs a recipe, by name or path")
+        recipe += _recipe_to_argv(argv[at + 1], known)
         del argv[at : at + 2]
     for flag in argv:
         if flag.startswith("--") and (name := flag[2:].split("=")[0]) not in known:
             raise RecipeError(_unknown(f"--{name}", name, known))
-    if "-h" in argv or "--help" in argv:
-        parser.parse_args(["--help"])
     parser.error = _fail  # type: ignore[method-assign]
     parsed = parser.parse_args_into_dataclasses(recipe + argv, return_remaining_strings=True, look_for_args_file=False)
     if parsed[-1]:
@@ -76,9 +74,12 @@ def _unknown(shown: str, name: str, known: set[str]) -> str:
     return f"unknown key {shown}{did_you_mean(name, known, 'see --help for the keys there are')}"
 
 
-def _recipe_to_argv(path: Path, known: set[str]) -> list[str]:
-    if not path.is_file():
-        raise RecipeError(f"no recipe at {path}")
+def _recipe_to_argv(name: str, known: set[str]) -> list[str]:
+    path = find_recipe(name)
+    if path is None:
+        raise RecipeError(
+            f"no recipe at {name}{did_you_mean(name, recipe_names(), 'see hpt-hf train --help for those there are')}"
+        )
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

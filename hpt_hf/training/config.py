@@ -41,6 +41,9 @@ class HPTConfig(TrainingArguments):
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     # Every process reads a stream and decodes its own share.
     accelerator_config: dict | str | None = field(default_factory=lambda: {"dispatch_batches": False})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "a checkpoint, or true: the last whole one in output_dir, or the beginning"}
+    )
     # The finished model; every_save: each checkpoint on its way, too.
     hub_strategy: str = "end"
     hub_overwrite: bool = field(

@@ -273,7 +273,7 @@ def corrupt(folder: Path) -> None:
 def one_line(stderr: str) -> str:
     """The one line a mistake costs, apart from warnings of libraries on the way."""
     assert "Traceback" not in stderr, stderr
-    lines = [line for line in stderr.splitlines() if line.startswith("recipes/")]
+    lines = [line for line in stderr.splitlines() if line.startswith("hpt-hf ")]
     assert len(lines) == 1 and stderr.rstrip().endswith(lines[0]), stderr
     return lines[0]
 
@@ -434,7 +434,7 @@ def test_evaluate_arguments_and_what_it_writes(tmp_path, student_path, capsys):
         and (tmp_path / "scores" / "report.html").is_file()
     )
     (args,) = parse((EvaluateArguments,), ["--model", "m", "--output_dir", "o"])
-    assert (args.attack, args.eps, args.steps, args.protocol, args.seed) == (["pgd"], ["1/255"], None, "input", 0)
+    assert (args.attack, args.eps, args.attack_steps, args.protocol, args.seed) == (["pgd"], ["1/255"], None, "input", 0)
 
 
 def test_each_attack_at_each_radius_is_a_score_of_each_set_once(tmp_path, student_path, capsys):

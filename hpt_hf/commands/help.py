@@ -1,0 +1,61 @@
+"""`--help`: the flags of a command read from its source, so that nothing heavy is imported to print them."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import textwrap
+from pathlib import Path
+
+from hpt_hf.commands.recipes import recipe_names, recipes_folder
+
+HERE = Path(__file__).parent
+
+
+def class_names(file: Path) -> list[str]:
+    """The dataclasses of flags of a file, in its order."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return [n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Arguments")]
+
+
+def flags(file: Path, name: str) -> list[tuple[str, str, str]]:
+    """(flag, type, help with the default) of every field of a dataclass; those of a base in `common.py` stand first."""
+    (node,) = (n for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if getattr(n, "name", None) == name)
+    found = [
+        f for base in node.bases if ast.unparse(base) == "ImageArguments" for f in flags(HERE / "common.py", base.id)
+    ]
+    for field in node.body:
+        if not isinstance(field, ast.AnnAssign) or field.target.id.startswith("_"):
+            continue
+        default, text = field.value, None
+        if isinstance(default, ast.Call):  # field(default=…, metadata={"help": …})
+            given = {k.arg: k.value for k in default.keywords}
+            default = given.get("default", given.get("default_factory"))
+            entries = given.get("metadata", ast.Dict([], []))
+            text = next((v for k, v in zip(entries.keys, entries.values, strict=True) if k.value == "help"), None)
+        said = " ".join(ast.literal_eval(text).split()) if isinstance(text, ast.Constant) else ""
+        shown = ast.unparse(default).removeprefix("lambda: ").strip("'") if default else "None"
+        kind = ast.unparse(field.annotation).replace(" | None", "").removeprefix("Literal").strip("'").replace("'", "")
+        found.append((field.target.id, kind, said + f" ({shown})" * (shown != "None")))
+    return found
+
+
+def show(title: str, rows: list[tuple[str, str, str]]) -> None:
+    print(f"\n{title}:")
+    for name, kind, said in rows:
+        print(textwrap.fill(f"{f'  --{name} {kind}':<38} {said}".rstrip(), 118, subsequent_indent=" " * 39))
+
+
+def print_help(command: str, what: str) -> None:
+    """The command's own flags first, then, where it trains, transformers' own."""
+    print(f"usage: hpt-hf {command} [--config RECIPE] [--flag value …]\n\n{command}: {what}")
+    files = [HERE / f"{command}.py", *([HERE / "train.py"] if command == "estimate" else [])]
+    for file in files:
+        for name in class_names(file):
+            show(name.removesuffix("Arguments").lower(), flags(file, name))
+    if command in ("train", "estimate"):
+        show("the Trainer's, with the method's defaults", flags(HERE.parent / "training" / "config.py", "HPTConfig"))
+        transformers = Path(importlib.util.find_spec("transformers").origin).parent
+        show("the Trainer's, all of them", flags(transformers / "training_args.py", "TrainingArguments"))
+        print(f"\nrecipes and accelerate configs, in {recipes_folder()}:")
+        print(textwrap.fill(", ".join(recipe_names()), 118, initial_indent="  ", subsequent_indent="  "))

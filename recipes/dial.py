@@ -1,4 +1,0 @@
-from hpt_hf.commands.interpolate import main
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,6 @@
+import sys
+
+from hpt_hf.cli import main
+
+if __name__ == "__main__":
+    main(["interpolate", *sys.argv[1:]])
