@@ -16,10 +16,10 @@ $(VENV)/.installed: setup.py
 	touch $@
 
 quickstart: $(VENV)/.installed
-	$(RUN) -m hpt_hf.commands.quickstart
+	$(RUN) -m hpt_hf quickstart
 
 smoke: $(VENV)/.installed
-	$(RUN) -m hpt_hf.commands.quickstart --smoke --output outputs/smoke
+	$(RUN) -m hpt_hf quickstart --smoke true --output_dir outputs/smoke
 
 # In an environment of its own: gradio wants an older Pillow, whose resize rounds some of the lab's pictures otherwise, and Scores name their pictures by digest.
 .venv-demo/.installed: setup.py

@@ -1,16 +1,17 @@
-"""`hpt-hf pretrain`: make the lab's vanilla models."""
+"""`hpt-hf pretrain`: make the lab's small vanilla CLIPs."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
+from hpt_hf.commands.parser import exit_on_user_error, parse
+from hpt_hf.lab.datasets import captioned_rows
 from hpt_hf.lab.glyphs import GlyphWorld
 from hpt_hf.lab.pretrain import (
     ARCHITECTURES,
@@ -21,43 +22,40 @@ from hpt_hf.lab.pretrain import (
     train_tokenizer,
     world_batches,
 )
+from hpt_hf.utils import read_json, write_json
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hpt_hf.lab.pretrain", description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), required=True)
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder for the model, its processor and pretrain.json"
+@dataclass
+class PretrainArguments:
+    """Which model, on what, how long."""
+
+    architecture: Literal["student", "proxy"]
+    output_dir: str = field(metadata={"help": "folder for the model, its processor and pretrain.json"})
+    data_dir: str | None = field(default=None, metadata={"help": "captioned parquet files; left out: the glyph world"})
+    start: str | None = field(default=None, metadata={"help": "go on from this folder instead of random weights"})
+    max_steps: int = 8000
+    context: int | None = field(
+        default=None, metadata={"help": "tokens the text tower reads; left out: as captions need"}
     )
-    parser.add_argument(
-        "--data", type=Path, help="a folder of captioned parquet files (shared/data); without it, the glyph world"
-    )
-    parser.add_argument("--start", type=Path, help="go on from the model in this folder instead of random weights")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument(
-        "--context", type=int, help="tokens the text tower reads; left out: as the longest caption needs, at most 77"
-    )
-    parser.add_argument("--vocab_size", type=int, default=640)
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--jitter", type=float, default=1.0, help="with --data: how far the pictures are redrawn, 0 to 1"
-    )
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
-    args = parser.parse_args(argv)
+    vocab_size: int = 640
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    seed: int = 0
+    jitter: float = field(default=1.0, metadata={"help": "with --data_dir: how far images are redrawn, 0 to 1"})
+    bf16: bool = False
+    threads: int = field(default=0, metadata={"help": "0: torch's own choice"})
+
+
+def run(args: PretrainArguments) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    if args.data is None:
+    if args.data_dir is None:
         world = GlyphWorld(args.seed)
         batches = world_batches(world, args.batch_size)
         captions = [world[i].caption for i in range(20_000)]
     else:
-        from hpt_hf.lab.datasets import captioned_rows
-
-        rows = captioned_rows(args.data)
+        rows = captioned_rows(args.data_dir)
         batches = row_batches(rows, args.batch_size, seed=args.seed, jitter=args.jitter)
         captions = [c for _, cs in rows for c in cs]
     if args.start is None:
@@ -65,24 +63,24 @@ def main(argv: list[str] | None = None) -> None:
         model = new_clip(tokenizer, **ARCHITECTURES[args.architecture])
     else:
         model, tokenizer = CLIPModel.from_pretrained(args.start), CLIPTokenizer.from_pretrained(args.start)
-    processor = new_processor(tokenizer)
-    start = time.time()
-    log = pretrain(
-        model, processor, batches, steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, bf16=args.bf16
-    )
-    model.save_pretrained(args.output)
-    processor.save_pretrained(args.output)
+    processor, start = new_processor(tokenizer), time.time()
+    options = {"steps": args.max_steps, "learning_rate": args.learning_rate, "seed": args.seed, "bf16": args.bf16}
+    log = pretrain(model, processor, batches, **options)
+    model.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
     record = {
-        "start": None if args.start is None else json.loads((args.start / "pretrain.json").read_text()),
-        "command": "python -m hpt_hf.lab.pretrain " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "start": args.start and read_json(Path(args.start) / "pretrain.json"),
+        "arguments": vars(args),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.time() - start),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "log": log[:: max(1, len(log) // 40)] + log[-1:],
     }
-    (args.output / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(Path(args.output_dir) / "pretrain.json", record)
 
 
-if __name__ == "__main__":
-    main()
+def main(argv: list[str] | None = None) -> None:
+    with exit_on_user_error("hpt-hf pretrain"):
+        (args,) = parse((PretrainArguments,), argv)
+        run(args)

@@ -1,15 +1,14 @@
-"""`make quickstart`: the phenomenon, three methods at one budget, and a robust CLIP for `pipeline`, in minutes, with no network.
+"""`hpt-hf quickstart`: the phenomenon, three methods at one budget, and a robust CLIP for `pipeline`, in minutes, with no network.
 
 Everything it does a recipe can do; it only puts the pieces in a row, on the lab's pair of small CLIPs.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,304 +19,208 @@ from transformers.utils import logging
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import load_model
-from hpt_hf.commands.parser import parse
+from hpt_hf.commands.parser import exit_on_user_error, parse
 from hpt_hf.commands.train import RECIPE, run
 from hpt_hf.commands.transfer import matrix, means
 from hpt_hf.data.collator import Collator
 from hpt_hf.evaluation.evaluator import evaluate
-from hpt_hf.evaluation.result import mean
+from hpt_hf.evaluation.result import EvalResult
+from hpt_hf.evaluation.statistics import mean
 from hpt_hf.lab.datasets import LAB_SUITE, lab_images
-from hpt_hf.lab.glyphs import TEMPLATE
 from hpt_hf.models.fast_layers import keep_memory
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.publishing.model_card import write_model_card
-from hpt_hf.utils import markdown, progress, write_json
+from hpt_hf.utils import markdown, progress, write_json, write_text
 
-
-def story(summary: Mapping, examples: Sequence, path: str | Path) -> Path:
-    """The quickstart's picture: the phenomenon, clean against robust accuracy of every model, and attacked pictures with their predictions.
-
-    Args:
-        summary: what summary.json holds.
-        examples: (clean, adversarial, truth, {model: prediction on the adversarial picture}); images are (height, width, 3) arrays in [0, 1].
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = {
-        "vanilla": "vanilla student",
-        "proxy": "vanilla proxy",
-        "hpt": "HPT",
-        "hpt_gpd": "HPT-GPD",
-        "tecoa": "TeCoA",
-    }
-    colours = {"vanilla": "#7f7f7f", "proxy": "#bcbd22", "hpt": "#d62728", "hpt_gpd": "#1f77b4", "tecoa": "#2ca02c"}
-    figure = plt.figure(figsize=(13, 7.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
-    left, right = top.subplots(1, 2, width_ratios=(1, 1.4))
-    phenomenon = summary["proxy_on_student_adversarial"]
-    vanilla = summary["models"]["vanilla"]
-    bars = [
-        ("student,\nclean", vanilla["clean"]),
-        ("student,\nattacked", vanilla["robust"]),
-        ("proxy,\nclean", phenomenon["clean"]),
-        ("proxy, on the\nstudent's attack", phenomenon["adversarial"]),
-    ]
-    drawn = left.bar([b[0] for b in bars], [b[1] for b in bars], color=["#7f7f7f", "#c7c7c7", "#bcbd22", "#dbdb8d"])
-    left.bar_label(drawn, fmt="%.0f")
-    left.set(
-        ylim=(0, 109), ylabel="accuracy, %", title="Nobody is robust, but the proxy survives the student's attack"
-    )
-    for key, model in summary["models"].items():
-        right.scatter(model["clean"], model["robust"], s=110, color=colours[key], zorder=3)
-        # To the left, where there is always room: the best models stand at the right edge.
-        place = {"textcoords": "offset points", "xytext": (-9, 0), "ha": "right", "va": "center", "zorder": 4}
-        right.annotate(names[key], (model["clean"], model["robust"]), color=colours[key], weight="bold", **place)
-    clean, robust = ([m[k] for m in summary["models"].values()] for k in ("clean", "robust"))
-    right.set(xlim=(min(clean) - 18, max(clean) + 4), ylim=(-4, max(robust) * 1.15 + 4))
-    right.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %")
-    right.set_title(f"Mean of {len(summary['tasks'])} zero-shot tasks, {summary['threat']}")
-    right.grid(alpha=0.3)
-    axes = bottom.subplots(2, len(examples), squeeze=False)
-    bottom.suptitle("The same picture, clean and attacked for each model: what each then says", fontsize=11)
-    for column, (clean, adversarial, truth, said) in enumerate(examples):
-        for axis, image in zip(axes[:, column], (clean, adversarial), strict=True):
-            axis.imshow(image, interpolation="nearest")
-            axis.set_xticks([]), axis.set_yticks([])
-        axes[0, column].set_title(truth, fontsize=8)
-        for line, (key, prediction) in enumerate(said.items()):
-            right_answer = prediction == truth
-            axes[1, column].text(
-                0.5,
-                -0.08 - 0.13 * line,
-                f"{names[key]}: {'✓' if right_answer else prediction}",
-                transform=axes[1, column].transAxes,
-                ha="center",
-                va="top",
-                fontsize=7,
-                color=colours[key] if right_answer else "#444444",
-            )
-    axes[0, 0].set_ylabel("clean"), axes[1, 0].set_ylabel("attacked")
-    path = Path(path)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
-
-
+# Model -> (its name in the table, its short name and its colour in the picture).
 NAMES = {
-    "vanilla": "vanilla student",
-    "proxy": "vanilla proxy (under its own attack)",
-    "hpt": "plain HPT",
-    "hpt_gpd": "HPT-GPD",
-    "tecoa": "TeCoA",
+    "vanilla": ("vanilla student", "vanilla student", "#7f7f7f"),
+    "proxy": ("vanilla proxy (under its own attack)", "vanilla proxy", "#bcbd22"),
+    "hpt": ("plain HPT", "HPT", "#d62728"),
+    "hpt_gpd": ("HPT-GPD", "HPT-GPD", "#1f77b4"),
+    "tecoa": ("TeCoA", "TeCoA", "#2ca02c"),
 }
+SHOWN = ("digits", "chess pieces", "greek smalls", "zodiac", "arrows", "roman numerals")
+LABELS = ("white chess king", "white chess queen", "white chess rook", "white chess bishop", "white chess knight")
+
+
+@dataclass
+class QuickstartArguments:
+    """How much of it."""
+
+    output_dir: str = "outputs/quickstart"
+    limit: int = field(default=60, metadata={"help": "images of each task"})
+    seed: int = 0
+    smoke: bool = field(
+        default=False, metadata={"help": "a few steps and images: does it run? Its numbers mean nothing"}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="make quickstart", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--config", default="recipes/quickstart.yaml", help="the HPT-GPD recipe; the other methods get the same steps"
-    )
-    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--limit", type=int, default=60, help="pictures of each task")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--smoke", action="store_true", help="a few steps and pictures: does it run? Its numbers mean nothing"
-    )
-    args = parser.parse_args(argv)
-    start = time.time()
+    with exit_on_user_error("hpt-hf quickstart"):
+        (args,) = parse((QuickstartArguments,), argv)
+        tell(args)
+
+
+def tell(args: QuickstartArguments) -> None:
+    start, output = time.time(), Path(args.output_dir)
     logging.disable_progress_bar()
     keep_memory()
-    limit, extra = (8, ["--max_steps", "4"]) if args.smoke else (args.limit, [])
-    extra += ["--seed", str(args.seed)]
-
-    _, recipe, _ = parse(RECIPE, ["--config", args.config])
+    limit = 8 if args.smoke else args.limit
+    _, recipe, _ = parse(RECIPE, ["--config", "quickstart"])
     attack = EvaluationAttack(ThreatModel(recipe.norm, recipe.eps), steps=20)
     tasks = [lab_images(task.removeprefix("lab:"), limit, faces="test", seed=2) for task in LAB_SUITE]
     student, proxy = load_model("lab:student"), load_model("lab:proxy")
-    seconds: dict[str, float] = {}
+    seconds = {"phenomenon": -time.time()}
 
     progress(
-        f"1. The phenomenon: {len(tasks)} zero-shot tasks × {limit} pictures in unseen typefaces, {attack} at {attack.threat}"
+        f"1. The phenomenon: {len(tasks)} tasks × {limit} images in unseen typefaces, {attack} at {attack.threat}"
     )
-    mark = time.time()
-    scores = {"vanilla": measure(student, tasks, attack, "vanilla"), "proxy": measure(proxy, tasks, attack, "proxy")}
-    crossed = matrix({"student": student, "proxy": proxy}, tasks, attack, sources=["student"])
-    phenomenon = {k: round(means(crossed)["student", "proxy"][k], 2) for k in ("clean", "adversarial", "kl")}
-    kept = 100 * phenomenon["adversarial"] / phenomenon["clean"]
+    results = {"vanilla": measure(student, tasks, attack, "vanilla"), "proxy": measure(proxy, tasks, attack, "proxy")}
+    crossed = means(matrix({"student": student, "proxy": proxy}, tasks, attack, sources=["student"]))
+    phenomenon = {k: round(crossed["student", "proxy"][k], 2) for k in ("clean", "adversarial", "kl")}
     progress(
-        f"   The proxy keeps {phenomenon['adversarial']:.1f} of its {phenomenon['clean']:.1f}% ({kept:.0f}%) on pictures that fool the student."
+        "   The proxy keeps {adversarial:.1f} of its {clean:.1f}% on images that fool the student.".format(
+            **phenomenon
+        )
     )
-    seconds["phenomenon"] = time.time() - mark
+    seconds["phenomenon"] += time.time()
 
-    progress("2. Training: plain HPT, HPT-GPD and TeCoA, the same pictures, attack and number of steps")
+    progress("2. Training: plain HPT, HPT-GPD and TeCoA, the same images, attack and number of steps")
     models: dict[str, ZeroShotClassifier] = {}
     for method in ("hpt", "hpt_gpd", "tecoa"):
-        mark = time.time()
-        folder = args.output / ("model" if method == "hpt_gpd" else f"model-{method}")
+        seconds[f"train {method}"] = -time.time()
+        folder = output / ("model" if method == "hpt_gpd" else f"model-{method}")
         shutil.rmtree(folder, ignore_errors=True)
-        record = run(
-            *parse(
-                RECIPE, ["--config", args.config, *overrides(args.config, method), "--output_dir", str(folder), *extra]
-            )
-        )
+        short = ["--max_steps", "4"] if args.smoke else []
+        flags = [*overrides(method), "--output_dir", str(folder), "--seed", str(args.seed), *short]
+        record = run(*parse(RECIPE, ["--config", "quickstart", *flags]))
         models[method] = ZeroShotClassifier.from_pretrained(folder)
-        seconds[f"train {method}"] = time.time() - mark
+        seconds[f"train {method}"] += time.time()
+        held = ", ".join(
+            f"{k.removeprefix('eval_').replace('_', ' ')} {v:.1f}%" for k, v in record["held_out"].items()
+        )
         progress(
-            f"   {NAMES[method]}: {record['steps']} steps in {record['seconds']:.0f} s; held-out slice of the training letters: clean {record['held_out']['eval_clean_accuracy']:.1f}%, robust {record['held_out']['eval_robust_accuracy']:.1f}%"
+            f"   {NAMES[method][0]}: {record['steps']} steps in {record['seconds']:.0f} s; held-out slice: {held}"
         )
 
     progress("3. Evaluation of the three on the same tasks")
     for method, model in models.items():
-        mark = time.time()
+        seconds[f"evaluate {method}"] = -time.time()
         # The checks cost more than the attack: they are run for the model that the reader takes along.
         checks = {"probe": 12, "baseline": student} if method == "hpt_gpd" else {}
-        scores[method] = measure(model, tasks, attack, method, **checks)
-        seconds[f"evaluate {method}"] = time.time() - mark
+        results[method] = measure(model, tasks, attack, method, **checks)
+        seconds[f"evaluate {method}"] += time.time()
 
-    summary = {
-        "threat": str(attack.threat),
-        "attack": str(attack),
-        "tasks": [s.dataset.removeprefix("lab:") for s in scores["vanilla"]],
-        "pictures_per_task": limit,
-        "models": {
-            key: {
-                **{k: round(v, 2) for k, v in mean(part).items()},
-                "per_task": {
-                    s.dataset.removeprefix("lab:"): {
-                        "clean": s.clean,
-                        "robust": s.robust,
-                        "interval": s.interval,
-                        "verdict": s.verdict,
-                        "suspicions": [d["name"] for d in s.suspicions],
-                    }
-                    for s in part
-                },
-            }
-            for key, part in scores.items()
-        },
-        "proxy_on_student_adversarial": phenomenon,
-        "seed": args.seed,
-        "smoke": args.smoke,
-        "versions": scores["vanilla"][0].versions,
-        "hardware": scores["vanilla"][0].hardware,
-    }
-    for part in scores.values():
-        for score in part:
-            write_json(
-                args.output / "scores" / f"{score.model}-{score.dataset.removeprefix('lab:').replace(' ', '-')}.json",
-                score.to_json(),
-            )
-    # The model that the reader takes along has its Scores beside it and in its card.
-    for score in scores["hpt_gpd"]:
-        write_json(args.output / "model" / "scores" / score.file_name, score.to_json())
-    write_model_card(args.output / "model")
-    story(summary, examples({"vanilla": student, **models}, attack), args.output / "story.png")
     seconds["total"] = time.time() - start
-    summary["seconds"] = {k: round(v, 1) for k, v in seconds.items()}
-    write_json(args.output / "summary.json", summary)
+    summary = summarise(results, phenomenon, args, limit, {k: round(v, 1) for k, v in seconds.items()})
+    for result in (result for part in results.values() for result in part):
+        write_json(output / "results" / result.file_name, result.to_json())
+    # The model that the reader takes along has its results beside it and in its card.
+    for result in results["hpt_gpd"]:
+        write_json(output / "model" / "results" / result.file_name, result.to_json())
+    write_model_card(output / "model")
+    story(summary, examples({"vanilla": student, **models}, attack), output / "story.png")
+    write_json(output / "summary.json", summary)
     table = result_table(summary)
-    (args.output / "report.md").write_text(report(summary, table), encoding="utf-8")
+    write_text(output / "report.md", report(summary, table))
     print(table)
+    use(output)
+    print(f"\n{time.time() - start:.0f} s in all. Look at {output / 'story.png'} and {output / 'report.md'}.")
 
-    picture = lab_images("chess pieces", 8, faces="test", seed=3)[4]["image"]
-    picture.resize((256, 256), 0).save(args.output / "picture.png")
-    labels = ["white chess king", "white chess queen", "white chess rook", "white chess bishop", "white chess knight"]
-    said = pipeline("zero-shot-image-classification", model=str(args.output / "model"))(
-        str(args.output / "picture.png"), candidate_labels=labels
-    )
-    print(
-        f'\npipeline("zero-shot-image-classification", model="{args.output / "model"}") on {args.output / "picture.png"} says:'
-    )
-    for answer in said[:3]:
+
+def use(output: Path) -> None:
+    """What the reader takes along, as anybody would use it."""
+    image = lab_images("chess pieces", 8, faces="test", seed=3)[4]["image"]
+    image.resize((256, 256), 0).save(output / "image.png")
+    classify = pipeline("zero-shot-image-classification", model=str(output / "model"))
+    print(f'\npipeline("zero-shot-image-classification", model="{output / "model"}") on {output / "image.png"} says:')
+    for answer in classify(str(output / "image.png"), candidate_labels=list(LABELS))[:3]:
         print(f"  {answer['score']:6.1%}  {answer['label']}")
     print(
-        f"\n{args.output / 'model' / 'README.md'} is its model card; `recipes/push.py {args.output / 'model'} owner/name` publishes it."
-    )
-    print(
-        f"\n{time.time() - start:.0f} s in all. Look at {args.output / 'story.png'} and {args.output / 'report.md'}."
+        f"\n{output / 'model' / 'README.md'} is its model card; `hpt-hf push {output / 'model'} owner/name` publishes it."
     )
 
 
-def overrides(config: str, method: str) -> list[str]:
+def overrides(method: str) -> list[str]:
     """What turns the HPT-GPD recipe into another method's at the same number of steps: one stage as long as both.
 
-    Its rate is the one that the held-out slice of the training data chose for it (`recipes/lab/<method>.yaml`, docs/results.md).
+    Its rate is the one that the held-out slice of the training data chose for it (recipe `lab/<method>`, docs/results.md).
     """
     if method == "hpt_gpd":
         return []
-    _, own, training = parse(RECIPE, ["--config", config])
-    _, _, tuned = parse(RECIPE, ["--config", str(Path(config).parent / "lab" / f"{method}.yaml")])
+    _, own, training = parse(RECIPE, ["--config", "quickstart"])
+    _, _, tuned = parse(RECIPE, ["--config", f"lab/{method}"])
     epochs = own.ga_epochs + training.num_train_epochs
     return ["--method", method, "--num_train_epochs", str(epochs), "--learning_rate", str(tuned.learning_rate)]
 
 
 def measure(
-    model: ZeroShotClassifier,
-    tasks,
-    attack: EvaluationAttack,
-    name: str,
-    *,
-    probe: int = 0,
-    baseline: ZeroShotClassifier | None = None,
-):
-    scores = []
-    for number, pictures in enumerate(tasks):
-        scores.append(evaluate(model, pictures, attack, name=name, probe=probe, baseline=baseline))
-        if sys.stderr.isatty():
-            print(f"\r   {NAMES[name]}: {number + 1} of {len(tasks)} tasks", end="", file=sys.stderr, flush=True)
-    summary = mean(scores)
-    doubts = [f"{s.dataset} ({', '.join(d['name'] for d in s.suspicions)})" for s in scores if s.suspicions]
-    verdict = (
-        f"; checks raised on {len(doubts)} of {len(scores)} tasks: {', '.join(doubts)}"
-        if doubts
-        else "; all checks clear" * bool(probe)
-    )
-    progress(f"\r   {NAMES[name]}: clean {summary['clean']:.1f}%, robust {summary['robust']:.1f}%{verdict}      ")
-    return scores
+    model: ZeroShotClassifier, tasks, attack: EvaluationAttack, name: str, *, probe=0, **checks
+) -> list[EvalResult]:
+    results = [evaluate(model, images, attack, name=name, probe=probe, **checks) for images in tasks]
+    raised = [f"{r.dataset} ({', '.join(c['name'] for c in r.raised)})" for r in results if r.raised]
+    verdict = f"; checks raised on {len(raised)} of {len(results)} tasks: {', '.join(raised)}" if raised else ""
+    progress("   {}: clean {clean:.1f}%, robust {robust:.1f}%".format(NAMES[name][0], **mean(results)) + verdict)
+    return results
+
+
+def summarise(results: dict[str, list[EvalResult]], phenomenon: dict, args, limit: int, seconds: dict) -> dict:
+    """What summary.json holds."""
+
+    def told(result: EvalResult) -> dict:
+        found = {key: getattr(result, key) for key in ("clean", "robust", "interval", "verdict")}
+        return found | {"raised": [check["name"] for check in result.raised]}
+
+    one = results["vanilla"][0]
+    return {
+        "threat": f"{one.norm} {one.eps}",
+        "attack": one.attack,
+        "tasks": [r.dataset.removeprefix("lab:") for r in results["vanilla"]],
+        "images_per_task": limit,
+        "models": {
+            key: {k: round(v, 2) for k, v in mean(part).items()}
+            | {"per_task": {r.dataset.removeprefix("lab:"): told(r) for r in part}}
+            for key, part in results.items()
+        },
+        "proxy_on_student_adversarial": phenomenon,
+        "seed": args.seed,
+        "smoke": args.smoke,
+        "seconds": seconds,
+        "versions": one.versions,
+        "hardware": one.hardware,
+    }
 
 
 @torch.no_grad()
-def examples(
-    models: dict[str, ZeroShotClassifier],
-    attack: EvaluationAttack,
-    tasks=("digits", "chess pieces", "greek smalls", "zodiac", "arrows", "roman numerals"),
-):
-    """For the picture: the second picture of each task, attacked for the vanilla student; every model is attacked on its own for its answer."""
+def examples(models: dict[str, ZeroShotClassifier], attack: EvaluationAttack) -> list[tuple]:
+    """(clean, attacked for the vanilla student, truth, {model: what it says under its own attack}) of an image of some tasks."""
     shown = []
-    for task in tasks:
-        pictures = lab_images(task, 5, faces="test", seed=4)
-        batch = Collator(models["vanilla"].processor)([pictures[2]])
-        said, seen = {}, None
+    for task in SHOWN:
+        images = lab_images(task, 5, faces="test", seed=4)
+        batch = Collator(models["vanilla"].processor)([images[2]])
+        said, attacked = {}, {}
         for key, model in models.items():
-            model.set_classes(pictures.classes, pictures.templates)
-            perturbed = attack.craft(model, batch["images"], batch["image_ids"], batch["labels"])
-            seen = perturbed if seen is None else seen
-            said[key] = pictures.classes[int(model.classify(perturbed).logits.argmax())]
-        arrays = [np.asarray(t[0].permute(1, 2, 0)) for t in (batch["images"], seen)]
-        shown.append((*arrays, pictures.classes[pictures[2]["label"]], said))
+            model.set_classes(images.classes, images.templates)
+            attacked[key] = attack.craft(model, batch["images"], batch["image_ids"], batch["labels"])
+            said[key] = images.classes[int(model.classify(attacked[key]).logits.argmax())]
+        arrays = [np.asarray(t[0].permute(1, 2, 0)) for t in (batch["images"], attacked["vanilla"])]
+        shown.append((*arrays, images.classes[images[2]["label"]], said))
     return shown
 
 
 def result_table(summary: dict) -> str:
-    rows = [(NAMES[key], model["clean"], model["robust"]) for key, model in summary["models"].items()]
-    return markdown(
-        (f"mean of {len(summary['tasks'])} tasks", "clean %", f"robust % ({summary['attack']}, {summary['threat']})"),
-        rows,
-    )
+    rows = [(NAMES[key][0], model["clean"], model["robust"]) for key, model in summary["models"].items()]
+    robust = f"robust % ({summary['attack']}, {summary['threat']})"
+    return markdown((f"mean of {len(summary['tasks'])} tasks", "clean %", robust), rows)
 
 
 def report(summary: dict, table: str) -> str:
     phenomenon, models = summary["proxy_on_student_adversarial"], summary["models"]
-    per_task = markdown(
-        ("task", *(f"{key} clean / robust" for key in models)),
-        [
-            (task, *("{clean:.0f} / {robust:.0f}".format(**model["per_task"][task]) for model in models.values()))
-            for task in summary["tasks"]
-        ],
-    )
+    rows = [
+        (task, *("{clean:.0f} / {robust:.0f}".format(**model["per_task"][task]) for model in models.values()))
+        for task in summary["tasks"]
+    ]
     note = "**A smoke run: these numbers mean nothing.**\n\n" if summary["smoke"] else ""
     return f"""# Quickstart
 
@@ -325,17 +228,66 @@ def report(summary: dict, table: str) -> str:
 
 {table}
 
-The vanilla proxy is right on {phenomenon["clean"]:.1f}% of the clean pictures, and on {phenomenon["adversarial"]:.1f}% of the same pictures attacked for the
-*student*; KL(proxy attacked ‖ proxy clean) = {phenomenon["kl"]:.2f} nats. That is what HPT learns from.
+The vanilla proxy is right on {phenomenon["clean"]:.1f}% of the clean images, and on {phenomenon["adversarial"]:.1f}% of the same
+images attacked for the *student*; KL(proxy attacked ‖ proxy clean) = {phenomenon["kl"]:.2f} nats. That is what HPT learns from.
 
-All accuracies in percent, {summary["pictures_per_task"]} pictures a task, seed {summary["seed"]}; a picture counts as robust if it is right clean and on every iterate
-of the attack. Intervals (Wilson, 95%) stand in `summary.json` and `scores/`. One seed: differences of a point or two are noise.
+All accuracies in percent, {summary["images_per_task"]} images a task, seed {summary["seed"]}; an image counts as robust if it is right
+clean and on every iterate of the attack. Intervals (Wilson, 95%) stand in `summary.json` and `results/`.
+One seed: differences of a point or two are noise.
 
-{per_task}
+{markdown(("task", *(f"{key} clean / robust" for key in models)), rows)}
 
-Time: {summary["seconds"]["total"]:.0f} s on {summary["hardware"]}. Prompt: "{TEMPLATE}".
+Time: {summary["seconds"]["total"]:.0f} s on {summary["hardware"]}.
 """
 
 
-if __name__ == "__main__":
-    main()
+def story(summary: dict, shown: Sequence[tuple], path: str | Path) -> Path:
+    """The picture: the phenomenon, clean against robust accuracy of every model, and attacked images with what models say.
+
+    Args:
+        summary: what summary.json holds.
+        shown: what `examples` gives; images are (height, width, 3) arrays in [0, 1].
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(13, 7.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    left, right = top.subplots(1, 2, width_ratios=(1, 1.4))
+    vanilla, proxy = summary["models"]["vanilla"], summary["proxy_on_student_adversarial"]
+    heights = (vanilla["clean"], vanilla["robust"], proxy["clean"], proxy["adversarial"])
+    ticks = ("student,\nclean", "student,\nattacked", "proxy,\nclean", "proxy, on the\nstudent's attack")
+    left.bar_label(left.bar(ticks, heights, color=["#7f7f7f", "#c7c7c7", "#bcbd22", "#dbdb8d"]), fmt="%.0f")
+    left.set(
+        ylim=(0, 109), ylabel="accuracy, %", title="Nobody is robust, but the proxy survives the student's attack"
+    )
+    points = {key: (model["clean"], model["robust"]) for key, model in summary["models"].items()}
+    for key, point in points.items():
+        _, name, colour = NAMES[key]
+        right.scatter(*point, s=110, color=colour, zorder=3)
+        # To the left, where there is always room: the best models stand at the right edge.
+        place = {"textcoords": "offset points", "xytext": (-9, 0), "ha": "right", "va": "center", "zorder": 4}
+        right.annotate(name, point, color=colour, weight="bold", **place)
+    clean, robust = zip(*points.values(), strict=True)
+    right.set(xlim=(min(clean) - 18, max(clean) + 4), ylim=(-4, max(robust) * 1.15 + 4))
+    right.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %")
+    right.set_title(f"Mean of {len(summary['tasks'])} zero-shot tasks, {summary['threat']}")
+    right.grid(alpha=0.3)
+    axes = bottom.subplots(2, len(shown), squeeze=False)
+    bottom.suptitle("The same image, clean and attacked for each model: what each then says", fontsize=11)
+    for (upper, lower), (clean, adversarial, truth, said) in zip(axes.T, shown, strict=True):
+        for axis, image in ((upper, clean), (lower, adversarial)):
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        upper.set_title(truth, fontsize=8)
+        for line, (key, answer) in enumerate(said.items()):
+            text, colour = ("✓", NAMES[key][2]) if answer == truth else (answer, "#444444")
+            place = {"transform": lower.transAxes, "ha": "center", "va": "top", "fontsize": 7, "color": colour}
+            lower.text(0.5, -0.08 - 0.13 * line, f"{NAMES[key][1]}: {text}", **place)
+    axes[0, 0].set_ylabel("clean"), axes[1, 0].set_ylabel("attacked")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return Path(path)
