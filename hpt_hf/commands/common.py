@@ -71,20 +71,24 @@ def dataset_spec(args, path: str, split: str, *, revision: str | None = None) ->
 
 
 def on_device(model: ZeroShotClassifier) -> ZeroShotClassifier:
-    """The model where this process computes, with the attention that is fastest there: on CPU and for short sequences the plain one, by a tenth."""
+    """The model where this process computes, with the attention that is fastest there: on a CPU the plain one."""
     device = processes().device
     model.model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
     return model.to(device)
 
 
+def check_sizes(args) -> None:
+    """Raise RecipeError for a number of images that cannot be."""
+    for flag in ("limit", "batch_size"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise RecipeError(f"--{flag}: got {value}, expected at least 1 image")
+
+
 def open_sets(args: ImageArguments) -> list[LabelledImages]:
-    """What --data or --suite names. All sets are opened before the first is attacked: a mistake in the last should not cost the hours of the others."""
+    """What --dataset or --suite names, all opened before the first is attacked: a mistake should not cost hours."""
     if bool(args.dataset) == bool(args.suite):
         raise RecipeError("say what to evaluate on: --dataset PATH … or --suite lab, one of them")
-    if args.limit is not None and args.limit < 1:
-        raise RecipeError(f"--limit {args.limit}: expected at least 1 picture")
-    if args.batch_size < 1:
-        raise RecipeError(f"--batch_size {args.batch_size}: expected at least 1 picture")
+    check_sizes(args)
     suites = {"lab": LAB_SUITE, "real": real_suite(), "zero-shot-17": tuple(SETS)}
     paths = args.dataset or suites[args.suite]
     if args.suite and args.protocol == "native":

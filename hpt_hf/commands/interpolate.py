@@ -1,149 +1,105 @@
-"""`recipes/dial.py`: between the original and the robust weights, how much robustness for how much clean accuracy, and a point chosen by rule.
+"""`hpt-hf interpolate`: between the original and the robust weights, how much robustness for how much clean accuracy.
 
-theta(w) = (1 - w) theta_original + w theta_robust (WiSE-FT, arXiv 2109.01903, section 3). The choice is made on training data that the model has
-not seen; test sets may be measured beside it and have no say.
+theta(w) = (1 - w) theta_original + w theta_robust (WiSE-FT, arXiv 2109.01903, section 3). A point is chosen by rule on training
+data that the model has not seen; test sets may be measured beside it and have no say.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
 
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
-from hpt_hf.commands.common import dataset_spec, load_model, on_device, open_images
+from hpt_hf.commands.common import check_sizes, dataset_spec, load_model, on_device, open_images
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.commands.train import DataArguments
 from hpt_hf.data.dataset import DatasetSpec, LabelledImages, held_out
 from hpt_hf.evaluation.evaluator import evaluate
-from hpt_hf.evaluation.result import EvalResult, mean
+from hpt_hf.evaluation.result import EvalResult
+from hpt_hf.evaluation.statistics import mean
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.export import export
 from hpt_hf.publishing.hub import open_repo, push
 from hpt_hf.publishing.model_card import MIXED, TRAINED, read_record, write_model_card
-from hpt_hf.utils import markdown, progress, write_json
-
-
-def front(points: Sequence[tuple], path: str | Path, *, titles: Sequence[str], attack: str) -> Path:
-    """Clean against robust accuracy along the dial, one panel for each kind of data that was measured; the chosen point is marked in all.
-
-    Args:
-        points: (weight, summary on the first kind, summary on the second or None, chosen); a summary holds clean, robust and their intervals or None.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [i for i in range(len(titles)) if points[0][1 + i]]
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.6 * len(shown), 4.6), layout="constrained", squeeze=False)
-    for axis, which in zip(axes[0], shown, strict=True):
-        parts = [p[1 + which] for p in points]
-        x, y = [p["clean"] for p in parts], [p["robust"] for p in parts]
-        axis.plot(x, y, color="#7f9fbf", zorder=1)
-        if parts[0]["clean_interval"]:
-            bars = {}
-            for key, centre, name in (("xerr", x, "clean_interval"), ("yerr", y, "robust_interval")):
-                bars[key] = [
-                    [max(0, c - p[name][0]) for c, p in zip(centre, parts, strict=True)],
-                    [max(0, p[name][1] - c) for c, p in zip(centre, parts, strict=True)],
-                ]
-            axis.errorbar(x, y, **bars, fmt="none", ecolor="#c9d3dd", elinewidth=1, zorder=0)
-        for (weight, *_, chosen), a, b in zip(points, x, y, strict=True):
-            axis.scatter(a, b, s=110 if chosen else 36, color="#d62728" if chosen else "#1f77b4", zorder=3)
-            label = f"{weight:g}" + " chosen" * chosen
-            axis.annotate(
-                label,
-                (a, b),
-                xytext=(6, 6),
-                textcoords="offset points",
-                color="#d62728" if chosen else "#444444",
-                fontsize=8,
-            )
-        axis.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %")
-        axis.set_title(titles[which], fontsize=10)
-        axis.grid(alpha=0.3)
-    figure.suptitle(f"share of the robust weights; {attack}", fontsize=10)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    return path
+from hpt_hf.utils import markdown, progress, read_json, write_json
 
 
 @dataclass
 class InterpolateArguments:
-    """What `recipes/dial.py` measures between the original and the robust weights."""
+    """What is measured between the original and the robust weights."""
 
     model: str = field(metadata={"help": "the robust model: a folder or a Hub id"})
     output_dir: str = field(metadata={"help": "folder for front.json, front.svg and the chosen model"})
     origin: str | None = field(
-        default=None, metadata={"help": "what it was fine-tuned from; left out: what its train.json says"}
+        default=None, metadata={"help": "what it was trained from; left out: as train.json says"}
     )
     weights: list[float] = field(
-        default_factory=lambda: [round(0.1 * i, 1) for i in range(11)],
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
         metadata={"help": "shares of the robust weights; 0 is the original, 1 the robust model"},
     )
-    max_drop: float = field(
-        default=5.0, metadata={"help": "points of clean accuracy below the original's that may be paid for robustness"}
-    )
+    max_drop: float = field(default=5.0, metadata={"help": "points of clean accuracy that may be paid for robustness"})
     choose_on: list[str] | None = field(
-        default=None,
-        metadata={"help": "training data the model has not seen; left out: the slice that its training held out"},
+        default=None, metadata={"help": "training data that the model has not seen; left out: what training held out"}
     )
-    report_on: list[str] | None = field(
-        default=None, metadata={"help": "test sets, measured for the picture, never for the choice"}
-    )
-    save: list[float] | None = field(
-        default=None, metadata={"help": "points of the grid to export, beside the chosen one"}
-    )
+    report_on: list[str] | None = field(default=None, metadata={"help": "test sets, which have no say"})
+    save: list[float] | None = field(default=None, metadata={"help": "points to export, beside the chosen one"})
     push_to: str | None = field(
-        default=None, metadata={"help": "a repository on the Hub: every exported point becomes a revision, as w0.50"}
+        default=None, metadata={"help": "a repository: exported points become revisions, w0.50"}
     )
     private: bool | None = None
     overwrite: bool = False
     data_dir: str | None = None
-    norm: Literal["linf", "l2"] | None = field(default=None, metadata={"help": "left out: as in training"})
+    norm: str | None = field(default=None, metadata={"help": "left out: as in training"})
     eps: str | None = field(default=None, metadata={"help": "left out: as in training"})
     attack: str = "pgd"
     attack_steps: int | None = None
-    limit: int | None = field(default=None, metadata={"help": "a fixed random sample of so many pictures of each set"})
+    limit: int | None = field(default=None, metadata={"help": "a fixed random sample of so many images of each set"})
     batch_size: int = 128
 
 
 @dataclass(frozen=True)
 class Point:
-    """One weight of the dial: Scores on the data that the choice is made on, and on test sets."""
+    """One weight: results on the data that the choice is made on, and on test sets."""
 
     weight: float
     chosen_on: tuple[EvalResult, ...]
     reported: tuple[EvalResult, ...] = ()
 
+    def to_json(self) -> dict:
+        reported = summarise(self.reported) if self.reported else None
+        return {"weight": self.weight, "chosen_on": summarise(self.chosen_on), "reported": reported}
+
+
+def summarise(results: Sequence[EvalResult]) -> dict:
+    """Means over the sets; an interval where there is one set, which is where it is plain what it would mean."""
+
+    def told(result: EvalResult | None) -> dict:
+        names = {"clean_interval": "clean_interval", "robust_interval": "interval"}
+        return {key: result and getattr(result, name) for key, name in names.items()}
+
+    sets = {r.dataset: {"clean": r.clean, "robust": r.robust, "n": r.n} | told(r) for r in results}
+    only = results[0] if len(results) == 1 else None
+    return mean(results) | told(only) | {"n": sum(r.n for r in results), "sets": sets}
+
 
 def check_line(original: ZeroShotClassifier, robust: ZeroShotClassifier) -> None:
     """Raise ValueError for two models that no line connects: other shapes, or other numbers of normalisation."""
     shapes = [{k: tuple(v.shape) for k, v in m.model.state_dict().items()} for m in (original, robust)]
-    if shapes[0] != shapes[1]:
-        odd = sorted(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
+    odd = sorted(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
+    if odd:
         raise ValueError(
-            f"the two models differ in architecture ({len(odd)} tensors, such as {odd[0]}): --origin must be what the robust model was fine-tuned from"
+            f"the two models differ in architecture ({len(odd)} tensors, such as {odd[0]}). Fix: --origin"
         )
     if not all(getattr(original, n).equal(getattr(robust, n)) for n in ("mean", "std")):
         raise ValueError(
-            "the two models normalise their pictures differently: --origin must be what the robust model was fine-tuned from"
+            "the two models normalise their images differently. Fix: --origin, what training started from"
         )
 
 
 def interpolate(original: ZeroShotClassifier, robust: ZeroShotClassifier, weight: float) -> ZeroShotClassifier:
-    """A new model with theta = (1 - weight) theta_original + weight theta_robust, at 0 and 1 bit-equal to one of them.
-
-    Raises:
-        ValueError: two models that no line connects (`check_line`).
-    """
+    """A new model with theta = (1 - weight) theta_original + weight theta_robust, at 0 and 1 bit-equal to one of them."""
     check_line(original, robust)
     theta0, theta1 = original.model.state_dict(), robust.model.state_dict()
     if weight in (0, 1):
@@ -152,14 +108,8 @@ def interpolate(original: ZeroShotClassifier, robust: ZeroShotClassifier, weight
 
 
 def choose(points: Sequence[Point], max_drop: float) -> Point:
-    """The most robust point whose clean accuracy is at most `max_drop` points below the original's (weight 0); of equals the smallest weight.
-
-    Raises:
-        ValueError: the grid lacks the original, which the rule compares with.
-    """
-    original = next((p for p in points if p.weight == 0), None)
-    if original is None:
-        raise ValueError("the grid needs weight 0, the original: the rule compares with it")
+    """The most robust point whose clean accuracy is at most `max_drop` points below weight 0's; of equals the smallest weight."""
+    original = next(p for p in points if p.weight == 0)
     least = mean(original.chosen_on)["clean"] - max_drop
     allowed = [p for p in points if mean(p.chosen_on)["clean"] >= least - 1e-9]
     return max(allowed, key=lambda p: (mean(p.chosen_on)["robust"], -p.weight))
@@ -170,81 +120,65 @@ def run(args: InterpolateArguments) -> tuple[list[Point], Point]:
     grid = _grid(args)
     trained = read_record(args.model, TRAINED)
     recipe = trained.get("recipe", {})
-    attack = EvaluationAttack(_threat(args, recipe), args.attack, args.attack_steps)
+    if args.norm and not args.eps and args.norm != recipe.get("norm", "linf"):
+        raise RecipeError(
+            f"--norm {args.norm}: the radius of training is for {recipe.get('norm', 'linf')}. Fix: --eps"
+        )
+    threat = ThreatModel(args.norm or recipe.get("norm", "linf"), args.eps or recipe.get("eps", "1/255"))
+    attack = EvaluationAttack(threat, args.attack, args.attack_steps)
     source, original, robust = _ends(args, trained)
-    choosing = [_training(path, args) for path in args.choose_on] if args.choose_on else [_slice(args, recipe)]
-    reporting = [
-        open_images(DatasetSpec(p, split="test"), training=False, data_dir=args.data_dir) for p in args.report_on or ()
-    ]
+    choosing = [_open(p, args, training=True) for p in args.choose_on or ()] or [_held_out(args, recipe)]
+    reporting = [_open(p, args, training=False) for p in args.report_on or ()]
     if args.push_to:
         open_repo(args.push_to, private=args.private)  # what cannot be pushed should not cost the hours before it
+    options = {"name": args.model, "limit": args.limit, "batch_size": args.batch_size, "probe": 0}
     points = []
     for weight in grid:
         model = on_device(interpolate(original, robust, weight))
-        first, second = (tuple(_measure(model, p, attack, args) for p in sets) for sets in (choosing, reporting))
-        points.append(Point(weight, first, second))
-        progress(_said(points[-1]))
+        parts = [tuple(evaluate(model, s, attack, **options) for s in sets) for sets in (choosing, reporting)]
+        points.append(Point(weight, *parts))
+        named = zip(("chosen on", "reported"), parts, strict=True)
+        said = ["{}: clean {clean:.1f}%, robust {robust:.1f}%".format(name, **mean(r)) for name, r in named if r]
+        progress("; ".join((f"w = {weight:.2f}", *said)))
     chosen = choose(points, args.max_drop)
-    names = ", ".join(p.name for p in choosing)
-    rule = f"chosen: the most robust point whose clean accuracy on {names} is at most {args.max_drop:g} points below the original's"
-    output = Path(args.output_dir)
-    write_json(output / "front.json", _front(points, chosen, rule, attack, source, args))
-    front(
-        [
-            (p.weight, *(None if not part else _summary(part) for part in (p.chosen_on, p.reported)), p is chosen)
-            for p in points
-        ],
-        output / "front.svg",
-        titles=("training data held out, where the point is chosen", "test sets, which have no say"),
-        attack=f"{attack}, {attack.threat}",
-    )
+    names = ", ".join(s.name for s in choosing)
+    rule = f"the most robust point whose clean accuracy on {names} is at most {args.max_drop:g} points below the original's"
+    front = {
+        "what": "clean and robust accuracy, %, of (1 - weight) original + weight robust",
+        **{"origin": source, "robust": args.model, "attack": asdict(attack), "rule": f"chosen: {rule}"},
+        **{"chosen": chosen.weight, "points": [p.to_json() for p in points]},
+    }
+    write_json(Path(args.output_dir) / "front.json", front)
+    draw(front, Path(args.output_dir) / "front.svg", f"{attack}, {threat}")
     for point in points:
         if point is chosen or point.weight in (args.save or ()):
             told = {"weight": point.weight, "origin": source, "robust": args.model}
-            told["rule"] = f"This point was {rule}." if point is chosen else ""
-            folder = place(output, point.weight)
-            export(
-                interpolate(original, robust, point.weight),
-                folder,
-                records={MIXED: told} | ({TRAINED: trained} if trained else {}),
-            )
-            for score in point.reported:
-                write_json(folder / "results" / score.file_name, score.to_json())
-            write_model_card(folder)
-            if args.push_to:
-                address = push(
-                    folder, args.push_to, revision=folder.name, private=args.private, overwrite=args.overwrite
-                )
-                progress(f"{folder} -> {address}")
+            told["rule"] = f"This point was chosen: {rule}." if point is chosen else ""
+            records = {MIXED: told} | ({TRAINED: trained} if trained else {})
+            _publish(args, point, interpolate(original, robust, point.weight), records)
     return points, chosen
 
 
+def _publish(args: InterpolateArguments, point: Point, model: ZeroShotClassifier, records: dict) -> None:
+    folder = export(model, place(args.output_dir, point.weight), records=records)
+    for result in point.reported:
+        write_json(folder / "results" / result.file_name, result.to_json())
+    write_model_card(folder)
+    if args.push_to:
+        address = push(folder, args.push_to, revision=folder.name, private=args.private, overwrite=args.overwrite)
+        progress(f"{folder} -> {address}")
+
+
 def _grid(args: InterpolateArguments) -> list[float]:
-    for flag in ("limit", "batch_size"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise RecipeError(f"--{flag} {value}: expected at least 1")
-    if not (math.isfinite(args.max_drop) and args.max_drop >= 0):
-        raise RecipeError(f"--max_drop {args.max_drop}: expected points of clean accuracy, at least 0")
-    for flag in ("weights", "save"):
-        given = getattr(args, flag) or ()
-        if not all(0 <= w <= 1 for w in given):
-            raise RecipeError(
-                f"--{flag} {' '.join(map(str, given))}: expected shares from 0 (the original) to 1 (the robust model)"
-            )
+    check_sizes(args)
+    if not 0 <= args.max_drop < float("inf"):
+        raise RecipeError(f"--max_drop: got {args.max_drop}, expected points of clean accuracy, at least 0")
     grid = sorted({0.0, *args.weights, *(args.save or ())})
-    if len(grid) < 2:
+    if not all(0 <= w <= 1 for w in grid) or len(grid) < 2:
         raise RecipeError(
-            "--weights holds the original alone: expected shares up to 1 (the robust model), two at least"
+            f"--weights and --save: got {grid}, expected shares from 0 (original) to 1 (robust), two at least"
         )
     return grid
-
-
-def _threat(args: InterpolateArguments, recipe: dict) -> ThreatModel:
-    """As in training, where nothing else is said."""
-    norm = recipe.get("norm", "linf")
-    if args.norm and args.norm != norm and not args.eps:
-        raise RecipeError(f"--norm {args.norm}: say its radius with --eps, that of training is for {norm}")
-    return ThreatModel(args.norm or norm, args.eps or recipe.get("eps", "1/255"))
 
 
 def _ends(args: InterpolateArguments, trained: dict) -> tuple[str, ZeroShotClassifier, ZeroShotClassifier]:
@@ -252,9 +186,7 @@ def _ends(args: InterpolateArguments, trained: dict) -> tuple[str, ZeroShotClass
     recipe = trained.get("recipe", {})
     source = args.origin or recipe.get("model")
     if source is None:
-        raise RecipeError(
-            f"{args.model} has no {TRAINED} that says what it was fine-tuned from: name it with --origin"
-        )
+        raise RecipeError(f"{args.model} has no {TRAINED} that says what it was fine-tuned from. Fix: --origin")
     original, robust = (
         load_model(source, None if args.origin else recipe.get("model_revision")),
         load_model(args.model),
@@ -265,9 +197,7 @@ def _ends(args: InterpolateArguments, trained: dict) -> tuple[str, ZeroShotClass
     check_line(original, robust)
     known = trained.get("student", {}).get("fingerprint")
     if known not in (None, weights):
-        raise RecipeError(
-            f"{source} holds other weights than {args.model} was fine-tuned from ({known}): between unrelated models there is nothing to find"
-        )
+        raise RecipeError(f"{source} holds other weights ({weights}) than {args.model} was fine-tuned from ({known})")
     return source, original, robust
 
 
@@ -276,87 +206,58 @@ def place(output: str | Path, weight: float) -> Path:
     return Path(output) / (f"w{weight:.2f}" if round(weight, 2) == weight else f"w{weight}")
 
 
-def _slice(args: InterpolateArguments, recipe: dict) -> LabelledImages:
-    """The pictures that the model's own training held out."""
+def _held_out(args: InterpolateArguments, recipe: dict) -> LabelledImages:
+    """The images that the model's own training held out."""
     if not recipe.get("held_out"):
         raise RecipeError(
-            f"{args.model} held nothing out of its training data (held_out), or its {TRAINED} does not say: choosing on what it has seen would prefer what it "
-            "has learned by heart; name other training pictures with --choose_on"
+            f"{args.model} held nothing out of its training data, or its {TRAINED} does not say: choosing on what it has "
+            "seen would prefer what it has learned by heart. Fix: --choose_on other training images"
         )
-    spec = dataset_spec(
-        DataArguments(**{f.name: recipe[f.name] for f in fields(DataArguments) if f.name in recipe}),
-        recipe["dataset"],
-        recipe["split"],
-        revision=recipe["dataset_revision"],
-    )
-    folder = args.data_dir or recipe["data_dir"]
-    pictures = open_images(spec, training=True, data_dir=folder, on_corrupt=recipe["on_corrupt"])
-    return held_out(pictures, recipe["held_out"], seed=0)[1]
+    data = DataArguments(**{f.name: recipe[f.name] for f in fields(DataArguments) if f.name in recipe})
+    spec = dataset_spec(data, data.dataset, data.split, revision=data.dataset_revision)
+    images = open_images(spec, training=True, data_dir=args.data_dir or data.data_dir, on_corrupt=data.on_corrupt)
+    return held_out(images, recipe["held_out"], seed=0)[1]
 
 
-def _training(path: str, args: InterpolateArguments) -> LabelledImages:
-    return open_images(DatasetSpec(path), training=True, limit=args.limit, data_dir=args.data_dir)
+def _open(path: str, args: InterpolateArguments, *, training: bool) -> LabelledImages:
+    spec = DatasetSpec(path, split="train" if training else "test")
+    return open_images(spec, training=training, limit=args.limit if training else None, data_dir=args.data_dir)
 
 
-def _measure(
-    model: ZeroShotClassifier, pictures: LabelledImages, attack: EvaluationAttack, args: InterpolateArguments
-) -> EvalResult:
-    return evaluate(model, pictures, attack, name=args.model, limit=args.limit, batch_size=args.batch_size, probe=0)
+def draw(front: dict, path: Path, attack: str) -> None:
+    """Clean against robust accuracy, one panel for each kind of data that was measured; the chosen point is marked in all."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
-def _summary(scores: Sequence[EvalResult]) -> dict:
-    """Means over the sets; an interval where there is one set, which is where it is plain what it would mean."""
-    one = scores[0] if len(scores) == 1 else None
-    return {
-        **mean(scores),
-        "clean_interval": one and one.clean_interval,
-        "robust_interval": one and one.interval,
-        "n": sum(s.n for s in scores),
-        "sets": {
-            s.dataset: {
-                "clean": s.clean,
-                "robust": s.robust,
-                "clean_interval": s.clean_interval,
-                "robust_interval": s.interval,
-                "n": s.n,
-            }
-            for s in scores
-        },
+    titles = {
+        "chosen_on": "training data held out, where the point is chosen",
+        "reported": "test sets, which have no say",
     }
-
-
-def _said(point: Point) -> str:
-    said = [f"w = {point.weight:.2f}"]
-    for name, scores in (("chosen on", point.chosen_on), ("reported", point.reported)):
-        if scores:
-            said.append(f"{name}: clean {mean(scores)['clean']:.1f}%, robust {mean(scores)['robust']:.1f}%")
-    return "; ".join(said)
-
-
-def _front(
-    points: Sequence[Point],
-    chosen: Point,
-    rule: str,
-    attack: EvaluationAttack,
-    source: str,
-    args: InterpolateArguments,
-) -> dict:
-    return {
-        "what": "clean and robust accuracy, %, of (1 - weight) original + weight robust",
-        "origin": source,
-        "robust": args.model,
-        "attack": asdict(attack),
-        "rule": rule,
-        "chosen": chosen.weight,
-        "points": [
-            {
-                "weight": p.weight,
-                "chosen_on": _summary(p.chosen_on),
-                "reported": _summary(p.reported) if p.reported else None,
+    shown = [key for key in titles if front["points"][0][key]]
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.6 * len(shown), 4.6), layout="constrained", squeeze=False)
+    for axis, key in zip(axes[0], shown, strict=True):
+        parts = [point[key] for point in front["points"]]
+        x, y = ([part[name] for part in parts] for name in ("clean", "robust"))
+        axis.plot(x, y, color="#7f9fbf", zorder=1)
+        if parts[0]["clean_interval"]:
+            bars = {
+                bar: [[abs(p[name] - p[f"{name}_interval"][end]) for p in parts] for end in (0, 1)]
+                for bar, name in (("xerr", "clean"), ("yerr", "robust"))
             }
-            for p in points
-        ],
-    }
+            axis.errorbar(x, y, **bars, fmt="none", ecolor="#c9d3dd", elinewidth=1, zorder=0)
+        for point, a, b in zip(front["points"], x, y, strict=True):
+            chosen = point["weight"] == front["chosen"]
+            axis.scatter(a, b, s=110 if chosen else 36, color="#d62728" if chosen else "#1f77b4", zorder=3)
+            label, style = f"{point['weight']:g}", {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8}
+            axis.annotate(f"{label} chosen" if chosen else label, (a, b), **style)
+        axis.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %")
+        axis.set_title(titles[key], fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"share of the robust weights; {attack}", fontsize=10)
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def table(front: dict) -> str:
@@ -364,9 +265,9 @@ def table(front: dict) -> str:
     rows = []
     for point in front["points"]:
         parts = [part for part in (point["chosen_on"], point["reported"]) if part]
-        chosen = " ← chosen" * (point["weight"] == front["chosen"])
+        mark = " ← chosen" if point["weight"] == front["chosen"] else ""
         rows.append(
-            (f"{point['weight']:.2f}{chosen}", *(f"{part[k]:.1f}" for part in parts for k in ("clean", "robust")))
+            (f"{point['weight']:.2f}{mark}", *(f"{part[k]:.1f}" for part in parts for k in ("clean", "robust")))
         )
     test = ["test: clean %", "robust %"] if front["points"][0]["reported"] else []
     return markdown(["weight", "held out: clean %", "robust %", *test], rows)
@@ -376,7 +277,6 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_user_error("hpt-hf interpolate"):
         (args,) = parse((InterpolateArguments,), argv, positional=("model",))
         _, chosen = run(args)
-    print(table(json.loads((Path(args.output_dir) / "front.json").read_text(encoding="utf-8"))))
-    print(
-        f"\n{place(args.output_dir, chosen.weight)} is the chosen model; {Path(args.output_dir) / 'front.svg'} shows the front."
-    )
+    print(table(read_json(Path(args.output_dir) / "front.json")))
+    front = Path(args.output_dir) / "front.svg"
+    print(f"\n{place(args.output_dir, chosen.weight)} is the chosen model; {front} shows the front.")
