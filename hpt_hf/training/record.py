@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from hpt_hf.attacks.pgd import TrainingAttack
@@ -67,3 +68,13 @@ def training_record(trainer) -> dict:
         "held_out": {k: v for k, v in measured.items() if k.endswith("accuracy")},
     }
     return record | (trainer.recipe or {})
+
+
+def accuracies(prediction: EvalPrediction) -> dict[str, float]:
+    """Clean and robust accuracy in percent, on the held-out slice of the training data."""
+    adversarial, clean = prediction.predictions
+    labels = prediction.label_ids
+    return {
+        name: 100 * float((logits.argmax(1) == labels).mean())
+        for name, logits in (("clean_accuracy", clean), ("robust_accuracy", adversarial))
+    }

@@ -8,30 +8,24 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerState
-from transformers.trainer_utils import EvalPrediction, sort_checkpoints
-from transformers.utils import logging
 
 from hpt_hf.attacks.engine import frozen
 from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.data.streaming import StreamedImages
-from hpt_hf.method.gpd import PIVOT_FILE, GPDCallback
+from hpt_hf.method.gpd import GPDCallback
 from hpt_hf.method.objectives import Views
 from hpt_hf.method.schedule import Schedule
 from hpt_hf.models.fast_layers import compile_layers
-from hpt_hf.models.fsdp import load_weights, shard_models
+from hpt_hf.models.fsdp import shard_models
 from hpt_hf.models.zero_shot import ZeroShotClassifier
-from hpt_hf.publishing.export import export
-from hpt_hf.publishing.model_card import TRAINED, write_model_card
+from hpt_hf.training.checkpoints import CheckpointTrainer
 from hpt_hf.training.config import HPTConfig
-from hpt_hf.training.hub import HubTrainer
-from hpt_hf.training.record import attack_record, check_proxy, origin, training_record
+from hpt_hf.training.record import accuracies, attack_record, check_proxy, origin
 from hpt_hf.training.timing import Stopwatch
 from hpt_hf.types import Images
 
-logger = logging.get_logger(__name__)
 
-
-class HPTTrainer(HubTrainer):
+class HPTTrainer(CheckpointTrainer):
     """Adversarial fine-tuning of a `ZeroShotClassifier` by a schedule of objectives.
 
     Batches hold `images` (batch, 3, height, width) in [0, 1], `image_ids` (batch,) and, unless the data has none, `labels`
@@ -220,27 +214,6 @@ class HPTTrainer(HubTrainer):
                 self.train_dataset.fast_forward(done // steps, done % steps * self.args.gradient_accumulation_steps)
         return super().train(resume_from_checkpoint=resume or None, **kwargs)
 
-    def last_checkpoint(self) -> str:
-        """The newest checkpoint that is whole: a run that was killed while saving left one that is not.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
-        last = ["trainer_state.json", *([PIVOT_FILE] if self.gpd.vanilla else [])]  # what is written last
-        for checkpoint in sort_checkpoints(self.args.output_dir)[::-1]:
-            if all((Path(checkpoint) / name).is_file() for name in last):
-                return checkpoint
-            logger.warning(f"{checkpoint} was cut off while being saved; looking for an earlier one")
-        raise FileNotFoundError(
-            f"nothing to resume: {self.args.output_dir} holds no checkpoint with {' and '.join(last)}"
-        )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
-
-    def _load_best_model(self):
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
     def get_eval_dataloader(self, eval_dataset=None):
         """Of the whole held-out slice: `dataloader_drop_last` is for training, where every step must weigh the same."""
         self.args.dataloader_drop_last, drop_last = False, self.args.dataloader_drop_last
@@ -248,30 +221,3 @@ class HPTTrainer(HubTrainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = drop_last
-
-    def _save(self, output_dir=None, state_dict=None):
-        """The plain model with processor, record and card, checked against `pipeline`: every save is a folder to publish."""
-        student = self.accelerator.unwrap_model(self.model)
-        if not self.args.should_save:
-            return
-        if state_dict is not None:  # gathered from its parts
-            student = student.with_weights({n.removeprefix("model."): t for n, t in state_dict.items()})
-        export(student, output_dir or self.args.output_dir, records={TRAINED: self.record()})
-
-    def record(self) -> dict:
-        """How the model was made: what `train.json` holds."""
-        return training_record(self)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        if self.is_world_process_zero():
-            write_model_card(self.args.output_dir)
-
-
-def accuracies(prediction: EvalPrediction) -> dict[str, float]:
-    """Clean and robust accuracy in percent, on the held-out slice of the training data."""
-    adversarial, clean = prediction.predictions
-    labels = prediction.label_ids
-    return {
-        name: 100 * float((logits.argmax(1) == labels).mean())
-        for name, logits in (("clean_accuracy", clean), ("robust_accuracy", adversarial))
-    }

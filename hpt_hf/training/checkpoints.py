@@ -1,0 +1,100 @@
+"""What of a run lies in folders and on the Hub: every save is a folder to publish, and only what may leave this machine does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy, sort_checkpoints
+from transformers.utils import logging
+
+from hpt_hf.method.gpd import PIVOT_FILE
+from hpt_hf.models.fsdp import load_weights
+from hpt_hf.publishing.export import export
+from hpt_hf.publishing.hub import holds_model, open_repo, push, push_checkpoint
+from hpt_hf.publishing.model_card import TRAINED, write_model_card
+from hpt_hf.training.record import training_record
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointTrainer(Trainer):
+    """The Trainer's own would store pickles, send whatever lies in `output_dir`, and load weights without looking at their names."""
+
+    def record(self) -> dict:
+        """How the model was made: what `train.json` holds."""
+        return training_record(self)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The plain model with processor, record and card, checked against `pipeline`."""
+        if self.args.should_save:
+            student = self.accelerator.unwrap_model(self.model)
+            if state_dict is not None:  # gathered from its parts
+                student = student.with_weights({n.removeprefix("model."): t for n, t in state_dict.items()})
+            export(student, output_dir or self.args.output_dir, records={TRAINED: self.record()})
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        if self.is_world_process_zero():
+            write_model_card(self.args.output_dir)
+
+    def last_checkpoint(self) -> str:
+        """The newest checkpoint that is whole: a run that was killed while saving left one that is not.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        last = ["trainer_state.json", *([PIVOT_FILE] if self.gpd.vanilla else [])]  # what is written last
+        for checkpoint in sort_checkpoints(self.args.output_dir)[::-1]:
+            if all((Path(checkpoint) / name).is_file() for name in last):
+                return checkpoint
+            logger.warning(f"{checkpoint} was cut off while being saved; looking for an earlier one")
+        raise FileNotFoundError(
+            f"nothing to resume: {self.args.output_dir} holds no checkpoint with {' and '.join(last)}"
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Before the hours of training: is there a token that may write to the repository, and is that free?"""
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        private = args.hub_private_repo if private is None else private
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        self.hub_model_id = open_repo(name, private=private, token=token)
+        taken = holds_model(self.hub_model_id, args.hub_revision, token=token)
+        if taken and not args.hub_overwrite:
+            raise ValueError(
+                f"{self.hub_model_id} holds a model already ({', '.join(taken[:3])}). Fix: another --hub_model_id or "
+                "--hub_revision, or --hub_overwrite true (also for a resumed run that pushed checkpoints)"
+            )
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, private=None):
+        """Save `output_dir` and upload it; always waits. Returns the commit's address."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        # overwrite: it was free, or may be replaced, as `init_hf_repo` saw.
+        options = {"revision": revision or self.args.hub_revision, "overwrite": True, "token": token}
+        return push(self.args.output_dir, self.hub_model_id, message=commit_message, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder, name = Path(checkpoint_folder), self.hub_model_id
+        paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        options = {
+            "message": f"Training in progress, step {self.state.global_step}",
+            "revision": self.args.hub_revision,
+        }
+        push_checkpoint(folder, name, **options)
+        if path := paths.get(self.args.hub_strategy):
+            push_checkpoint(folder, name, path=path, **options)
