@@ -32,7 +32,7 @@ from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.parser import parse
 from hpt_hf.commands.train import RECIPE, build
 from hpt_hf.evaluation.evaluator import evaluate
-from hpt_hf.evaluation.result import mean
+from hpt_hf.evaluation.statistics import mean
 from hpt_hf.lab.datasets import LAB_SUITE, lab_images
 from hpt_hf.models.fast_layers import keep_memory
 from hpt_hf.models.zero_shot import ZeroShotClassifier

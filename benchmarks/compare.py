@@ -31,7 +31,7 @@ from hpt_hf.commands.train import RECIPE, run
 from hpt_hf.commands.transfer import matrix, means
 from hpt_hf.data.dataset import DatasetSpec
 from hpt_hf.evaluation.evaluator import evaluate
-from hpt_hf.evaluation.result import mean
+from hpt_hf.evaluation.statistics import mean
 from hpt_hf.lab.datasets import LAB_SUITE, LAB_VALIDATION, REAL_VALIDATION, real_suite
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.utils import hardware, markdown, versions, write_json

@@ -108,11 +108,6 @@ class EvaluationAttack:
     def native(self) -> bool:
         return self.protocol == "native"
 
-    @property
-    def robust_is(self) -> str:
-        goal = f"never taken for {self.target!r} on any iterate" if self.target else "on every iterate of the attack"
-        return f"right on the clean image and {goal}"
-
     def notes(self, classes: int) -> tuple[str, ...]:
         """What a reader must know of this attack on so many classes."""
         if "apgd-t" not in self.stages or classes >= 4:

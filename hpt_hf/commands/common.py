@@ -19,7 +19,7 @@ from hpt_hf.utils import did_you_mean, processes, progress
 class ImageArguments:
     """Which labelled pictures, how many, under which attack's ball and protocol: what all that measures asks."""
 
-    output_dir: str = field(metadata={"help": "folder for scores/*.json, report.md and report.html"})
+    output_dir: str = field(metadata={"help": "folder for results/*.json, report.md and report.html"})
     dataset: list[str] | None = field(
         default=None,
         metadata={

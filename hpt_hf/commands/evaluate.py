@@ -1,4 +1,4 @@
-"""`recipes/evaluate.py`: clean and robust accuracy of any CLIP on any labelled pictures, as Scores with verdicts, a table and a page."""
+"""`hpt-hf evaluate`: clean and robust accuracy of a model on labelled images: results with verdicts, a table, a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpt_hf.commands.common import ImageArguments, load_model, on_device, open_s
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.html_report import write_html_report
-from hpt_hf.evaluation.result import EvalResult, read_results
+from hpt_hf.evaluation.result import EvalResult, read_results_of
 from hpt_hf.models.fast_layers import keep_memory
 from hpt_hf.publishing.model_card import TRAINED, read_record
 from hpt_hf.utils import processes, progress, shutdown_distributed, write_json
@@ -20,8 +20,7 @@ from hpt_hf.utils import processes, progress, shutdown_distributed, write_json
 
 @dataclass
 class EvaluateArguments(ImageArguments):
-    """What `recipes/evaluate.py` measures."""
-
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "for results/*.json and report.html"})
     model: str = field(default="", metadata={"help": "folder or Hub id"})
     model_revision: str | None = None
     attack: list[str] = field(
@@ -29,74 +28,60 @@ class EvaluateArguments(ImageArguments):
         metadata={"help": "pgd, cw, apgd-ce, apgd-t, square, or standard: the last three, worst case"},
     )
     attack_steps: int | None = field(
-        default=None,
-        metadata={"help": "of every attack; left out: PGD and CW 20, APGD 100, Square 5000, in standard 500"},
+        default=None, metadata={"help": "default: PGD and CW 20, APGD 100, Square 5000 (500 in standard)"}
     )
     eps: list[str] = field(default_factory=lambda: ["1/255"], metadata={"help": "radii; several draw a curve"})
     target: str | None = field(
-        default=None, metadata={"help": "the class every picture shall be taken for; left out: any wrong one"}
+        default=None, metadata={"help": "the class every image shall be taken for; default: any wrong one"}
     )
-    probe: int = field(default=24, metadata={"help": "pictures that the checks look at; 0: no checks"})
+    probe: int = field(default=24, metadata={"help": "images that the sanity checks look at; 0: no checks"})
     baseline: str | None = field(
         default=None,
-        metadata={
-            "help": "an undefended model the attack must break; left out: what the model was trained from, if known"
-        },
+        metadata={"help": "an undefended model that the attack must break; default: what the model was trained from"},
     )
 
 
 def run(args: EvaluateArguments) -> list[EvalResult]:
-    """Evaluate, writing each EvalResult as soon as it stands; then report.md and report.html of all Scores in the folder."""
+    """Evaluate, writing each result as soon as it stands, then the report of all results in the folder."""
     if not args.model:
-        raise RecipeError("say what to evaluate: --model FOLDER or --model owner/name")
+        raise RecipeError("nothing to evaluate. Fix: --model FOLDER or --model owner/name.")
     if args.probe < 0:
-        raise RecipeError(f"--probe {args.probe}: expected at least 0 pictures")
-    read_results(Path(args.output_dir) / "scores")  # what the report cannot read should not cost the hours before it
+        raise RecipeError(f"--probe: got {args.probe}, expected at least 0 images")
+    # What fails after the first attack would cost its hours: an old result, a target that the last set lacks.
+    read_results_of(args.output_dir)
     attacks = [
         EvaluationAttack(ThreatModel(args.norm, eps), name, args.attack_steps, args.protocol, args.seed, args.target)
         for name in dict.fromkeys(args.attack)
         for eps in dict.fromkeys(args.eps)
     ]
-    model = on_device(load_model(args.model, args.model_revision))
+    classifier = on_device(load_model(args.model, args.model_revision))
     source = args.baseline or trained_from(args.model)
     baseline = on_device(load_model(source)) if source else None
     sets = open_sets(args)
-    for pictures in sets:
-        pictures.without_class(args.target)  # a target that the last one lacks should not cost the hours of the others
-    scores: list[EvalResult] = []
-    for attack, pictures in itertools.product(attacks, sets):
-        score = evaluate(
-            model,
-            pictures,
-            attack,
-            name=args.model,
-            revision=model.revision,
-            batch_size=args.batch_size,
-            limit=args.limit,
-            probe=args.probe,
-            baseline=baseline,
-            folder=args.output_dir,
-        )
-        scores.append(score)
+    for images in sets:
+        images.without_class(args.target)
+    settings = {name: getattr(args, name) for name in ("batch_size", "limit", "probe")}
+    settings |= {"name": args.model, "revision": classifier.revision, "baseline": baseline, "folder": args.output_dir}
+    results = []
+    for attack, images in itertools.product(attacks, sets):
+        results.append(result := evaluate(classifier, images, attack, **settings))
         if processes().is_main_process:
-            write_json(Path(args.output_dir) / "scores" / score.file_name, score.to_json())
-            doubts = f": {', '.join(s['name'] for s in score.suspicions)}" if score.suspicions else ""
+            write_json(Path(args.output_dir) / "results" / result.file_name, result.to_json())
+            doubts = ": " + ", ".join(check["name"] for check in result.raised) if result.raised else ""
+            low, high = result.interval
             progress(
-                f"{score.dataset}: clean {score.clean:.1f}%, robust {score.robust:.1f}% ({score.interval[0]:.1f}–{score.interval[1]:.1f}) "
-                f"under {attack} at {attack.threat}, n = {score.n}, {score.verdict}{doubts}"
+                f"{result.dataset}: clean {result.clean:.1f}%, robust {result.robust:.1f}% ({low:.1f}–{high:.1f}) "
+                f"under {attack} at {attack.threat}, n = {result.n}, {result.verdict}{doubts}"
             )
     if processes().is_main_process:
         write_html_report(args.output_dir)
     processes().wait_for_everyone()
-    return scores
+    return results
 
 
 def trained_from(model: str) -> str | None:
-    """What a model of ours was fine-tuned from, if its record says so and it can be found: the natural undefended baseline."""
-    record = Path(model) / "train.json"
-    if not record.is_file():
-        return None
-    source = read_record(model, TRAINED).get("recipe", {}).get("model", "")
+    """What a model was fine-tuned from, if its record says so and it can be found: its natural baseline."""
+    source = read_record(Path(model), TRAINED).get("recipe", {}).get("model") or ""
     return source if source.startswith("lab:") or (source and Path(source).is_dir()) else None
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
-from hpt_hf.evaluation.result import read_results
+from hpt_hf.evaluation.result import read_results, read_results_of
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.hub import push
-from hpt_hf.publishing.model_card import own_results, read_results_of, write_model_card
+from hpt_hf.publishing.model_card import own_results, write_model_card
 from hpt_hf.utils import write_json
 
 

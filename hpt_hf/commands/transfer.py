@@ -1,7 +1,7 @@
-"""Transfer: how models answer pictures that were attacked for another; proxy adversarial robustness (arXiv 2601.12865), before any training.
+"""`hpt-hf transfer`: how models answer images that were attacked for another (arXiv 2601.12865), before any training.
 
-A model that stays right on what fools the student, without being robust itself, can teach it. `recipes/transfer.py` measures all against all, or
-with --student ranks the candidates.
+A model that stays right on what fools the student, without being robust itself, can teach it: --model STUDENT
+--proxies A B … ranks the candidates; --models A B … measures all against all.
 """
 
 from __future__ import annotations
@@ -27,23 +27,17 @@ from hpt_hf.utils import markdown, write_json
 
 @dataclass
 class TransferArguments(ImageArguments):
-    """What `recipes/transfer.py` measures: every model on pictures attacked for others."""
-
-    models: list[str] = field(default_factory=list, metadata={"help": "folders or Hub ids"})
-    student: str | None = field(
-        default=None, metadata={"help": "pre-flight: attack only for this one, and rank the models as its proxies"}
-    )
-    attack_steps: int | None = field(default=None, metadata={"help": "of PGD; left out: 20"})
+    output_dir: str = field(default="outputs/transfer", metadata={"help": "for transfer.json and report.html"})
+    model: str | None = field(default=None, metadata={"help": "the student that is attacked; needs --proxies"})
+    proxies: list[str] = field(default_factory=list, metadata={"help": "candidates for its proxy, to be ranked"})
+    models: list[str] = field(default_factory=list, metadata={"help": "instead: all against all"})
+    attack_steps: int | None = field(default=None, metadata={"help": "of PGD; default: 20"})
     eps: str = "1/255"
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Accuracy of `judge` on pictures attacked for `source`, in percent, with Wilson's 95% interval.
-
-    Args:
-        kl: mean KL( p_judge(x_adv) || p_judge(x) ) in nats. Near 0, HPT and GA are the same objective.
-    """
+    """Accuracy of `judge` on images attacked for `source`, in percent, with Wilson's 95% interval."""
 
     source: str
     judge: str
@@ -52,73 +46,44 @@ class Transfer:
     clean: float
     adversarial: float
     interval: tuple[float, float]
-    kl: float
-    attack: str
-    norm: str
-    eps: str
-    protocol: str
-
-    @property
-    def kept(self) -> float:
-        """Share of its accuracy that the judge keeps, in percent."""
-        return 100 * self.adversarial / self.clean if self.clean else 0.0
-
-    def to_json(self) -> dict:
-        return asdict(self)
+    kl: float  # mean KL( p_judge(x_adv) || p_judge(x) ) in nats; near 0, HPT and GA are the same objective
 
 
 @torch.no_grad()
 def transfer(
-    source: tuple[str, ZeroShotClassifier],
-    judges: Mapping[str, ZeroShotClassifier],
-    pictures: LabelledImages,
+    source: str,
+    models: Mapping[str, ZeroShotClassifier],
+    images: LabelledImages,
     attack: EvaluationAttack,
     *,
     batch_size: int = 128,
     limit: int | None = None,
 ) -> list[Transfer]:
-    """Attack every picture for `source` with PGD at full length, then ask all judges, the source among them if it is one.
+    """Attack every image for `models[source]` with PGD at full length, then ask all models.
 
-    The pictures are cut as the source's processor cuts them, and each judge resizes for itself.
-
-    Raises:
-        ValueError: the set has no labels.
+    Images are cut as the source's processor cuts them, and each model resizes for itself. ValueError without labels.
     """
-    if not pictures.labelled:
-        raise ValueError(f"{pictures.name} has no labels: accuracy cannot be measured on it")
-    source_name, crafted_on = source
-    for model in (crafted_on, *judges.values()):
+    if not images.labelled:
+        raise ValueError(f"{images.name} has no labels: accuracy cannot be measured on it")
+    for model in models.values():
         model.eval()
-        model.set_classes(pictures.classes, pictures.templates)
-    collate = Collator(crafted_on.processor, native=attack.native)
-    n, clean, adversarial, kl = 0, dict.fromkeys(judges, 0), dict.fromkeys(judges, 0), dict.fromkeys(judges, 0.0)
-    for batch in batches(pictures, collate, batch_size, limit):
-        batch = {k: v.to(crafted_on.device) for k, v in batch.items()}
-        perturbed = attack.craft(crafted_on, batch["images"], batch["image_ids"], batch["labels"])
+        model.set_classes(images.classes, images.templates)
+    attacked, n = models[source], 0
+    totals = {name: [0, 0, 0.0] for name in models}  # right clean, right under attack, summed KL
+    for batch in batches(images, Collator(attacked.processor, native=attack.native), batch_size, limit):
+        batch = {k: v.to(attacked.device) for k, v in batch.items()}
+        perturbed = attack.craft(attacked, batch["images"], batch["image_ids"], batch["labels"])
         n += len(perturbed)
-        for name, judge in judges.items():
-            before, after = judge.classify(batch["images"]).logits, judge.classify(perturbed).logits
-            clean[name] += int((before.argmax(1) == batch["labels"]).sum())
-            adversarial[name] += int((after.argmax(1) == batch["labels"]).sum())
-            log_after = after.log_softmax(1)
-            kl[name] += float((log_after.exp() * (log_after - before.log_softmax(1))).sum())
-    crafted = str(attack)
+        for name, model in models.items():
+            before, after = (model.classify(x).logits.log_softmax(1) for x in (batch["images"], perturbed))
+            right = [int((log_p.argmax(1) == batch["labels"]).sum()) for log_p in (before, after)]
+            found = *right, float((after.exp() * (after - before)).sum())
+            totals[name] = [total + new for total, new in zip(totals[name], found, strict=True)]
     return [
         Transfer(
-            source=source_name,
-            judge=name,
-            dataset=pictures.name,
-            n=n,
-            clean=percent(clean[name], n),
-            adversarial=percent(adversarial[name], n),
-            interval=wilson(adversarial[name], n),
-            kl=round(kl[name] / n, 4),
-            attack=crafted,
-            norm=attack.threat.norm,
-            eps=str(attack.threat.eps),
-            protocol=attack.protocol,
+            source, name, images.name, n, percent(clean, n), percent(right, n), wilson(right, n), round(kl / n, 4)
         )
-        for name in judges
+        for name, (clean, right, kl) in totals.items()
     ]
 
 
@@ -131,92 +96,71 @@ def matrix(
     **sizes,
 ) -> list[Transfer]:
     """`transfer` from each of `sources` (None: of all models) to all models, set by set."""
-    names = list(models) if sources is None else sources
-    return [
-        found
-        for s in names
-        for pictures in sets
-        for found in transfer((s, models[s]), models, pictures, attack, **sizes)
-    ]
+    return [t for s in sources or models for images in sets for t in transfer(s, models, images, attack, **sizes)]
 
 
 def means(found: Sequence[Transfer]) -> dict[tuple[str, str], dict[str, float]]:
-    """(source, judge) -> unweighted means over sets of clean, adversarial and kl, the share kept, and the number of pictures."""
+    """(source, judge) -> unweighted means over data sets, the share of its accuracy that the judge keeps (%), and n."""
     cells: dict[tuple[str, str], list[Transfer]] = {}
     for one in found:
         cells.setdefault((one.source, one.judge), []).append(one)
     result = {}
     for cell, part in cells.items():
         mean = {k: sum(getattr(t, k) for t in part) / len(part) for k in ("clean", "adversarial", "kl")}
-        result[cell] = mean | {
-            "kept": 100 * mean["adversarial"] / max(mean["clean"], 1e-9),
-            "n": sum(t.n for t in part),
-        }
+        kept = 100 * mean["adversarial"] / mean["clean"] if mean["clean"] else 0.0
+        result[cell] = mean | {"kept": kept, "n": sum(t.n for t in part)}
     return result
 
 
-def ranking(found: Sequence[Transfer], student: str) -> list[tuple[str, dict[str, float]]]:
-    """Candidate proxies for a student, best first: by accuracy on its adversarial pictures. The student itself is none."""
-    cells = {judge: cell for (source, judge), cell in means(found).items() if source == student and judge != student}
-    return sorted(cells.items(), key=lambda item: -item[1]["adversarial"])
+def ranking(cells: Mapping[tuple[str, str], dict], student: str) -> list[str]:
+    """Candidate proxies, best first: by accuracy on the student's adversarial images."""
+    judges = [judge for source, judge in cells if source == student != judge]
+    return sorted(judges, key=lambda judge: -cells[student, judge]["adversarial"])
 
 
 def run(args: TransferArguments) -> dict:
-    """Measure, write `transfer.json` and the report of the folder; returns what the file holds.
-
-    Processes of a launch all do the same: start one.
-    """
-    names = list(dict.fromkeys([*([args.student] if args.student else []), *args.models]))
+    """Measure, write `transfer.json` and the report of the folder; returns what the file holds."""
+    if not (args.model and args.proxies or args.models) or (args.model or args.proxies) and args.models:
+        raise RecipeError("expected --model STUDENT --proxies A B …, to rank proxies, or --models A B …, all with all")
+    student = args.model
+    names = list(dict.fromkeys([student, *args.proxies] if student else args.models))
     if len(names) < 2:
-        raise RecipeError(
-            "name at least two models: --models A B …, or --student S --models P1 P2 … to rank proxies for S"
-        )
+        raise RecipeError(f"transfer is between models: got {names[0]} alone, expected at least two")
     attack = EvaluationAttack(ThreatModel(args.norm, args.eps), "pgd", args.attack_steps, args.protocol, args.seed)
     sets = open_sets(args)
     models = {name: on_device(load_model(name)) for name in names}
-    sources = [args.student] if args.student else names
+    sources = [student] if student else names
     found = matrix(models, sets, attack, sources=sources, batch_size=args.batch_size, limit=args.limit)
     cells = means(found)
     result = {
         "title": f"{attack}, {attack.threat}, protocol “{attack.protocol}”, {len(sets)} sets",
-        "student": args.student,
+        "student": student,
         "sources": sources,
         "judges": names,
-        "adversarial": [[round(cells[s, j]["adversarial"], 2) for j in names] for s in sources],
-        "cells": [
-            {"source": s, "judge": j} | {k: round(v, 4) for k, v in cell.items()} for (s, j), cell in cells.items()
-        ],
-        "ranking": [judge for judge, _ in ranking(found, args.student)] if args.student else None,
-        "sets": [t.to_json() for t in found],
+        "cells": [{"source": s, "judge": j} | {k: round(v, 4) for k, v in c.items()} for (s, j), c in cells.items()],
+        "ranking": ranking(cells, student) if student else None,
+        "sets": [asdict(t) for t in found],
+        "table": ranking_table(cells, student) if student else matrix_table(cells),
     }
-    result["table"] = ranking_table(found, args.student) if args.student else matrix_table(found)
     write_json(Path(args.output_dir) / "transfer.json", result)
     write_html_report(args.output_dir)
     return result
 
 
-def matrix_table(found: Sequence[Transfer]) -> str:
-    """Accuracy of each model (column) on pictures attacked for another (row), and the worst of the surrogates: the other models' attacks."""
-    cells = means(found)
-    sources, judges = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
-    rows = [("(clean)", *(cells[sources[0], j]["clean"] for j in judges))]
-    rows += [(s, *(cells[s, j]["adversarial"] for j in judges)) for s in sources]
-    worst = [[cells[s, j]["adversarial"] for s in sources if s != j] for j in judges]
-    return markdown(
-        ("attacked for \\ asked", *judges), [*rows, ("worst surrogate", *(min(w) if w else "" for w in worst))]
-    )
+def matrix_table(cells: Mapping[tuple[str, str], dict]) -> str:
+    """Accuracy of each model (column) on images attacked for another (row), and under the worst of the other models."""
+    names = list(dict.fromkeys(source for source, _ in cells))
+    rows = [("(clean)", *(cells[names[0], j]["clean"] for j in names))]
+    rows += [(s, *(cells[s, j]["adversarial"] for j in names)) for s in names]
+    worst = [min(cells[s, j]["adversarial"] for s in names if s != j) for j in names]
+    return markdown(("attacked for \\ asked", *names), [*rows, ("worst surrogate", *worst)])
 
 
-def ranking_table(found: Sequence[Transfer], student: str) -> str:
-    """Candidate proxies, best first."""
-    rows = [
-        (judge, c["clean"], c["adversarial"], c["kept"], f"{c['kl']:.2f}", str(c["n"]))
-        for judge, c in ranking(found, student)
-    ]
-    own = means(found)[student, student]
-    rows.append(
-        (f"({student} itself)", own["clean"], own["adversarial"], own["kept"], f"{own['kl']:.2f}", str(own["n"]))
-    )
+def ranking_table(cells: Mapping[tuple[str, str], dict], student: str) -> str:
+    """Candidate proxies, best first, and the student itself."""
+    named = [(judge, cells[student, judge]) for judge in [*ranking(cells, student), student]]
+    rows = [(j, c["clean"], c["adversarial"], c["kept"], f"{c['kl']:.2f}", str(c["n"])) for j, c in named]
+    rows[-1] = (f"({student} itself)", *rows[-1][1:])
     return markdown((f"proxy for {student}", "clean %", "on its attack %", "kept %", "KL, nats", "n"), rows)
 
 

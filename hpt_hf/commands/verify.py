@@ -1,4 +1,4 @@
-"""`recipes/verify.py`: measure again what a model's Scores claim, and say of each figure whether it holds."""
+"""`hpt-hf verify`: measure again what a model's results claim, and say of each figure whether it holds."""
 
 from __future__ import annotations
 
@@ -13,133 +13,92 @@ from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import load_model, on_device, reopen
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.evaluator import evaluate
-from hpt_hf.evaluation.result import EvalResult, read_results
-from hpt_hf.evaluation.statistics import wilson
+from hpt_hf.evaluation.result import EvalResult, read_results, read_results_of
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.utils import markdown, processes
+
+SAID = {True: "inside", False: "OUTSIDE", None: "not measured"}
 
 
 @dataclass
 class VerifyArguments:
-    """What `recipes/verify.py` measures again."""
-
-    model: str = field(metadata={"help": "folder or Hub id, with its Scores in scores/"})
+    model: str = field(metadata={"help": "folder or Hub id, with its results in results/"})
     model_revision: str | None = None
-    scores: str | None = field(
-        default=None, metadata={"help": "folder of EvalResult files; left out: scores/ beside the model"}
-    )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "the folder that the Scores' files and folders lie in now"}
-    )
-    limit: int | None = field(default=None, metadata={"help": "only so many of the Scores' pictures, at random"})
-    seed: int | None = field(default=None, metadata={"help": "other random starts than the Scores'"})
+    results: str | None = field(default=None, metadata={"help": "folder of results; default: those of the model"})
+    data_dir: str | None = field(default=None, metadata={"help": "the folder that the results' data lie in now"})
+    limit: int | None = field(default=None, metadata={"help": "only so many of the results' images, at random"})
+    seed: int | None = field(default=None, metadata={"help": "other random starts than the results'"})
     batch_size: int = 128
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One claimed figure beside the measured one. `inside`: it holds; None: it could not be measured, `why` says what was missing."""
+    """One claimed figure beside the measured one. `inside`: it holds; None: it could not be measured."""
 
-    score: EvalResult
-    figure: str
-    claimed: float
-    interval: tuple[float, float]
+    result: EvalResult
+    figure: str  # "clean" or "robust"
     measured: float | None
     inside: bool | None
     why: str = ""
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.result.clean_interval if self.figure == "clean" else self.result.interval
+
 
 def verify(
-    model: ZeroShotClassifier,
-    score: EvalResult,
-    *,
-    data_dir: str | None = None,
-    limit: int | None = None,
-    seed: int | None = None,
-    batch_size: int = 128,
-) -> list[Finding]:
-    """Clean and robust accuracy of one EvalResult, measured again.
+    classifier: ZeroShotClassifier, result: EvalResult, *, data_dir=None, limit=None, seed=None, batch_size=128
+):
+    """Findings of clean and robust accuracy, measured again.
 
-    On the same pictures a new figure holds if it lies in the claimed interval; on other pictures (a smaller `limit`) the claim holds if it lies in
-    the interval of the new figure. Weights or pictures that are not the claimed ones are said.
+    On the same images a new figure holds if it lies in the claimed interval; on others (a smaller `limit`) the claim
+    holds if it lies in the interval of the new figure.
     """
-    attack = EvaluationAttack(
-        ThreatModel(score.norm, score.eps),
-        "standard" if len(score.parts) > 1 else next(iter(score.parts)),
-        score.steps,
-        score.protocol,
-        score.seed if seed is None else seed,
-        score.target,
-    )
-    own = score.source.get("limit")
-    limit = own if limit is None else min(limit, own or limit)
+    name = "standard" if len(result.n_after) > 1 else next(iter(result.n_after))
+    threat, seed = ThreatModel(result.norm, result.eps), result.seed if seed is None else seed
+    attack = EvaluationAttack(threat, name, result.steps, result.protocol, seed, result.target)
+    own = result.source.get("limit")
+    sizes = {"limit": own if limit is None else min(limit, own or limit), "batch_size": batch_size, "probe": 0}
     try:
-        pictures = reopen(score.source, data_dir=data_dir, on_corrupt="skip" if score.skipped else "error")
-        again = evaluate(model, pictures, attack, name=score.model, batch_size=batch_size, limit=limit, probe=0)
-    except (ValueError, OSError) as error:  # the other Scores can still be measured
-        return [
-            Finding(score, *claim, measured=None, inside=None, why=f"it could not be measured: {error}")
-            for claim in _figures(score)
-        ]
-    same = again.rows == score.rows
-    why = "" if same else f"on {again.n} other pictures than the EvalResult's {score.n}"
-    if again.fingerprint != score.fingerprint:
-        why = "; ".join(filter(None, (why, "the weights are not those of the EvalResult")))
+        images = reopen(result.source, data_dir=data_dir, on_corrupt="skip" if result.skipped else "error")
+        again = evaluate(classifier, images, attack, name=result.model, **sizes)
+    except (ValueError, OSError) as error:  # the other results can still be measured
+        return [Finding(result, figure, None, None, str(error)) for figure in ("clean", "robust")]
+    same, why = again.images_digest == result.images_digest, []
+    if not same:
+        why.append(f"on {again.n} other images than the result's {result.n}")
+    if again.fingerprint != result.fingerprint:
+        why.append("the weights are not those of the result")
     found = []
-    for (figure, claimed, interval), (_, measured, new) in zip(_figures(score), _figures(again), strict=True):
-        if same:  # from the figure itself: an interval that was edited must not save one that was
-            interval = wilson(round(claimed * again.n / 100), again.n)
-        low, high = interval if same else new
-        found.append(
-            Finding(score, figure, claimed, interval, measured, low <= (measured if same else claimed) <= high, why)
-        )
+    for figure in ("clean", "robust"):
+        claim, new = Finding(result, figure, None, None), Finding(again, figure, None, None)
+        claimed, measured = getattr(result, figure), getattr(again, figure)
+        (low, high), value = (claim.interval, measured) if same else (new.interval, claimed)
+        found.append(Finding(result, figure, measured, low <= value <= high, "; ".join(why)))
     return found
 
 
-def _figures(score: EvalResult) -> tuple[tuple[str, float, tuple[float, float]], ...]:
-    return ("clean", score.clean, score.clean_interval), ("robust", score.robust, score.interval)
-
-
 def table(found: list[Finding]) -> str:
-    said = {True: "inside", False: "OUTSIDE", None: "not measured"}
     rows = [
-        (
-            f.score.dataset,
-            f"{f.score.attack} {f.score.norm} {f.score.eps}",
-            f.figure,
-            f.claimed,
-            "{:.1f}–{:.1f}".format(*f.interval),
-            "" if f.measured is None else f.measured,
-            said[f.inside] + (f" ({f.why})" if f.why else ""),
-        )
+        (f.result.dataset, f"{f.result.attack} {f.result.norm} {f.result.eps}", f.figure, getattr(f.result, f.figure),
+         "{:.1f}–{:.1f}".format(*f.interval), "" if f.measured is None else f.measured,
+         SAID[f.inside] + (f" ({f.why})" if f.why else ""))
         for f in found
-    ]
+    ]  # fmt: skip
     return markdown(("data set", "attack", "figure", "claimed %", "95%", "measured %", "verdict"), rows)
 
 
 def run(args: VerifyArguments) -> list[Finding]:
-    folder = Path(args.model)
-    if args.scores:
-        scores = Path(args.scores)
-    elif folder.is_dir():
-        scores = folder / "scores"
-    else:
-        scores = (
-            Path(snapshot_download(args.model, revision=args.model_revision, allow_patterns=["scores/*.json"]))
-            / "scores"
-        )
-    claims = read_results(scores)
+    folder = Path(args.results or args.model)
+    if not (args.results or folder.is_dir()):
+        patterns = ["results/*.json", "scores/*.json"]
+        folder = Path(snapshot_download(args.model, revision=args.model_revision, allow_patterns=patterns))
+    claims = read_results_of(folder) or read_results(folder) if args.results else read_results_of(folder)
     if not claims:
-        raise RecipeError(
-            f"no Scores in {scores}: nothing is claimed, so nothing can be verified; name their folder with --scores"
-        )
-    model = on_device(load_model(args.model, args.model_revision))
-    found = []
-    for score in claims:
-        found += verify(
-            model, score, data_dir=args.data_dir, limit=args.limit, seed=args.seed, batch_size=args.batch_size
-        )
-    return found
+        raise RecipeError(f"no results in {folder}: nothing is claimed. Fix: name their folder with --results.")
+    classifier = on_device(load_model(args.model, args.model_revision))
+    settings = {name: getattr(args, name) for name in ("data_dir", "limit", "seed", "batch_size")}
+    return [finding for claim in claims for finding in verify(classifier, claim, **settings)]
 
 
 def main(argv: list[str] | None = None) -> None:

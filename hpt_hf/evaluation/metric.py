@@ -1,6 +1,6 @@
-"""The metric `hpt_hf` for the `evaluate` library: clean and robust accuracy with intervals, offline and over several processes.
+"""The metric `hpt_hf` for the `evaluate` library: clean and robust accuracy with intervals. The evaluator counts with it.
 
-metric = evaluate.load("hpt_hf/metric.py")  # or hpt_hf.metric.RobustAccuracy()
+metric = evaluate.load("hpt_hf/evaluation/metric.py")  # or hpt_hf.evaluation.metric.RobustAccuracy()
 metric.add_batch(predictions=clean, adv_predictions=attacked, references=labels)
 metric.compute()
 """
@@ -15,32 +15,39 @@ from hpt_hf.evaluation.statistics import wilson
 
 
 class RobustAccuracy(evaluate.Metric):
-    """Share of pictures answered rightly, clean and attacked, in percent.
+    """Share of images that are right, clean and under attack.
 
-    A picture is robust if both answers are right: an attack may leave it as it is, so robust never exceeds clean. With `num_process` and
-    `process_id` (and one `experiment_id`) rank 0 gets the result over all processes, the others None, as everywhere in `evaluate`.
+    An image is robust if both answers are right: an attack may leave it as it is, so robust never exceeds clean. With
+    `num_process`, `process_id` and one `experiment_id`, rank 0 gets the result over all processes, the others None.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         feature = datasets.Value("int64")
         return evaluate.MetricInfo(
-            description="Clean and robust accuracy in percent, with Wilson's 95% intervals.",
+            description="Clean and robust accuracy in percent, with Wilson's 95% intervals, and the counts of images.",
             citation="Wilson 1927, Journal of the American Statistical Association 22",
-            inputs_description="predictions: answers on clean pictures; adv_predictions: on attacked ones; references: labels",
+            inputs_description="predictions on clean images, adv_predictions on attacked ones, references: labels",
             features=datasets.Features({"predictions": feature, "adv_predictions": feature, "references": feature}),
         )
 
     def _compute(self, predictions, adv_predictions, references) -> dict:
         predictions, attacked, labels = (np.asarray(v) for v in (predictions, adv_predictions, references))
-        right = predictions == labels
-        robust = right & (attacked == labels)
-        n = len(labels)
-        if n == 0:
-            raise ValueError("no pictures were added: an accuracy needs at least one; call add_batch before compute")
+        if not len(labels):
+            raise ValueError("no images were added: call add_batch before compute")
+        clean = predictions == labels
+        robust = clean & (attacked == labels)
+        per_class = {}  # label -> counts of images, clean and robust
+        for label in np.unique(labels):
+            own = labels == label
+            per_class[int(label)] = tuple(int(part.sum()) for part in (own, own & clean, own & robust))
+        n, n_clean, n_robust = len(labels), int(clean.sum()), int(robust.sum())
         return {
             "n": n,
-            "clean": 100 * float(right.mean()),
-            "clean_interval": wilson(int(right.sum()), n),
-            "robust": 100 * float(robust.mean()),
-            "interval": wilson(int(robust.sum()), n),
+            "n_clean": n_clean,
+            "n_robust": n_robust,
+            "clean": 100 * n_clean / n,
+            "clean_interval": wilson(n_clean, n),
+            "robust": 100 * n_robust / n,
+            "interval": wilson(n_robust, n),
+            "per_class": per_class,
         }

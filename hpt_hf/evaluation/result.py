@@ -1,24 +1,21 @@
-"""Scores: the accuracy of one model on one set under one attack, with all that is needed to doubt it and to measure it again."""
+"""The accuracy of one model on one data set under one attack, with all that is needed to doubt and to repeat it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from hpt_hf.evaluation.statistics import percent, wilson
 from hpt_hf.utils import slug
 
-FORMAT = 2  # of a EvalResult file; a file of another format is refused and not guessed at
-
-
-VERDICTS = ("clear", "suspicious", "unchecked")
+FORMAT = 3  # of a result's file
 
 
 class Question(NamedTuple):
-    """What was asked of a model: only Scores of one question may stand in one table."""
+    """What was asked of a model: only results of one question may stand in one table."""
 
     protocol: str
     attack: str
@@ -28,62 +25,84 @@ class Question(NamedTuple):
     seed: int
 
     def __str__(self) -> str:
-        extra = f", {self.limit} pictures a set" * bool(self.limit) + f", seed {self.seed}" * bool(self.seed)
-        return f"{self.attack}, {self.norm} {self.eps}, protocol “{self.protocol}”{extra}"
+        limit = f", {self.limit} images a set" if self.limit else ""
+        seed = f", seed {self.seed}" if self.seed else ""
+        return f"{self.attack}, {self.norm} {self.eps}, protocol “{self.protocol}”{limit}{seed}"
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Accuracies in percent; intervals are Wilson's, 95%.
-
-    Args:
-        fingerprint: digest of the weights. `revision`: the model's commit on the Hub, if it came from there.
-        source: how to open the data again (`hpt_hf.data.dataset.LabelledImages.source`), its `revision` and the `limit` included.
-        rows: digest of the pictures as the model saw them, in order.
-        attack, norm, eps, protocol, seed, target: the attack. `protocol` says on which pixels eps counts (`hpt_hf.attacks.threat_model.PROTOCOLS`).
-        parts: robust accuracy after each of the attacks that ran in turn.
-        per_class: class -> (pictures, right, robust), as counts.
-        verdict: one of `VERDICTS`: were the checks run, and was one raised? `suspicions` holds those, `checks` all.
-        skipped: pictures that could not be read and were left out.
-        seconds: of computing, summed over processes.
-    """
+    """Counts of images; accuracies (percent), Wilson's 95% intervals and the verdict follow from them."""
 
     model: str
-    fingerprint: str
-    revision: str | None
+    fingerprint: str  # digest of the weights
     dataset: str
-    source: dict
+    source: dict  # how to open the data again, its `revision` and the `limit` included
     classes: int
     templates: tuple[str, ...]
+    images_digest: str  # of the images as the model saw them, in order
     n: int
-    rows: str
+    n_clean: int  # right on the clean image
+    n_robust: int  # … and under attack
+    n_after: dict[str, int]  # … after each stage of the attack, in the order in which they ran
+    per_class: dict[str, tuple[int, int, int]]  # class -> (images, clean, robust)
     attack: str
     steps: int | None
     norm: str
     eps: str
-    protocol: str
+    protocol: str  # on which pixels eps counts, `PROTOCOLS`
     seed: int
-    target: str | None
-    clean: float
-    robust: float
-    clean_interval: tuple[float, float]
-    interval: tuple[float, float]
-    robust_is: str
-    parts: dict[str, float]
-    per_class: dict[str, tuple[int, int, int]]
-    verdict: str
-    suspicions: tuple[dict, ...]
-    checks: tuple[dict, ...]
+    target: str | None = None
+    revision: str | None = None  # the model's commit on the Hub, if it came from there
+    sanity_checks: tuple[dict, ...] = ()  # each {name, raised (None: not run), detail}
     notes: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-    seconds: float = 0.0
+    skipped: tuple[str, ...] = ()  # images that could not be read and were left out
+    seconds: float = 0.0  # of computing, summed over processes
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
     format: int = FORMAT
 
     @property
+    def clean(self) -> float:
+        return percent(self.n_clean, self.n)
+
+    @property
+    def robust(self) -> float:
+        return percent(self.n_robust, self.n)
+
+    @property
+    def clean_interval(self) -> tuple[float, float]:
+        return wilson(self.n_clean, self.n)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.n_robust, self.n)
+
+    @property
+    def accuracy_after(self) -> dict[str, float]:
+        """Stage of the attack -> robust accuracy after it."""
+        return {stage: percent(count, self.n) for stage, count in self.n_after.items()}
+
+    @property
+    def raised(self) -> tuple[dict, ...]:
+        """The sanity checks that doubt the robust accuracy."""
+        return tuple(check for check in self.sanity_checks if check["raised"])
+
+    @property
+    def verdict(self) -> str:
+        """`unchecked`, `suspicious` or `clear`."""
+        if not self.sanity_checks:
+            return "unchecked"
+        return "suspicious" if self.raised else "clear"
+
+    @property
+    def robust_is(self) -> str:
+        goal = f"never taken for {self.target!r} on any query" if self.target else "right on every query of the attack"
+        return f"right on the clean image and {goal}"
+
+    @property
     def worst_class(self) -> tuple[str, int, int]:
-        """(name, pictures, robust) of the class with the lowest robust accuracy."""
+        """(name, images, robust) of the class with the lowest robust accuracy."""
         name, (count, _, robust) = min(self.per_class.items(), key=lambda item: (item[1][2] / item[1][0], -item[1][0]))
         return name, count, robust
 
@@ -93,58 +112,63 @@ class EvalResult:
 
     @property
     def file_name(self) -> str:
-        """One name for each model, set and question, so that one folder can hold the Scores of several models.
-
-        The readable parts alone would not keep any two apart: a slug has neither case nor accents, and is cut short.
-        """
+        """One name for each model, data set and question: slugs to read, and a digest, since they are cut short."""
         parts = (Path(self.model).name or self.model, self.dataset, self.attack, self.norm, self.eps, self.protocol)
         digest = hashlib.sha256(json.dumps([self.fingerprint, *parts, *self.question]).encode()).hexdigest()
         return "--".join(slug(p)[:40] or "x" for p in parts) + f"--{digest[:8]}.json"
 
     def to_json(self) -> dict:
-        return asdict(self)
+        """All fields, and for human readers what follows from them, which `read` passes over."""
+        derived = ("clean", "clean_interval", "robust", "interval", "accuracy_after", "verdict", "robust_is")
+        found = {name: getattr(self, name) for name in derived}
+        return asdict(self) | found | {"raised": [check["name"] for check in self.raised]}
 
     @classmethod
     def read(cls, file: str | Path) -> EvalResult:
-        """A EvalResult from its file.
+        """A result from its file, also of format 2. Fields that this version does not know are passed over.
 
         Raises:
-            ValueError: not a EvalResult, or one of another format; the message says which version wrote it.
+            ValueError: no result, one that lacks a field, or counts that cannot be.
         """
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not a EvalResult: it holds no JSON ({error})") from None
-        if not isinstance(content, dict) or "robust" not in content:
-            raise ValueError(f"{file} is not a EvalResult: it has no key 'robust'")
-        names = {f.name for f in fields(cls)}
-        if content.get("format") != FORMAT or content.keys() != names:
-            writer = dict(content.get("versions") or {}).get("hpt_hf", "an unknown version")
-            odd = sorted(content.keys() ^ names)
-            raise ValueError(
-                f"{file} was written by hpt_hf {writer} in format {content.get('format', 1)}, this version reads format {FORMAT}"
-                + (f" (keys that differ: {', '.join(odd[:6])})" if odd else "")
-                + ": evaluate again, or read it with the version that wrote it"
-            )
-        if not all(isinstance(content[k], int | float) and 0 <= content[k] <= 100 for k in ("clean", "robust")):
-            raise ValueError(
-                f"{file} claims {content['clean']!r} clean and {content['robust']!r} robust: expected percentages"
-            )
-        return cls(**{name: _tuples(value) for name, value in content.items()})
+            if content.get("format") == 2:
+                content = _from_format_2(content)
+            known = {f.name for f in fields(cls)} - {"format"}
+            result = cls(**{name: _tuples(value) for name, value in content.items() if name in known})
+            if not 0 <= result.n_robust <= result.n_clean <= result.n != 0:
+                raise ValueError(f"it claims {result.n_robust} robust and {result.n_clean} right of {result.n} images")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{error!r}" if isinstance(error, KeyError) else str(error).removeprefix("EvalResult.__init__() ")
+            raise ValueError(f"{file} is no result that can be read: {reason}. Fix: evaluate again.") from error
+        return result
+
+
+def _from_format_2(old: dict) -> dict:
+    """Format 2 held percentages, and other names."""
+
+    def count(share: float) -> int:
+        return round(share * old["n"] / 100)
+
+    checks = [{"name": c["name"], "raised": c["raised"], "detail": c["seen"]} for c in old["checks"]]
+    counts = {"n_clean": count(old["clean"]), "n_robust": count(old["robust"])}
+    counts["n_after"] = {stage: count(share) for stage, share in old["parts"].items()}
+    return old | counts | {"images_digest": old["rows"], "sanity_checks": checks}
 
 
 def _tuples(value):
-    """JSON knows only lists; a EvalResult holds tuples, so that two equal Scores are equal."""
+    """JSON knows only lists; a result holds tuples, so that two equal results are equal."""
     if isinstance(value, dict):
         return {k: _tuples(v) for k, v in value.items()}
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def read_results(folder: str | Path) -> list[EvalResult]:
-    """All Scores of a folder, in the order of their names."""
+    """All results that lie in a folder, in the order of their names."""
     return [EvalResult.read(file) for file in sorted(Path(folder).glob("*.json"))]
 
 
-def mean(scores: Sequence[EvalResult]) -> dict[str, float]:
-    """Unweighted means over data sets, in percent."""
-    return {key: sum(getattr(s, key) for s in scores) / len(scores) for key in ("clean", "robust")}
+def read_results_of(folder: str | Path) -> list[EvalResult]:
+    """The results of a model's or an evaluation's folder; `scores/` is what the version before called `results/`."""
+    found = {r.file_name: r for place in ("scores", "results") for r in read_results(Path(folder) / place)}
+    return [found[name] for name in sorted(found)]

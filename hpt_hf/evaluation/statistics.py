@@ -1,8 +1,9 @@
-"""Statistics: Wilson's interval, percentages."""
+"""Statistics: percentages, Wilson's interval, means over data sets."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -17,3 +18,8 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 def percent(count: int, n: int) -> float:
     return round(100 * count / n, 2)
+
+
+def mean(results: Sequence) -> dict[str, float]:
+    """Unweighted means of clean and robust accuracy over data sets, in percent."""
+    return {key: sum(getattr(r, key) for r in results) / len(results) for key in ("clean", "robust")}

@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult as HubEvalResult
 from huggingface_hub import ModelCard, ModelCardData
 
-from hpt_hf.evaluation.result import EvalResult, read_results
+from hpt_hf.evaluation.result import EvalResult, read_results_of
 from hpt_hf.evaluation.tables import result_table
 from hpt_hf.utils import progress, read_json, slug, write_text
 
@@ -58,10 +58,6 @@ def card(folder: str | Path, *, results=None, repo_id: str | None = None, revisi
         tables={question: result_table(part) for question, part in tables.items()},
     ).content.rstrip()
     return f"{text}\n\n{_MARK}{_digest(text)} -->\n"
-
-
-def read_results_of(folder: str | Path) -> list[EvalResult]:
-    return [*read_results(Path(folder) / "results"), *read_results(Path(folder) / "scores")]
 
 
 def write_model_card(folder: str | Path) -> Path:
@@ -145,8 +141,8 @@ def _figures(results: Sequence[EvalResult]) -> list[HubEvalResult]:
             "dataset_revision": r.source.get("revision"),
         }
         counted = {"n": r.n, "seed": r.seed, "protocol": r.protocol}
-        attack = {"attack": r.attack, "norm": r.norm, "eps": r.eps, "after_each_attack": r.parts}
-        attack |= {"verdict": r.verdict, "doubts": [c["name"] for c in r.suspicions]}
+        attack = {"attack": r.attack, "norm": r.norm, "eps": r.eps, "after_each_attack": r.accuracy_after}
+        attack |= {"verdict": r.verdict, "doubts": [c["name"] for c in r.raised]}
         robust = f"robust accuracy, % ({r.attack}, {r.norm} {r.eps})"
         for metric, value, interval, more in (
             ("clean accuracy, %", r.clean, r.clean_interval, {}),
