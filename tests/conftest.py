@@ -38,7 +38,6 @@ from hpt_hf.attacks.threat_model import ThreatModel  # noqa: E402
 from hpt_hf.data.collator import Collator  # noqa: E402
 from hpt_hf.data.dataset import LabelledImages  # noqa: E402
 from hpt_hf.evaluation.result import EvalResult  # noqa: E402
-from hpt_hf.evaluation.statistics import percent, wilson  # noqa: E402
 from hpt_hf.lab.pretrain import new_clip, new_processor, train_tokenizer  # noqa: E402
 from hpt_hf.method.objectives import OBJECTIVES, Divergence  # noqa: E402
 from hpt_hf.method.schedule import Schedule  # noqa: E402
@@ -201,37 +200,31 @@ def write_image_folder(folder, images) -> str:
     return str(folder)
 
 
-def make_result(**changes) -> EvalResult:
-    """A EvalResult that no model was asked for: by default 60 of 100 pictures right, 40 robust. Its percentages follow from `per_class`."""
-    per_class = changes.get("per_class", {"cat": (50, 40, 30), "dog": (50, 20, 10)})
+def make_result(clean: float | None = None, robust: float | None = None, **changes) -> EvalResult:
+    """A result that no model was asked for: 60 of 100 images right, 40 robust, or as `per_class` says, or in percent."""
+    counts = {"cat": (50, 40, 30), "dog": (50, 20, 10)}
+    if clean is not None:
+        counts = {"cat": (10_000, round(100 * clean), round(100 * robust))}
+    per_class = changes.setdefault("per_class", counts)
     n, right, robust = (sum(counts) for counts in zip(*per_class.values(), strict=True))
     settings = {
         "model": "models/ours",
         "fingerprint": "0123456789abcdef",
-        "revision": None,
         "dataset": "cats",
         "source": {"path": "pictures/cats", "split": "test", "limit": None},
         "classes": len(per_class),
         "templates": ("a photo of a {}",),
+        "images_digest": "fedcba9876543210",
         "n": n,
-        "rows": "fedcba9876543210",
+        "n_clean": right,
+        "n_robust": robust,
+        "n_after": {"pgd": robust},
         "attack": "pgd-20",
         "steps": None,
         "norm": "linf",
         "eps": "1/255",
         "protocol": "input",
         "seed": 0,
-        "target": None,
-        "clean": percent(right, n),
-        "robust": percent(robust, n),
-        "clean_interval": wilson(right, n),
-        "interval": wilson(robust, n),
-        "robust_is": "right on the clean picture and on every iterate of the attack",
-        "parts": {"pgd": percent(robust, n)},
-        "per_class": per_class,
-        "verdict": "unchecked",
-        "suspicions": (),
-        "checks": (),
         "seconds": 1.5,
         "versions": {"torch": "2", "hpt_hf": "0.1.0"},
         "hardware": "a CPU",

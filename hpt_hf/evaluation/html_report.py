@@ -32,7 +32,9 @@ def write_html_report(folder: str | Path) -> Path:
     transfer = _read(folder / "transfer.json")
     if not results and not transfer:
         raise ValueError(f"{folder} holds no results/*.json and no transfer.json: nothing to report")
-    examples, results = gallery(folder, results), short_names(results)
+    names = short_names(results)
+    examples = gallery(folder, results, names)
+    results = [replace(r, model=names[r.model, r.fingerprint]) for r in results]
     tables = [(str(part[0].question), part) for part in _grouped(results, lambda r: r.question)]
     models = list(dict.fromkeys(r.model for r in results))
     skipped = sum(len(r.skipped) for r in results)
@@ -60,13 +62,12 @@ def _read(file: Path):
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def short_names(results: Sequence[EvalResult]) -> list[EvalResult]:
-    """Each model under the shortest name that no other has: its folder's, its path, its path with the weights' digest."""
+def short_names(results: Sequence[EvalResult]) -> dict[tuple[str, str], str]:
+    """(model, weights' digest) -> the shortest name that no other has: its folder's, its path, its path with the digest."""
     models = dict.fromkeys((r.model, r.fingerprint) for r in results)
     names = [(Path(model).name or model, model, f"{model} ({weights[:6]})") for model, weights in models]
     level = next(i for i in range(3) if len({n[i] for n in names}) == len(names))
-    short = {key: name[level] for key, name in zip(models, names, strict=True)}
-    return [replace(r, model=short[r.model, r.fingerprint]) for r in results]
+    return {key: name[level] for key, name in zip(models, names, strict=True)}
 
 
 def _grouped(items: Iterable, key: Callable) -> list[list]:
@@ -88,11 +89,11 @@ def summary(results: Sequence[EvalResult]) -> list[dict]:
     return rows
 
 
-def gallery(folder: Path, results: Sequence[EvalResult]) -> list[dict]:
+def gallery(folder: Path, results: Sequence[EvalResult], names: dict[tuple[str, str], str]) -> list[dict]:
     """Broken images to show, of each model and set under its widest ball; every first one before any second."""
     widest = {(r.fingerprint, r.dataset, r.protocol): r for r in sorted(results, key=lambda r: parse_eps(r.eps))}
     shown = [
-        (place, one | {"model": r.model, "dataset": r.dataset, "title": str(r.question)})
+        (place, one | {"model": names[r.model, r.fingerprint], "dataset": r.dataset, "title": str(r.question)})
         for r in widest.values()
         for place, one in enumerate(_read(folder / "gallery" / r.file_name) or [])
     ]

@@ -7,11 +7,20 @@ metric.compute()
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import datasets
-import evaluate
 import numpy as np
 
 from hpt_hf.evaluation.statistics import wilson
+
+search_path = sys.path
+try:  # the library, and no script of that name beside the one that runs, such as recipes/evaluate.py
+    sys.path = [folder for folder in search_path if not Path(folder, "evaluate.py").is_file()]
+    import evaluate
+finally:
+    sys.path = search_path
 
 
 class RobustAccuracy(evaluate.Metric):

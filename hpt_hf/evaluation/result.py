@@ -170,5 +170,5 @@ def read_results(folder: str | Path) -> list[EvalResult]:
 
 def read_results_of(folder: str | Path) -> list[EvalResult]:
     """The results of a model's or an evaluation's folder; `scores/` is what the version before called `results/`."""
-    found = {r.file_name: r for place in ("scores", "results") for r in read_results(Path(folder) / place)}
-    return [found[name] for name in sorted(found)]
+    files = {f.name: f for place in ("scores", "results") for f in Path(folder, place).glob("*.json")}
+    return [EvalResult.read(files[name]) for name in sorted(files)]

@@ -423,14 +423,14 @@ def test_evaluate_arguments_and_what_it_writes(tmp_path, student_path, capsys):
         ]
     )
     assert (
-        len(list((tmp_path / "scores" / "scores").glob("*.json"))) == 1
+        len(list((tmp_path / "scores" / "results").glob("*.json"))) == 1
         and (tmp_path / "scores" / "report.md").is_file()
     )
     out = capsys.readouterr()
     report = (tmp_path / "scores" / "report.md").read_text()
     assert "n = 7" in out.err and out.out == report + "\n" and report.startswith(f"# {Path(student_path).name}\n")
     assert (
-        "\n## pgd-3, linf 1/255, protocol “input”, 7 pictures a set\n\n| data set" in report
+        "\n## pgd-3, linf 1/255, protocol “input”, 7 images a set\n\n| data set" in report
         and (tmp_path / "scores" / "report.html").is_file()
     )
     (args,) = parse((EvaluateArguments,), ["--model", "m", "--output_dir", "o"])
@@ -464,7 +464,7 @@ def test_each_attack_at_each_radius_is_a_score_of_each_set_once(tmp_path, studen
     assert told == [
         (a, e, d, 3, "unchecked") for a in ("pgd-1", "cw-1") for e in ("2/255", "1/255") for d in ("one", "two")
     ]
-    assert sorted(read_results(tmp_path / "o" / "scores"), key=repr) == sorted(scores, key=repr)
+    assert sorted(read_results(tmp_path / "o" / "results"), key=repr) == sorted(scores, key=repr)
 
 
 def test_a_target_that_the_last_set_lacks_stops_before_the_first_is_attacked(tmp_path, student_path, monkeypatch):
@@ -511,7 +511,7 @@ def test_a_score_of_another_version_in_the_folder_stops_the_evaluation_before_it
     old.parent.mkdir(parents=True)
     old.write_text('{"robust": 1.0, "versions": {"hpt_hf": "0.0.9"}}')
     with pytest.raises(
-        SystemExit, match="old.json was written by hpt_hf 0.0.9 in format 1, this version reads format 2"
+        SystemExit, match="old.json is no result that can be read: missing"
     ):
         evaluate.main(["--model", student_path, "--dataset", "lab:digits", "--output_dir", str(tmp_path / "out")])
     assert [f.name for f in (tmp_path / "out").rglob("*") if f.is_file()] == ["old.json"]

@@ -362,7 +362,7 @@ def test_a_score_of_a_named_set_says_from_which_commit_it_is(cache, tmp_path, st
         str(tmp_path / "out"),
     ]
     main([*flags, "--attack_steps", "1", "--probe", "0", "--batch_size", "5"])
-    (file,) = (tmp_path / "out" / "scores").glob("*.json")
+    (file,) = (tmp_path / "out" / "results").glob("*.json")
     score = EvalResult.read(file)
     assert (score.dataset, score.n, score.classes, score.protocol) == ("cifar10", 5, 10, protocol)
     assert score.source["repository"] == source.repository and score.source["revision"] == source.revision

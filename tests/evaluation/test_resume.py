@@ -22,7 +22,7 @@ from hpt_hf.data.dataset import load_images
 from hpt_hf.evaluation import evaluator as evaluation
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import read_results
-from hpt_hf.evaluation.resume import Journal
+from hpt_hf.evaluation.resume import Findings
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,10 +35,10 @@ FOUND = {
 
 def noted(folder, question=QUESTION, rank=0, found=FOUND) -> Path:
     """The file of a journal that holds `found`."""
-    journal = Journal(folder, question, rank)
+    known = Findings(folder, question, rank)
     for name, finding in found.items():
-        assert journal.note(name, finding) == finding == journal.get(name)
-    return journal.file
+        assert known.note(name, finding) == finding == known.get(name)
+    return known.file
 
 
 # --- the file -------------------------------------------------------------------------------------------------------------
@@ -46,19 +46,19 @@ def noted(folder, question=QUESTION, rank=0, found=FOUND) -> Path:
 
 def test_findings_survive_reopening(tmp_path):
     noted(tmp_path / "some" / "where")
-    assert Journal(tmp_path / "some" / "where", QUESTION).findings == FOUND
-    assert Journal(tmp_path / "some" / "where", dict(reversed(QUESTION.items()))).findings == FOUND, (
+    assert Findings(tmp_path / "some" / "where", QUESTION).findings == FOUND
+    assert Findings(tmp_path / "some" / "where", dict(reversed(QUESTION.items()))).findings == FOUND, (
         "the order of keys says nothing"
     )
-    assert Journal(tmp_path / "some" / "where", QUESTION).get("batch 9") is None
+    assert Findings(tmp_path / "some" / "where", QUESTION).get("batch 9") is None
 
 
 @pytest.mark.parametrize("other", [{"model": "abd"}, {"attack": ["pgd", 21]}, {"seed": 0}], ids=str)
 def test_another_question_is_another_journal(other, tmp_path):
     noted(tmp_path)
-    assert Journal(tmp_path, QUESTION | other).findings == {}
+    assert Findings(tmp_path, QUESTION | other).findings == {}
     noted(tmp_path, QUESTION | other, found={"batch 0": {"ends": []}})
-    assert Journal(tmp_path, QUESTION).findings == FOUND
+    assert Findings(tmp_path, QUESTION).findings == FOUND
 
 
 def test_a_line_torn_at_any_byte_does_not_count_and_is_not_continued(tmp_path):
@@ -69,10 +69,10 @@ def test_a_line_torn_at_any_byte_does_not_count_and_is_not_continued(tmp_path):
     assert len(kept) == 3 and len(last) > 20
     for cut in range(start, len(whole)):
         file.write_bytes(whole[:cut])
-        journal = Journal(tmp_path, QUESTION)
-        assert list(journal.findings.items()) == list(FOUND.items())[:3], cut
-        journal.note("batch 3", FOUND["batch 3"])
-        assert file.read_bytes() == whole and Journal(tmp_path, QUESTION).findings == FOUND, cut
+        known = Findings(tmp_path, QUESTION)
+        assert list(known.findings.items()) == list(FOUND.items())[:3], cut
+        known.note("batch 3", FOUND["batch 3"])
+        assert file.read_bytes() == whole and Findings(tmp_path, QUESTION).findings == FOUND, cut
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
 
 
@@ -81,12 +81,12 @@ def test_a_process_reads_what_all_have_found_and_writes_only_its_own_file(tmp_pa
     before = [f.read_bytes() for f in files]
     assert len(set(files)) == 3
     for rank in (0, 1, 5):
-        assert Journal(tmp_path, QUESTION, rank).findings == {f"batch {r}": {"ends": [r]} for r in (0, 1, 2)}
-    Journal(tmp_path, QUESTION, 1).note("batch 4", {})
+        assert Findings(tmp_path, QUESTION, rank).findings == {f"batch {r}": {"ends": [r]} for r in (0, 1, 2)}
+    Findings(tmp_path, QUESTION, 1).note("batch 4", {})
     assert [f.read_bytes() == b for f, b in zip(files, before, strict=True)] == [True, False, True]
     # The line that another process is just writing is not there yet, and not mine to cut off.
     files[2].write_bytes(before[2][:-4])
-    assert "batch 2" not in Journal(tmp_path, QUESTION, 0).findings and files[2].read_bytes() == before[2][:-4]
+    assert "batch 2" not in Findings(tmp_path, QUESTION, 0).findings and files[2].read_bytes() == before[2][:-4]
 
 
 def test_without_a_folder_it_remembers_and_writes_nothing(tmp_path, monkeypatch):
@@ -109,10 +109,10 @@ def test_lines_that_are_no_findings_are_passed_over(tmp_path):
         first[:30] + b"\n",
     ]
     file.write_bytes(first + b"".join(garbage) + b"".join(rest) + b"\0\0\0\0")
-    journal = Journal(tmp_path, QUESTION)
-    assert journal.findings == FOUND
-    journal.note("batch 4", {})
-    assert Journal(tmp_path, QUESTION).findings == FOUND | {"batch 4": {}}
+    known = Findings(tmp_path, QUESTION)
+    assert known.findings == FOUND
+    known.note("batch 4", {})
+    assert Findings(tmp_path, QUESTION).findings == FOUND | {"batch 4": {}}
 
 
 @pytest.mark.parametrize("written", [0, 5])
@@ -125,21 +125,21 @@ def test_a_full_disk_is_an_error_and_loses_nothing_noted_before(written, tmp_pat
             disk.write('{"name": '[:written])
         raise OSError(28, "No space left on device")
 
-    journal = Journal(tmp_path, QUESTION)
+    known = Findings(tmp_path, QUESTION)
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OSError, match="No space left"):
-        journal.note("batch 4", {})
+        known.note("batch 4", {})
     monkeypatch.undo()
-    assert file.stat().st_size > 0 and Journal(tmp_path, QUESTION).findings == FOUND
-    Journal(tmp_path, QUESTION).note("batch 4", {})
-    assert Journal(tmp_path, QUESTION).findings == FOUND | {"batch 4": {}}
+    assert file.stat().st_size > 0 and Findings(tmp_path, QUESTION).findings == FOUND
+    Findings(tmp_path, QUESTION).note("batch 4", {})
+    assert Findings(tmp_path, QUESTION).findings == FOUND | {"batch 4": {}}
 
 
 def test_a_finding_is_on_disk_when_note_returns(tmp_path):
-    journal = Journal(tmp_path, QUESTION)
+    known = Findings(tmp_path, QUESTION)
     for count, (name, finding) in enumerate(FOUND.items(), 1):
-        journal.note(name, finding)
-        assert len(Journal(tmp_path, QUESTION, rank=1).findings) == count
+        known.note(name, finding)
+        assert len(Findings(tmp_path, QUESTION, rank=1).findings) == count
 
 
 # --- what an evaluation makes of it ---------------------------------------------------------------------------------------
@@ -158,16 +158,14 @@ def data(tmp_path):
 
 
 CHEAP = [
-    c
-    for c in evaluation.CHECKS
-    if c.__name__ in ("quantised", "smaller_ball", "outside_ball", "few_classes", "baseline")
+    c for c in evaluation.CHECKS if c.__name__ in ("quantised", "zero_gradient", "detached", "few_images", "baseline")
 ]
 
 
 @pytest.fixture
 def counted(monkeypatch):
     """How often batches were answered, batches attacked, and checks run; of the checks only the cheap ones, for time."""
-    count = {"answer_batch": 0, "breaks": 0, "checks": 0}
+    count = {"attack_batch": 0, "breaks": 0, "checks": 0}
 
     def counting(call, name):
         @functools.wraps(call)
@@ -177,7 +175,7 @@ def counted(monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr(evaluation, "answer_batch", counting(evaluation.answer_batch, "answer_batch"))
+    monkeypatch.setattr(evaluation, "attack_batch", counting(evaluation.attack_batch, "attack_batch"))
     monkeypatch.setattr(EvaluationAttack, "run", counting(EvaluationAttack.run, "breaks"))
     monkeypatch.setattr(evaluation, "CHECKS", tuple(counting(c, "checks") for c in CHEAP))
     return count
@@ -220,15 +218,15 @@ def test_a_restart_answers_only_what_the_journal_does_not_hold(trained, data, tm
 
 
 def test_an_evaluation_that_fails_in_the_middle_goes_on_from_there(trained, data, tmp_path, counted, monkeypatch):
-    answer_batch = evaluation.answer_batch
+    attack_batch = evaluation.attack_batch
 
     def failing(model, batch, attack, **kwargs):
-        if counted["answer_batch"] == 3:
+        if counted["attack_batch"] == 3:
             raise RuntimeError("out of memory")
-        return answer_batch(model, batch, attack, **kwargs)
+        return attack_batch(model, batch, attack, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "answer_batch", failing)
+        patch.setattr(evaluation, "attack_batch", failing)
         with pytest.raises(RuntimeError, match="out of memory"):
             measure(trained, data, tmp_path / "out")
     assert taken(counted) == (3, 3, 0)
@@ -252,7 +250,9 @@ def test_changed_pictures_under_the_same_path_are_answered_afresh(trained, data,
     replaced(sorted(Path(data).glob("*/*.png"))[19])
     after = measure(trained, data, tmp_path / "out", probe=0)
     assert taken(counted)[0] == 1, "one batch holds it"
-    assert after.rows != before.rows and stable(after) == stable(measure(trained, data, None, probe=0))
+    assert after.images_digest != before.images_digest and stable(after) == stable(
+        measure(trained, data, None, probe=0)
+    )
 
 
 def test_corrected_labels_are_answered_afresh(trained, tmp_path, counted):
@@ -262,7 +262,9 @@ def test_corrected_labels_are_answered_afresh(trained, tmp_path, counted):
     checks = taken(counted)[2]
     pictures = relabelled(pictures, [4, 4, 4, *pictures.labels[3:]])
     after = measure(trained, pictures, tmp_path / "out")
-    assert taken(counted) == (1, 1, checks) and after.rows == before.rows and after.clean < before.clean
+    assert (
+        taken(counted) == (1, 1, checks) and after.images_digest == before.images_digest and after.clean < before.clean
+    )
     assert stable(after) == stable(measure(trained, pictures, None))
 
 
@@ -294,8 +296,8 @@ def command_line(model: str, data: str, folder) -> list[str]:
 
 def results(folder: Path) -> dict[str, str]:
     """The files an evaluation leaves for its reader, the seconds it took apart."""
-    files = [*folder.glob("scores/*"), *folder.glob("gallery/*"), folder / "report.md", folder / "report.html"]
-    seconds = r'"seconds": [\d.]+|[\d.]+ s on '  # in the Scores, on the page
+    files = [*folder.glob("results/*"), *folder.glob("gallery/*"), folder / "report.md", folder / "report.html"]
+    seconds = r'"seconds": [\d.]+|[\d.]+ s on '  # in the results, on the page
     return {str(f.relative_to(folder)): re.sub(seconds, "", f.read_text()) for f in files}
 
 
@@ -351,7 +353,7 @@ def kill_and_compare(moments, model, data, tmp_path, rng) -> None:
         assert process.wait(timeout=200) == 0, (tmp_path / f"{name}.log").read_text()
     ours, theirs = results(tmp_path / "killed"), results(tmp_path / "alone")
     assert len(ours) == 6 and ours == theirs
-    robust = {s.attack: s.robust for s in read_results(tmp_path / "killed" / "scores")}
+    robust = {s.attack: s.robust for s in read_results(tmp_path / "killed" / "results")}
     assert set(robust) == {"apgd-ce-20", "square-20"} and 0 < robust["apgd-ce-20"] < 100
     # Nothing that stood was found again: every name once.
     for file in (tmp_path / "killed" / "progress").iterdir():

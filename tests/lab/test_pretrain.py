@@ -17,7 +17,7 @@ from hpt_hf.commands.parser import parse
 from hpt_hf.commands.quickstart import overrides
 from hpt_hf.commands.train import RECIPE, build_schedule
 from hpt_hf.data.dataset import DatasetSpec
-from hpt_hf.evaluation.evaluator import answer
+from hpt_hf.evaluation.evaluator import attack_all
 from hpt_hf.lab.datasets import EMOJI_CATEGORIES, LAB_SUITE, LAB_TRAINING, WEIGHTS, lab_images, real_suite
 from hpt_hf.lab.glyphs import GlyphWorld
 from hpt_hf.lab.pretrain import (
@@ -117,9 +117,10 @@ def test_the_shipped_pair():
     for model in (student, proxy):
         pictures = lab_images("digits", 40, faces="test", seed=5)
         model.set_classes(pictures.classes, pictures.templates)
-        answers = answer(model, pictures, attack)
-        assert answers.clean.float().mean() > 0.7  # it reads
-        assert answers.robust.float().mean() < 0.4  # and is a vanilla CLIP
+        outcomes = attack_all(model, pictures, attack)
+        after = outcomes.after(0)
+        assert after["n_clean"] / 40 > 0.7  # it reads
+        assert after["n_robust"] / 40 < 0.4  # and is a vanilla CLIP
 
 
 def test_no_name_of_the_suite_is_cut_and_all_prompts_differ():

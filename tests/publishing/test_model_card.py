@@ -195,9 +195,9 @@ def test_a_card_without_results_claims_nothing(folder):
 
 
 def test_doubts_and_unreadable_images_stand_in_the_card(folder, fingerprint):
-    doubted = make_result(fingerprint=fingerprint, verdict="suspicious", suspicions=(DOUBT,), checks=(DOUBT,))
+    doubted = make_result(fingerprint=fingerprint, sanity_checks=(DOUBT,))
     source, passed = {"path": "pictures/dogs", "split": "test", "limit": None}, {**DOUBT, "raised": False}
-    clear = {"dataset": "dogs", "source": source, "verdict": "clear", "checks": (passed,)}
+    clear = {"dataset": "dogs", "source": source, "sanity_checks": (passed,)}
     assert "Doubts" not in card(folder)
     put_results(
         folder, doubted, make_result(fingerprint=fingerprint, skipped=("row 3 of /home/me/x", "row 9"), **clear)

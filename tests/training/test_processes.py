@@ -279,7 +279,7 @@ def findings(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 def results(folder: Path) -> dict[str, str]:
     """What an evaluation leaves for its reader, the seconds it took apart."""
-    files = [*folder.glob("scores/*"), *folder.glob("gallery/*"), folder / "report.md", folder / "report.html"]
+    files = [*folder.glob("results/*"), *folder.glob("gallery/*"), folder / "report.md", folder / "report.html"]
     seconds = r'"seconds": [\d.]+|[\d.]+ s on '
     return {str(f.relative_to(folder)): re.sub(seconds, "", f.read_text()) for f in files}
 
@@ -290,7 +290,7 @@ def test_two_processes_evaluate_as_one(evaluated):
     for name in theirs:
         assert ours[name].splitlines() == theirs[name].splitlines(), name
     assert ours.keys() == theirs.keys() and len(theirs) == 6
-    robust = [json.loads(f.read_text())["robust"] for f in (two / "scores").iterdir()]
+    robust = [json.loads(f.read_text())["robust"] for f in (two / "results").iterdir()]
     assert any(0 < value < 100 for value in robust), "an attack that does all or nothing proves nothing"
 
 
@@ -320,8 +320,8 @@ def test_a_run_begun_by_two_processes_goes_on_with_one(evaluated, tmp_path, monk
         keep = 2 if file.stem.endswith("-0") else 1
         (tmp_path / "progress" / file.name).write_bytes(b"".join(lines[:keep]) + lines[keep][:-9])
         left += keep
-    answered, answer_batch = [], evaluation.answer_batch
-    monkeypatch.setattr(evaluation, "answer_batch", lambda *a, **k: answered.append(a[1]) or answer_batch(*a, **k))
+    answered, attack_batch = [], evaluation.attack_batch
+    monkeypatch.setattr(evaluation, "attack_batch", lambda *a, **k: answered.append(a[1]) or attack_batch(*a, **k))
     main([*flags, "--output_dir", str(tmp_path)])
     assert left == 6 and len(answered) == 10 - left
     assert results(tmp_path) == results(one)
