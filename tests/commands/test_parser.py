@@ -349,7 +349,7 @@ EVALUATE = {
     "no data": (["--dataset", "/nowhere/pictures"], "no data at /nowhere/pictures"),
     "limit": (["--dataset", "x", "--limit", "0"], "--limit 0: expected at least 1 picture"),
     "batch size": (["--dataset", "x", "--batch_size", "0"], "--batch_size 0: expected at least 1 picture"),
-    "probe": (["--dataset", "x", "--probe", "-1"], "--probe -1: expected at least 0 pictures"),
+    "probe": (["--dataset", "x", "--probe", "-1"], "--probe: got -1, expected at least 0 images"),
     "eps": (["--dataset", "x", "--eps", "1/255", "4"], "Fix: '4/255'"),
     "attack": (
         ["--dataset", "x", "--attack", "apgd"],
