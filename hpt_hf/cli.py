@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.metadata import version
 
-from hpt_hf import __version__
 from hpt_hf.commands.help import print_help
 from hpt_hf.utils import did_you_mean
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(f"  {name:<12} {what}" for name, what in COMMANDS.items()))
         print("\n`hpt-hf COMMAND --help` lists the flags of a command.")
     elif command == "--version":
-        print(__version__)
+        print(version("hpt_hf"))
     elif command not in COMMANDS:
         print(
             f"hpt-hf: unknown command {command!r}{did_you_mean(command, COMMANDS, 'see hpt-hf --help')}",

@@ -71,8 +71,6 @@ def tell(args: QuickstartArguments) -> None:
     attack = EvaluationAttack(ThreatModel(recipe.norm, recipe.eps), steps=20)
     tasks = [lab_images(task.removeprefix("lab:"), limit, faces="test", seed=2) for task in LAB_SUITE]
     student, proxy = load_model("lab:student"), load_model("lab:proxy")
-    seconds = {"phenomenon": -time.time()}
-
     progress(
         f"1. The phenomenon: {len(tasks)} tasks × {limit} images in unseen typefaces, {attack} at {attack.threat}"
     )
@@ -84,49 +82,47 @@ def tell(args: QuickstartArguments) -> None:
             **phenomenon
         )
     )
-    seconds["phenomenon"] += time.time()
-
     progress("2. Training: plain HPT, HPT-GPD and TeCoA, the same images, attack and number of steps")
-    models: dict[str, ZeroShotClassifier] = {}
-    for method in ("hpt", "hpt_gpd", "tecoa"):
-        seconds[f"train {method}"] = -time.time()
-        folder = output / ("model" if method == "hpt_gpd" else f"model-{method}")
-        shutil.rmtree(folder, ignore_errors=True)
-        short = ["--max_steps", "4"] if args.smoke else []
-        flags = [*overrides(method), "--output_dir", str(folder), "--seed", str(args.seed), *short]
-        record = run(*parse(RECIPE, ["--config", "quickstart", *flags]))
-        models[method] = ZeroShotClassifier.from_pretrained(folder)
-        seconds[f"train {method}"] += time.time()
-        held = ", ".join(
-            f"{k.removeprefix('eval_').replace('_', ' ')} {v:.1f}%" for k, v in record["held_out"].items()
-        )
-        progress(
-            f"   {NAMES[method][0]}: {record['steps']} steps in {record['seconds']:.0f} s; held-out slice: {held}"
-        )
-
+    seconds = {"phenomenon": time.time() - start}
+    models = {method: train(method, output, args, seconds) for method in ("hpt", "hpt_gpd", "tecoa")}
     progress("3. Evaluation of the three on the same tasks")
     for method, model in models.items():
-        seconds[f"evaluate {method}"] = -time.time()
+        mark = time.time()
         # The checks cost more than the attack: they are run for the model that the reader takes along.
         checks = {"probe": 12, "baseline": student} if method == "hpt_gpd" else {}
         results[method] = measure(model, tasks, attack, method, **checks)
-        seconds[f"evaluate {method}"] += time.time()
-
+        seconds[f"evaluate {method}"] = time.time() - mark
     seconds["total"] = time.time() - start
     summary = summarise(results, phenomenon, args, limit, {k: round(v, 1) for k, v in seconds.items()})
+    write(output, results, summary)
+    story(summary, examples({"vanilla": student, **models}, attack), output / "story.png")
+    print(result_table(summary))
+    use(output)
+    print(f"\n{time.time() - start:.0f} s in all. Look at {output / 'story.png'} and {output / 'report.md'}.")
+
+
+def train(method: str, output: Path, args: QuickstartArguments, seconds: dict[str, float]) -> ZeroShotClassifier:
+    mark = time.time()
+    folder = output / ("model" if method == "hpt_gpd" else f"model-{method}")
+    shutil.rmtree(folder, ignore_errors=True)
+    flags = [*overrides(method), "--output_dir", str(folder), "--seed", str(args.seed)]
+    flags += ["--max_steps", "4"] if args.smoke else []
+    record = run(*parse(RECIPE, ["--config", "quickstart", *flags]))
+    seconds[f"train {method}"] = time.time() - mark
+    held = ", ".join(f"{k.removeprefix('eval_').replace('_', ' ')} {v:.1f}%" for k, v in record["held_out"].items())
+    progress(f"   {NAMES[method][0]}: {record['steps']} steps in {record['seconds']:.0f} s; held-out slice: {held}")
+    return ZeroShotClassifier.from_pretrained(folder)
+
+
+def write(output: Path, results: dict[str, list[EvalResult]], summary: dict) -> None:
     for result in (result for part in results.values() for result in part):
         write_json(output / "results" / result.file_name, result.to_json())
     # The model that the reader takes along has its results beside it and in its card.
     for result in results["hpt_gpd"]:
         write_json(output / "model" / "results" / result.file_name, result.to_json())
     write_model_card(output / "model")
-    story(summary, examples({"vanilla": student, **models}, attack), output / "story.png")
     write_json(output / "summary.json", summary)
-    table = result_table(summary)
-    write_text(output / "report.md", report(summary, table))
-    print(table)
-    use(output)
-    print(f"\n{time.time() - start:.0f} s in all. Look at {output / 'story.png'} and {output / 'report.md'}.")
+    write_text(output / "report.md", report(summary, result_table(summary)))
 
 
 def use(output: Path) -> None:
