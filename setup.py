@@ -15,7 +15,11 @@ setup(
     packages=[*find_packages(include=["hpt_hf", "hpt_hf.*"]), "hpt_hf.recipes"],
     package_dir={"hpt_hf.recipes": "recipes"},
     entry_points={"console_scripts": ["hpt-hf = hpt_hf.cli:main"]},
-    package_data={"hpt_hf": ["*/*.json", "*/*.j2"], "hpt_hf.lab": ["weights/*/*"], "hpt_hf.recipes": ["*.yaml", "*/*.yaml"]},
+    package_data={
+        "hpt_hf": ["*/*.json", "*/*.j2"],
+        "hpt_hf.lab": ["weights/*/*"],
+        "hpt_hf.recipes": ["*.yaml", "*/*.yaml"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6,<3",
