@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
+import itertools
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 # Before anything imports the Hub's client: no test may reach for the network.
@@ -27,6 +30,7 @@ _hook = install_import_hook(
     ["hpt_hf.attacks", "hpt_hf.models.zero_shot", "hpt_hf.method.objectives"], "beartype.beartype"
 )
 
+import datasets  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -198,6 +202,52 @@ def write_image_folder(folder, images) -> str:
         place.mkdir(parents=True, exist_ok=True)
         row["image"].save(place / f"{index:03d}.png")
     return str(folder)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_parquet(file, images, labels=None, *, names=CLASSES, image="image", label="label") -> str:
+    """As the Hub serves them: encoded images, labels as ClassLabel (names), plain numbers (names=None) or words."""
+    columns = {image: [None if i is None else {"bytes": i, "path": None} for i in images]}
+    features = datasets.Features({image: datasets.Image()})
+    if labels is not None:
+        columns[label] = labels
+        words = any(isinstance(v, str) for v in labels)
+        plain = datasets.Value("string" if words else "int64")
+        features[label] = datasets.ClassLabel(names=list(names)) if names and not words else plain
+    file.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(file)
+    return str(file)
+
+
+def write_stream(folder, images, *, files=3, split="train", **how) -> str:
+    """Parquet files of unequal length, named as on the Hub."""
+    cuts = [round(len(images) * (i / files) ** 1.5) for i in range(files + 1)]
+    labels = how.pop("labels", images.labels)
+    for number, (a, b) in enumerate(itertools.pairwise(cuts)):
+        encoded = [encode(images[i]["image"]) for i in range(a, b)]
+        write_parquet(folder / f"{split}-{number:05}-of-{files:05}.parquet", encoded, labels[a:b], **how)
+    return str(folder)
+
+
+def write_tar(file, members) -> None:
+    """`members`: (name, content) in order, as webdataset's writer leaves them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def samples(*rows, kind="png", start=0) -> list[tuple[str, bytes]]:
+    """(encoded image, label) -> the two members of each, called as clip-benchmark calls them."""
+    both = [((f"s{i:07d}.{kind}", c), (f"s{i:07d}.cls", f"{y}\n".encode())) for i, (c, y) in enumerate(rows, start)]
+    return [member for pair in both for member in pair]
 
 
 def make_result(clean: float | None = None, robust: float | None = None, **changes) -> EvalResult:

@@ -63,27 +63,23 @@ class LabelledImages:
     skipped: tuple[tuple[int, str], ...] = ()
 
     @classmethod
-    def from_dataset(cls, data: datasets.Dataset, labels: Sequence[int | None], classes: Sequence[str], **fields):
-        """From a `datasets.Dataset` with a column `image`, and a label for each of its rows."""
-        data = data.select_columns("image").cast_column("image", datasets.Image(decode=False))
-        data = data.add_column("label", list(labels), feature=datasets.ClassLabel(names=list(classes)))
-        return cls(data.add_column("row", np.arange(len(data))), **fields)
-
-    @classmethod
     def from_images(
         cls,
-        images: Iterable[Image.Image | bytes],
-        labels: Sequence[int] | None,
+        images: datasets.Dataset | Iterable[Image.Image | bytes],
+        labels: Sequence[int | None] | None,
         classes: Sequence[str],
         templates: Sequence[str] = (TEMPLATE,),
         name: str = "data",
         source: dict | None = None,
     ) -> LabelledImages:
-        """From images in memory, which are kept as PNG."""
-        cells = [i if isinstance(i, bytes) else to_rgb(i) for i in images]
-        data = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features(image=datasets.Image()))
-        labels = [None] * len(cells) if labels is None else labels
-        return cls.from_dataset(data, labels, classes, templates=tuple(templates), name=name, source=source or {})
+        """From a `datasets.Dataset` with a column `image`, or from images in memory, which are kept as PNG."""
+        if not isinstance(images, datasets.Dataset):
+            cells = [i if isinstance(i, bytes) else to_rgb(i) for i in images]
+            images = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features(image=datasets.Image()))
+        data = images.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        labels = [None] * len(data) if labels is None else list(labels)
+        data = data.add_column("label", labels, feature=datasets.ClassLabel(names=list(classes)))
+        return cls(data.add_column("row", np.arange(len(data))), tuple(templates), name, source or {})
 
     def __len__(self) -> int:
         return len(self.data)
@@ -165,12 +161,12 @@ def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labell
     if on_corrupt not in ("error", "skip"):
         raise ValueError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'")
     spec = DatasetSpec(spec) if isinstance(spec, str) else spec
-    asked, path, names, templates = spec, Path(spec.path), None, None
-    check_templates(spec.templates or (TEMPLATE,))
+    path, label, names, templates = Path(spec.path), spec.label, None, (TEMPLATE,)
+    check_templates(spec.templates or templates)
     name = path.name
     if path.is_dir() and (list(path.glob("*.tar")) or list(path.glob("*/*.tar"))):
-        asked = replace(spec, label=spec.label or "cls")
-        data, (names, templates) = _shards(path, spec.split), _shard_texts(path)
+        data, names, templates = _shards(path, spec.split)
+        label = label or "cls"
     elif path.is_dir() and not any(path.rglob("*.parquet")):
         data = _image_folder(path, spec.split)
     elif path.exists():
@@ -181,38 +177,32 @@ def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labell
         name = f"{spec.path}:{spec.split}"
     if not len(data):
         raise ValueError(f"{spec.path} (split {spec.split}) holds no images")
-    templates = spec.templates or templates or (TEMPLATE,)
-    check_templates(templates)
-    image, label = find_columns(data, asked)
+    check_templates(spec.templates or templates)
+    image, label = find_columns(data, spec.image, label, spec.path)
     labels, names = _read_labels(data, label, names)
     classes, places = match_classes(names, spec.classes, spec.path)
     _check_labels(labels, len(places), spec.path)
-    images = LabelledImages.from_dataset(
-        data.select_columns(image).rename_columns({image: "image"}),
-        [None if v is None else places[v] for v in labels],
-        classes,
-        templates=tuple(templates),
-        name=name,
-        source={k: v for k, v in asdict(spec).items() if v is not None},
-    )
+    labels = [None if v is None else places[v] for v in labels]
+    data = data.select_columns(image).rename_columns({image: "image"})
+    source = {k: v for k, v in asdict(spec).items() if v is not None}
+    images = LabelledImages.from_images(data, labels, classes, spec.templates or templates, name, source)
     return images.without_unreadable() if on_corrupt == "skip" else images
 
 
-def read_files(kind: str, files: Iterable[Path], **options):
-    """Local files, in order, through a loader of `datasets`, which copies them into its cache once and anew when their time changes."""
-    names = [str(f) for f in files]
+def read_files(kind: str, files: Sequence[Path], **options):
+    """Local files, in order, by a loader of `datasets`, which copies them into its cache, and again when their time changes."""
+    names = [glob.escape(str(f)) for f in files]
     try:
-        return datasets.load_dataset(kind, data_files=[glob.escape(n) for n in names], split="train", **options)
+        return datasets.load_dataset(kind, data_files=names, split="train", **options)
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"{names[0]} (1 of {len(names)} files) cannot be read: {error.__cause__ or error}") from error
+        raise ValueError(f"{files[0]} (1 of {len(files)} files) cannot be read: {error.__cause__ or error}") from error
 
 
 def _image_folder(path: Path, split: str) -> datasets.Dataset:
     """One sub-folder a class, in alphabetical order; or images alone, without labels.
 
-    Not `imagefolder`, which takes the innermost folder for the class and splits for classes.
+    Not `imagefolder`: it takes the innermost folder for the class, and a class called "train" for a split.
     """
-    # A folder called "train" beside others called "car" and "bus" is a class and not a split.
     if (path / split).is_dir() and {f.name for f in path.iterdir() if f.is_dir()} <= {split, *SPLIT_FOLDERS}:
         path = path / split
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
@@ -223,39 +213,37 @@ def _image_folder(path: Path, split: str) -> datasets.Dataset:
     parts = [f.relative_to(path).parts for f in files]
     if folders := sorted({p[0] for p in parts if len(p) > 1}):
         if loose := [p[0] for p in parts if len(p) == 1]:
-            raise ValueError(
-                f"{path} has images both in class folders ({', '.join(folders[:4])} …) and beside them "
-                f"({', '.join(loose[:4])} …): which class are those?"
-            )
+            raise ValueError(f"{path} has images beside its class folders {folders[:4]}: which class is {loose[0]}?")
         columns["label"] = [folders.index(p[0]) for p in parts]
         features["label"] = datasets.ClassLabel(names=folders)
     return datasets.Dataset.from_dict(columns, features=features)
 
 
 def _parquet(path: Path, split: str) -> datasets.Dataset:
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(
-                f"{path} is not a parquet file. Fix: a parquet file, a folder of them, of images, or a Hub id."
-            )
-        return read_files("parquet", [path])
-    wanted = split.split("+")  # as `datasets` writes a union
-    # Files named as on the Hub, by their split, are all that is read: a README might speak of splits that were not downloaded.
-    named = {s: sorted(path.rglob(f"{s}-*-of-*.parquet")) for s in wanted}
-    if all(named.values()) and len({f.parent for files in named.values() for f in files}) == 1:
-        return datasets.concatenate_datasets([read_files("parquet", files) for files in named.values()])
-    splits = datasets.load_dataset(str(path))
-    if set(wanted) <= set(splits):
-        return datasets.concatenate_datasets([splits[s] for s in wanted])
-    if len(splits) > 1 or len(wanted) > 1:
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"{path} is not a parquet file. Fix: give one, a folder of them or of images, or a Hub id.")
+    # Before the folder's README is asked, which might speak of splits that were not downloaded.
+    if files := [path] if path.is_file() else files_of_split(path, split):
+        return read_files("parquet", files)
+    splits, wanted = datasets.load_dataset(str(path)), split.split("+")
+    if len(splits) == len(wanted) == 1:  # one split needs no name
+        return next(iter(splits.values()))
+    if not set(wanted) <= set(splits):
         raise ValueError(f"{path} has no split {split!r}, it has {', '.join(splits)}. Fix: choose one with --split.")
-    return next(iter(splits.values()))
+    return datasets.concatenate_datasets([splits[s] for s in wanted])
 
 
-def _shards(path: Path, split: str) -> datasets.Dataset:
-    """clip-benchmark's layout: `<split>/*.tar` of images, each with a `cls` member.
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """The parquet files that are named as on the Hub (`train-00000-of-00002`) and make up a split, or a union `a+b`."""
+    parts = [sorted(folder.rglob(f"{s}-*-of-*.parquet")) for s in split.split("+")]
+    files = [f for part in parts for f in part]
+    return files if all(parts) and len({f.parent for f in files}) == 1 else []
 
-    Named one by one, since `load_dataset(folder)` would read the one-line nshards.txt beside the shards as the data set.
+
+def _shards(path: Path, split: str) -> tuple[datasets.Dataset, tuple[str, ...] | None, tuple[str, ...]]:
+    """clip-benchmark's layout: `<split>/*.tar` of images, each with a `cls` member; class names and templates beside.
+
+    Shards are named one by one: `load_dataset(folder)` would read the one-line nshards.txt among them as the data set.
     """
     folder = path / split if (path / split).is_dir() else path
     shards = sorted(folder.glob("*.tar"), key=lambda f: (len(f.name), f.name))  # 2.tar before 10.tar
@@ -263,10 +251,9 @@ def _shards(path: Path, split: str) -> datasets.Dataset:
         others = ", ".join(sorted({f.parent.name for f in path.glob("*/*.tar")}))
         raise ValueError(f"{path} has shards in {others}, none for the split {split!r}")
     count = folder / "nshards.txt"
-    if count.is_file() and count.read_text().strip() != str(len(shards)):
-        said = count.read_text().strip()
+    if count.is_file() and (said := count.read_text().strip()) != str(len(shards)):
         raise ValueError(
-            f"{folder} holds {len(shards)} shards and its nshards.txt says {said!r}. Fix: download the rest."
+            f"{folder} holds {len(shards)} shards, its nshards.txt says {said!r}. Fix: download the rest."
         )
     for shard in shards:
         try:
@@ -278,15 +265,10 @@ def _shards(path: Path, split: str) -> datasets.Dataset:
                     raise tarfile.ReadError("it ends in the middle")
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ValueError(f"the shard {shard} cannot be read ({error}). Fix: download it again.") from None
-    return read_files("webdataset", shards)
-
-
-def _shard_texts(path: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    """Class names and templates (`{c}`) in text files beside the shards."""
-    names, file = path / "classnames.txt", path / "zeroshot_classification_templates.txt"
+    names, templates = path / "classnames.txt", path / "zeroshot_classification_templates.txt"
+    lines = templates.read_text("utf-8-sig").replace("{c}", "{}").splitlines() if templates.is_file() else []
     names = read_classes(names) if names.is_file() else None
-    lines = file.read_text(encoding="utf-8-sig").replace("{c}", "{}").splitlines() if file.is_file() else ()
-    return names, tuple(t.strip() for t in lines if t.strip()) or None
+    return read_files("webdataset", shards), names, tuple(t.strip() for t in lines if t.strip()) or (TEMPLATE,)
 
 
 def check_hub_id(path: str) -> None:
@@ -295,24 +277,19 @@ def check_hub_id(path: str) -> None:
         raise FileNotFoundError(f"no data at {path}: neither a file nor a folder, nor a Hub id of the form owner/name")
 
 
-def find_columns(data: datasets.Dataset | datasets.IterableDataset, spec: DatasetSpec) -> tuple[str, str | None]:
-    """(image column, label column if any): as `spec` names them, else the only one of that type, else the one called so."""
+def find_columns(data, image: str | None, label: str | None, path: str) -> tuple[str, str | None]:
+    """(image column, label column if any): as given, else by name and type, else the only one of its type."""
     found = []
-    for what, given, kind in (("image", spec.image, datasets.Image), ("label", spec.label, datasets.ClassLabel)):
-        fits = [n for n, feature in data.features.items() if isinstance(feature, kind)]
-        if given is not None and given not in data.features:
+    for what, given, kind in (("image", image, datasets.Image), ("label", label, datasets.ClassLabel)):
+        fits = [given] if given else [n for n, feature in data.features.items() if isinstance(feature, kind)]
+        if not given and (what in fits or what == "label" and not fits):
+            fits = [what] if what in data.features else []  # the labels may be plain numbers or words
+        if len(fits) > 1 or (fits or [what])[0] not in data.features and (fits or what == "image"):
             there = ", ".join(data.features)
-            raise ValueError(f"{spec.path} has no column {given!r} for the {what}; it has {there}")
-        if given is None and what in data.features and (what in fits or what == "label" and not fits):
-            given = what
-        elif given is None and len(fits) == 1:
-            given = fits[0]
-        elif given is None and (fits or what == "image"):
             raise ValueError(
-                f"{spec.path} has {len(fits)} columns of {what}s ({', '.join(fits) or 'none'}) among "
-                f"{', '.join(data.features)}. Fix: say which with --{what}_column."
+                f"{path}: no one column for the {what}, got {fits} of {there}. Fix: --{what}_column NAME."
             )
-        found.append(given)
+        found.append(fits[0] if fits else None)
     return found[0], found[1]
 
 
@@ -328,7 +305,7 @@ def _read_labels(
     elif feature.dtype in ("string", "large_string"):
         names = sorted(set(values) - {None})
         number = {n: i for i, n in enumerate(names)}
-        values = [None if v is None else number[v] for v in values]
+        values = [number.get(v) for v in values]
     # -1 is how the Hub writes "no label" in hidden test splits.
     return [None if v is None or v == -1 else int(v) for v in values], names
 
@@ -336,12 +313,9 @@ def _read_labels(
 def _check_labels(labels: Sequence[int | None], classes: int, path: str) -> None:
     wrong = [(i, v) for i, v in enumerate(labels) if v is not None and not 0 <= v < classes]
     if wrong:
-        raise ValueError(
-            f"{len(wrong)} labels of {path} are out of range: row {wrong[0][0]} has label {wrong[0][1]}, "
-            f"and there are {classes} classes (0 to {classes - 1})"
-        )
-    missing = labels.count(None)
-    if 0 < missing < len(labels):
+        row, value = wrong[0]
+        raise ValueError(f"{len(wrong)} labels of {path} are out of range: row {row} has {value} of {classes} classes")
+    if 0 < (missing := labels.count(None)) < len(labels):
         raise ValueError(f"{missing} of {len(labels)} rows of {path} have no label. Fix: label all of them or none.")
 
 

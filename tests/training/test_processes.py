@@ -164,10 +164,10 @@ def test_two_processes_estimate_together_and_one_speaks(tmp_path, student_path, 
 
 def test_two_processes_stream_as_one(tmp_path, student_path, proxy_path, monkeypatch):
     """Each reads the whole stream and decodes its own half of every batch."""
+    from conftest import write_stream
     from safetensors.torch import load_file
-    from test_streaming import write_parquet
 
-    data = write_parquet(tmp_path / "data", make_images(43))
+    data = write_stream(tmp_path / "data", make_images(43))
     said = f"--method hpt_gpd --streaming true --dataset {data} --max_steps 8 --interval 3 --use_cpu true --disable_tqdm true --eps 8/255"
     said += f" --learning_rate 1e-3 --ga_learning_rate 1e-3 --model {student_path} --proxy {proxy_path}"
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # in this process

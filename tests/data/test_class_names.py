@@ -1,0 +1,64 @@
+"""Names are read whole and matched by name, so that no order of a list can shift a label."""
+
+import json
+
+import pytest
+
+from hpt_hf.data.class_names import match_classes, read_classes
+
+NAMES = ("cat", "dog", "house")
+
+
+@pytest.mark.parametrize("suffix", ["txt", "json"])
+def test_names_are_read_from_a_file_whole(tmp_path, suffix):
+    names = ("cat", "dog's life", "tête-à-tête", "red  car")  # spaces, quotes and accents are kept
+    file = tmp_path / f"names.{suffix}"
+    file.write_text(json.dumps(names) if suffix == "json" else "\n".join(names) + "\n\n", encoding="utf-8")
+    assert read_classes(file) == names
+    with pytest.raises(FileNotFoundError, match="no class names"):
+        read_classes(tmp_path / f"other.{suffix}")
+
+
+def test_a_map_is_read_and_an_empty_line_never_moves_the_names_after_it(tmp_path):
+    (tmp_path / "names.json").write_text('{"n01": "cat"}')
+    assert read_classes(tmp_path / "names.json") == {"n01": "cat"}
+    (tmp_path / "names.txt").write_text("\ufeffcat\r\n\r\nhouse\r\n\r\n", encoding="utf-8")  # as Windows writes it
+    assert read_classes(tmp_path / "names.txt") == ("cat", "", "house")  # "" is refused when it is used
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "classes", "places"),
+    [
+        (NAMES, None, NAMES, [0, 1, 2]),
+        (None, NAMES, NAMES, [0, 1, 2]),
+        (NAMES, ("house", "cat", "dog"), ("house", "cat", "dog"), [1, 2, 0]),  # matched by name
+        (("dog", "house"), NAMES, NAMES, [1, 2]),  # an empty class folder
+        (NAMES, ("feline", "hound", "home"), ("feline", "hound", "home"), [0, 1, 2]),  # renamed in order
+        (("n2", "n1"), {"n1": "cat", "n2": "dog", "n3": "x"}, ("dog", "cat"), [0, 1]),
+        (("cat", "cat"), ("cat", "tom"), ("cat", "tom"), [0, 1]),  # two of one name cannot be matched by it
+    ],
+)
+def test_the_users_names_are_matched_by_name_or_else_in_order(own, given, classes, places):
+    assert match_classes(own, given, "set") == (classes, places)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "message"),
+    [
+        (None, None, "set names no classes.*--classes"),
+        (None, {"n01": "cat"}, "set names no classes"),
+        (("n01", "n02"), {"n01": "cat"}, "no entry for 1 classes of set.*n02"),
+        (("dog", "house"), ("a", "b", "c"), "3 class names were given.*2 classes.*dog, house"),
+        (("cat", "cat"), ("cat", "tom", "dog"), "3 class names were given.*2 classes"),
+        (None, ("cat", "", "house"), "class 1"),
+        (None, ("cat", "dog", "cat"), "classes 0 and 2 are both called 'cat'"),
+        (("cat", "cat"), None, "classes 0 and 1 are both called 'cat'"),
+        (("n1", "n2"), {"n1": "cat", "n2": "cat"}, "classes 0 and 1 are both called 'cat'"),
+        (("cat", "dog"), ("cat", "dog", "cat"), "classes 0 and 2 are both called 'cat'"),
+        (None, ("cat",), "at least two"),
+        (None, (), "at least two"),
+    ],
+)
+def test_names_that_do_not_fit_or_cannot_be_told_apart_are_refused(own, given, message):
+    with pytest.raises(ValueError, match=message):
+        match_classes(own, given, "set")
