@@ -107,7 +107,7 @@ def make_images(count: int = 40, *, labelled: bool = True, size: int = 32, seed:
 
 
 def relabelled(images: LabelledImages, labels, classes=CLASSES, name=None) -> LabelledImages:
-    return LabelledImages.from_dataset(images.data, labels, classes, name=name or images.name)
+    return LabelledImages.from_images(images.data, labels, classes, name=name or images.name)
 
 
 def make_batch(model, count=40):

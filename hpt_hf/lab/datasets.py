@@ -141,9 +141,7 @@ def real_images(name: str, folder: str, *, training: bool) -> LabelledImages:
         classes = tuple(dict.fromkeys(captions))
         labels = [classes.index(c) for c in captions]
     check_classes(classes)
-    return LabelledImages.from_dataset(
-        data, labels, classes, templates=(TEMPLATE,), name=f"real:{name}", source=source
-    )
+    return LabelledImages.from_images(data, labels, classes, (TEMPLATE,), f"real:{name}", source)
 
 
 def captioned_rows(folder: str | Path) -> list[tuple[Image.Image, tuple[str, ...]]]:
