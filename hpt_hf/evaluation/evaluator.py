@@ -1,7 +1,6 @@
 """Clean and robust zero-shot accuracy of a model on a data set.
 
-Attacks run in float32 with random starts that hang on the image, so a result does not depend on batch size or number of
-processes; findings are kept in a file, so an evaluation that is killed goes on; `sanity_checks` doubts every result.
+Attacks run in float32 with random starts that hang on the image: a result hangs on no batch size or number of processes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.evaluation.resume import Findings
 from hpt_hf.evaluation.sanity_checks import CHECKS, PROBE, Probe
 from hpt_hf.evaluation.statistics import percent
-from hpt_hf.models.zero_shot import ZeroShotClassifier, digest, fingerprint
+from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.types import ImageIds
 from hpt_hf.utils import hardware, processes, versions, write_json
 
@@ -44,16 +43,13 @@ def sample(size: int, limit: int | None) -> list[int]:
 def batches(images: LabelledImages, collate: Collator, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
     """The set in order, with `indices`; at native resolution a batch ends where the size of the images changes."""
     rows: list[dict] = []
-    indices: list[int] = []
-    for index in sample(len(images), limit):
-        row = images[index]
-        if rows and (len(rows) == batch_size or (collate.native and row["image"].size != rows[0]["image"].size)):
-            yield collate(rows) | {"indices": torch.tensor(indices)}
-            rows, indices = [], []
+    for index in [*sample(len(images), limit), None]:
+        row = {} if index is None else images[index] | {"index": index}
+        full = len(rows) == batch_size or index is None
+        if rows and (full or (collate.native and row["image"].size != rows[0]["image"].size)):
+            yield collate(rows) | {"indices": torch.tensor([row["index"] for row in rows])}
+            rows = []
         rows.append(row)
-        indices.append(index)
-    if rows:
-        yield collate(rows) | {"indices": torch.tensor(indices)}
 
 
 def shared(tasks: Iterable[tuple[str, Callable[[], dict]]], known: Findings) -> list[dict]:
@@ -67,8 +63,9 @@ def shared(tasks: Iterable[tuple[str, Callable[[], dict]]], known: Findings) -> 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Of each image, in the order of the set."""
+    """How an attack on a set ended, image by image, in the order of the set."""
 
+    attack: EvaluationAttack
     indices: torch.Tensor
     labels: torch.Tensor
     ends: torch.Tensor  # `WRONG`, `ROBUST`, or the number of the stage that broke it
@@ -79,11 +76,9 @@ class Outcomes:
     def after(self, stage: int) -> dict:
         """`RobustAccuracy` after that stage of the attack; -1 stands for any wrong answer."""
         robust = (self.ends == ROBUST) | (self.ends > stage)
-        return RobustAccuracy(keep_in_memory=True).compute(
-            predictions=self.labels.where(self.ends != WRONG, -1),
-            adv_predictions=self.labels.where(robust, -1),
-            references=self.labels,
-        )
+        clean_answers, answers = (self.labels.where(right, -1) for right in (self.ends != WRONG, robust))
+        metric = RobustAccuracy(keep_in_memory=True)
+        return metric.compute(predictions=clean_answers, adv_predictions=answers, references=self.labels)
 
 
 @torch.no_grad()
@@ -113,7 +108,7 @@ def attack_all(
     ends = torch.tensor([end for finding in found for end in finding["ends"]])
     examples = [example for finding in found for example in finding["examples"]]
     seconds = sum(finding["seconds"] for finding in found)
-    return Outcomes(indices, labels, ends, images_digest(image_ids), seconds, examples[:2])
+    return Outcomes(attack, indices, labels, ends, images_digest(image_ids), seconds, examples[:2])
 
 
 @torch.no_grad()
@@ -164,17 +159,16 @@ def evaluate(
     baseline: ZeroShotClassifier | None = None,
     folder: str | Path | None = None,
 ) -> EvalResult:
-    """Clean and robust accuracy of `classifier`, whose classes become those of the set, and the sanity checks of them.
+    """Clean and robust accuracy of `classifier`, whose classes become those of the set, and sanity checks of them.
 
     Args:
         name, revision: what the result calls the model.
-        limit: a fixed random sample of so many images (`sample`).
+        limit: a fixed random sample of so many images.
         probe: how many images the sanity checks look at; 0: none are run.
         baseline: an undefended model, which the attack must break.
         folder: for `progress/`, from which an evaluation that was killed goes on, and `gallery/`, images to show.
 
-    Raises:
-        ValueError: a set without labels or without the attack's target, logits that are not finite.
+    Raises ValueError for a set without labels or without the attack's target, and for logits that are not finite.
     """
     if not images.labelled:
         raise ValueError(f"{images.name} has no labels: accuracy cannot be measured on it")
@@ -186,11 +180,7 @@ def evaluate(
         model.set_classes(images.classes, images.templates)
     weights = fingerprint(classifier)
     question = {
-        "model": [
-            weights,
-            classifier.config.to_json_string(),
-            digest({"mean": classifier.mean, "std": classifier.std}),
-        ],
+        "model": [weights, classifier.config.to_json_string(), classifier.mean.tolist(), classifier.std.tolist()],
         "baseline": baseline and fingerprint(baseline),
         "data": [images.name, *images.classes, *images.templates],
         "attack": asdict(attack),
@@ -199,16 +189,17 @@ def evaluate(
     }
     known = Findings(folder and Path(folder) / "progress", question, processes().process_index)
     outcomes = attack_all(classifier, images, attack, batch_size=batch_size, limit=limit, known=known)
-    checks = sanity_checks(classifier, images, attack, outcomes, probe, baseline, known) if probe else ()
+    findings = sanity_checks(classifier, images, outcomes, known, probe, baseline) if probe else ()
     model = {"model": name, "revision": revision, "fingerprint": weights}
-    result = EvalResult(**model, **_counts(outcomes, images, attack, limit), sanity_checks=checks)
+    result = EvalResult(**model, **_measured(images, outcomes, limit), sanity_checks=tuple(findings))
     if folder is not None and processes().is_main_process:
         write_json(Path(folder) / "gallery" / result.file_name, outcomes.examples)
     return result
 
 
-def _counts(outcomes: Outcomes, images: LabelledImages, attack: EvaluationAttack, limit: int | None) -> dict:
+def _measured(images: LabelledImages, outcomes: Outcomes, limit: int | None) -> dict:
     """The fields of a result that say what was measured, and how."""
+    attack = outcomes.attack
     after = {stage: outcomes.after(number) for number, stage in enumerate(attack.stages)}
     total = after[attack.stages[-1]]
     return {
@@ -234,22 +225,16 @@ def _counts(outcomes: Outcomes, images: LabelledImages, attack: EvaluationAttack
 
 @torch.no_grad()
 def sanity_checks(
-    classifier: ZeroShotClassifier,
-    images: LabelledImages,
-    attack: EvaluationAttack,
-    outcomes: Outcomes,
-    count: int,
-    baseline: ZeroShotClassifier | None,
-    known: Findings,
-) -> tuple[dict, ...]:
+    classifier, images: LabelledImages, outcomes: Outcomes, known: Findings, count: int, baseline=None
+) -> list[dict]:
     """All checks on about `count` images. The processes of a launch share the checks."""
+    attack = outcomes.attack
     collate = Collator(classifier.processor, native=attack.native)
 
     def batch(mask: torch.Tensor, count: int) -> Batch:
-        """At most `count` of those chosen, spread at random, the same ones every time."""
-        places = mask.nonzero()[:, 0]
-        places = places[torch.from_numpy(np.random.default_rng(1).permutation(len(places))[:count].copy())]
-        rows = [images[i] for i in outcomes.indices[places].tolist()]
+        """At most `count` of those chosen, at random, the same ones every time."""
+        chosen = outcomes.indices[mask].numpy()
+        rows = [images[i] for i in np.random.default_rng(1).permutation(chosen)[:count]]
         # At native resolution one batch holds one size: that of the first.
         rows = [r for r in rows if not collate.native or r["image"].size == rows[0]["image"].size]
         return {k: v[: len(rows)].to(classifier.device) for k, v in collate(rows or [images[0]]).items()}
@@ -272,4 +257,4 @@ def sanity_checks(
         return {"name": check.__name__, "raised": raised, "detail": detail}
 
     data = f"{outcomes.images_digest} {images_digest(outcomes.labels)}"
-    return tuple(shared(((f"check {c.__name__} {data}", partial(run, c)) for c in CHECKS), known))
+    return shared(((f"check {c.__name__} {data}", partial(run, c)) for c in CHECKS), known)

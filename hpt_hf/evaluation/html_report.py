@@ -17,15 +17,12 @@ from hpt_hf.evaluation.statistics import mean
 from hpt_hf.evaluation.tables import result_table
 from hpt_hf.utils import write_text
 
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 EXAMPLES = 12  # attacked images that are shown at most
 
 
 def write_html_report(folder: str | Path) -> Path:
-    """`report.md` and `report.html` from `results/`, `gallery/` and `transfer.json` of a folder. Returns the page.
-
-    Raises:
-        ValueError: nothing of these lies there, or a result that cannot be read.
-    """
+    """From `results/`, `gallery/` and `transfer.json`; ValueError if there is none, or one that cannot be read."""
     folder = Path(folder)
     results = read_results_of(folder)
     results.sort(key=lambda r: (*r.question[:3], parse_eps(r.eps), r.model, r.dataset))
@@ -48,14 +45,11 @@ def write_html_report(folder: str | Path) -> Path:
     if transfer:
         text += ["## Transfer", transfer["table"]]
     write_text(folder / "report.md", "\n\n".join(text) + "\n")
-    rows = summary(results)
-    page = {"models": models, "summary": rows, "tables": tables, "plots": plots(rows)}
+    page = {"models": models, "summary": summary(results), "tables": tables, "plots": plots(summary(results))}
     page |= {"gallery": examples, "transfer": transfer, "skipped": skipped}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return write_text(folder / "report.html", environment.get_template("report.html.j2").render(page))
+    settings = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    template = jinja2.Environment(**settings).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return write_text(folder / "report.html", template.render(page))
 
 
 def _read(file: Path):

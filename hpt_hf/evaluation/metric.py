@@ -1,4 +1,4 @@
-"""The metric `hpt_hf` for the `evaluate` library: clean and robust accuracy with intervals. The evaluator counts with it.
+"""A metric for the `evaluate` library: clean and robust accuracy with intervals. The evaluator counts with it.
 
 metric = evaluate.load("hpt_hf/evaluation/metric.py")  # or hpt_hf.evaluation.metric.RobustAccuracy()
 metric.add_batch(predictions=clean, adv_predictions=attacked, references=labels)
@@ -24,10 +24,9 @@ finally:
 
 
 class RobustAccuracy(evaluate.Metric):
-    """Share of images that are right, clean and under attack.
+    """Images that are right, clean and under attack: robust if both answers are, since an attack may do nothing.
 
-    An image is robust if both answers are right: an attack may leave it as it is, so robust never exceeds clean. With
-    `num_process`, `process_id` and one `experiment_id`, rank 0 gets the result over all processes, the others None.
+    With `num_process`, `process_id` and one `experiment_id`, rank 0 gets the result over all, the others None.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -50,13 +49,6 @@ class RobustAccuracy(evaluate.Metric):
             own = labels == label
             per_class[int(label)] = tuple(int(part.sum()) for part in (own, own & clean, own & robust))
         n, n_clean, n_robust = len(labels), int(clean.sum()), int(robust.sum())
-        return {
-            "n": n,
-            "n_clean": n_clean,
-            "n_robust": n_robust,
-            "clean": 100 * n_clean / n,
-            "clean_interval": wilson(n_clean, n),
-            "robust": 100 * n_robust / n,
-            "interval": wilson(n_robust, n),
-            "per_class": per_class,
-        }
+        found = {"n": n, "n_clean": n_clean, "n_robust": n_robust, "per_class": per_class}
+        found |= {"clean": 100 * n_clean / n, "clean_interval": wilson(n_clean, n)}
+        return found | {"robust": 100 * n_robust / n, "interval": wilson(n_robust, n)}

@@ -11,12 +11,8 @@ from pathlib import Path
 class Findings:
     """Findings of one question by name. Without a folder they are only remembered.
 
-    Each is one JSON line, on disk before `note` returns; a line that a kill tore in two does not count. The question's
-    digest is in the file's name. Each process appends to a file of its own and reads all.
-
-    Args:
-        question: all that the findings hang on, as JSON.
-        rank: of this process.
+    Each is one JSON line, on disk before `note` returns; a line that a kill tore in two does not count. A file is named
+    by a digest of `question`, all that the findings hang on; each process appends to its own and reads all.
     """
 
     def __init__(self, folder: str | Path | None, question: dict, rank: int = 0):
@@ -25,12 +21,11 @@ class Findings:
         self.file: Path | None = None
         if folder is None:
             return
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
-        for file in sorted(folder.glob(f"{digest}-*.jsonl")):
+        for file in sorted(Path(folder).glob(f"{digest}-*.jsonl")):
             self.findings.update(_whole_lines(file))
-        self.file = folder / f"{digest}-{rank}.jsonl"
+        self.file = Path(folder, f"{digest}-{rank}.jsonl")
         if self.file.exists():  # a torn last line must not be continued
             os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
 
