@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from hpt_hf.evaluation.metric import RobustAccuracy
 from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.evaluation.resume import Findings
 from hpt_hf.evaluation.sanity_checks import CHECKS, PROBE, Probe
-from hpt_hf.evaluation.statistics import percent
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.types import ImageIds
 from hpt_hf.utils import hardware, processes, versions, write_json
@@ -105,10 +104,9 @@ def attack_all(
 
     found = shared(tasks(), known or Findings(None, {}))
     indices, labels, image_ids = (torch.cat([batch[k] for batch in seen]) for k in ("indices", "labels", "image_ids"))
-    ends = torch.tensor([end for finding in found for end in finding["ends"]])
-    examples = [example for finding in found for example in finding["examples"]]
+    ends, examples = (sum((finding[k] for finding in found), []) for k in ("ends", "examples"))
     seconds = sum(finding["seconds"] for finding in found)
-    return Outcomes(attack, indices, labels, ends, images_digest(image_ids), seconds, examples[:2])
+    return Outcomes(attack, indices, labels, torch.tensor(ends), images_digest(image_ids), seconds, examples[:2])
 
 
 @torch.no_grad()
@@ -189,9 +187,11 @@ def evaluate(
     }
     known = Findings(folder and Path(folder) / "progress", question, processes().process_index)
     outcomes = attack_all(classifier, images, attack, batch_size=batch_size, limit=limit, known=known)
-    findings = sanity_checks(classifier, images, outcomes, known, probe, baseline) if probe else ()
     model = {"model": name, "revision": revision, "fingerprint": weights}
-    result = EvalResult(**model, **_measured(images, outcomes, limit), sanity_checks=tuple(findings))
+    result = EvalResult(**model, **_measured(images, outcomes, limit))
+    if probe:
+        checks = sanity_checks(classifier, images, outcomes, result, known, count=probe, baseline=baseline)
+        result = replace(result, sanity_checks=tuple(checks))
     if folder is not None and processes().is_main_process:
         write_json(Path(folder) / "gallery" / result.file_name, outcomes.examples)
     return result
@@ -225,11 +225,10 @@ def _measured(images: LabelledImages, outcomes: Outcomes, limit: int | None) -> 
 
 @torch.no_grad()
 def sanity_checks(
-    classifier, images: LabelledImages, outcomes: Outcomes, known: Findings, count: int, baseline=None
-) -> list[dict]:
-    """All checks on about `count` images. The processes of a launch share the checks."""
-    attack = outcomes.attack
-    collate = Collator(classifier.processor, native=attack.native)
+    classifier, images, outcomes: Outcomes, result: EvalResult, known: Findings, *, count: int, baseline
+):
+    """Findings of all checks on about `count` images. The processes of a launch share the checks."""
+    collate = Collator(classifier.processor, native=outcomes.attack.native)
 
     def batch(mask: torch.Tensor, count: int) -> Batch:
         """At most `count` of those chosen, at random, the same ones every time."""
@@ -239,22 +238,14 @@ def sanity_checks(
         rows = [r for r in rows if not collate.native or r["image"].size == rows[0]["image"].size]
         return {k: v[: len(rows)].to(classifier.device) for k, v in collate(rows or [images[0]]).items()}
 
-    n, robust = len(outcomes.ends), outcomes.ends == ROBUST
-    probe = Probe(
-        classifier,
-        attack,
-        clean_images=batch(outcomes.ends != WRONG, count),
-        robust_images=batch(robust, count),
-        n=n,
-        robust=percent(int(robust.sum()), n),
-        broken_by={stage: int((outcomes.ends == i).sum()) for i, stage in enumerate(attack.stages)},
-        baseline=baseline,
-        baseline_images=batch(torch.ones_like(robust), 2 * count) if baseline else {},
-    )
+    clean, robust = (batch(mask, count) for mask in (outcomes.ends != WRONG, outcomes.ends == ROBUST))
+    probe = Probe(classifier, outcomes.attack, result, clean, robust, baseline)
+    if baseline is not None:
+        probe = replace(probe, baseline_images=batch(outcomes.ends >= WRONG, 2 * count))
 
     def run(check) -> dict:
         raised, detail = check(probe)
         return {"name": check.__name__, "raised": raised, "detail": detail}
 
-    data = f"{outcomes.images_digest} {images_digest(outcomes.labels)}"
+    data = f"{result.images_digest} {images_digest(outcomes.labels)}"
     return shared(((f"check {c.__name__} {data}", partial(run, c)) for c in CHECKS), known)

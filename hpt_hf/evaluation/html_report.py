@@ -1,12 +1,10 @@
-"""All results of a folder as report.md and as one self-contained report.html with plots, verdicts and attacked images."""
+"""All results of a folder as report.md and as one self-contained report.html with curves, verdicts and attacked images."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -45,7 +43,7 @@ def write_html_report(folder: str | Path) -> Path:
     if transfer:
         text += ["## Transfer", transfer["table"]]
     write_text(folder / "report.md", "\n\n".join(text) + "\n")
-    page = {"models": models, "summary": summary(results), "tables": tables, "plots": plots(summary(results))}
+    page = {"models": models, "summary": summary(results), "tables": tables, "plots": curves(summary(results))}
     page |= {"gallery": examples, "transfer": transfer, "skipped": skipped}
     settings = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     template = jinja2.Environment(**settings).from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -94,59 +92,19 @@ def gallery(folder: Path, results: Sequence[EvalResult], names: dict[tuple[str, 
     return [one for _, one in sorted(shown, key=lambda pair: pair[0])][:EXAMPLES]
 
 
-def plots(rows: Sequence[dict]) -> list[tuple[str, str]]:
-    """(caption, SVG) of curves over eps, and of models side by side, where there are several of the same images."""
-    found = []
-    for part in _grouped(rows, lambda r: (r["question"].protocol, r["question"].norm)):  # an axis has one unit
-        lines = [line for line in _grouped(part, _but_eps) if len(line) > 1]
-        question = part[0]["question"]
-        caption = f"Robust accuracy over eps, clean accuracy at 0: {question.norm}, protocol “{question.protocol}”"
+def curves(rows: Sequence[dict]) -> list[dict]:
+    """Robust accuracy over eps, clean accuracy at 0: a plot a protocol and norm, since an axis has one unit.
+
+    A line joins means over the same images of the same sets.
+    """
+    plots = []
+    for part in _grouped(rows, lambda r: (r["question"].protocol, r["question"].norm)):
+        lines = []
+        for line in _grouped(part, lambda r: (r["model"], r["data"], r["question"]._replace(eps=""))):
+            points = [(0.0, line[0]["clean"]), *((parse_eps(r["question"].eps), r["robust"]) for r in line)]
+            if len(line) > 1:
+                lines.append({"name": f"{line[0]['model']}, {line[0]['question'].attack}", "points": points})
         if lines:
-            found.append((f"{caption}. Means over data sets.", _svg(partial(_draw_curves, lines))))
-    for part in _grouped(rows, lambda r: (r["question"], r["data"])):
-        caption = f"Clean against robust accuracy: {part[0]['question']}. Means over data sets."
-        if len(part) > 1:
-            found.append((caption, _svg(partial(_draw_models, part))))
-    return found
-
-
-def _but_eps(row: dict) -> tuple:
-    return row["model"], row["data"], row["question"]._replace(eps="")
-
-
-def _draw_curves(lines: list[list[dict]], axis) -> None:
-    scale, unit = (255, "eps, in 255ths") if lines[0][0]["question"].norm == "linf" else (1, "eps")
-    for line in lines:  # in the order of eps
-        eps = [0.0, *(parse_eps(row["question"].eps) * scale for row in line)]
-        label = f"{line[0]['model']}, {line[0]['question'].attack}"
-        axis.plot(eps, [line[0]["clean"], *(row["robust"] for row in line)], "o-", label=label)
-    axis.set(xlabel=unit, ylabel="accuracy, %", ylim=(0, 100))
-    axis.legend(handles=[*axis.lines], fontsize=8, frameon=False)  # given, since a name may begin with _
-
-
-def _draw_models(rows: list[dict], axis) -> None:
-    for row in rows:
-        place = row["clean"], row["robust"]
-        axis.scatter(*place, s=60)
-        axis.annotate(row["model"], place, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
-    axis.margins(0.25)
-    axis.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %")
-
-
-def _svg(draw: Callable) -> str:
-    """A plot as an <svg> element that scales with the page, the same bytes every time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style = {"svg.fonttype": "none", "svg.hashsalt": "hpt_hf", "font.family": "sans-serif", "text.parse_math": False}
-    with matplotlib.rc_context(style):
-        figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
-        axis.grid(alpha=0.3)
-        draw(axis)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    text = file.getvalue()
-    return text[text.index("<svg") :]
+            ticks = {"0": 0.0} | {r["question"].eps: parse_eps(r["question"].eps) for r in part}
+            plots.append({"question": part[0]["question"], "lines": lines, "ticks": ticks})
+    return plots

@@ -62,31 +62,12 @@ class EvalResult:
     hardware: str = ""
     format: int = FORMAT
 
-    @property
-    def clean(self) -> float:
-        return percent(self.n_clean, self.n)
-
-    @property
-    def robust(self) -> float:
-        return percent(self.n_robust, self.n)
-
-    @property
-    def clean_interval(self) -> tuple[float, float]:
-        return wilson(self.n_clean, self.n)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson(self.n_robust, self.n)
-
-    @property
-    def accuracy_after(self) -> dict[str, float]:
-        """Stage of the attack -> robust accuracy after it."""
-        return {stage: percent(count, self.n) for stage, count in self.n_after.items()}
-
-    @property
-    def raised(self) -> tuple[dict, ...]:
-        """The sanity checks that doubt the robust accuracy."""
-        return tuple(check for check in self.sanity_checks if check["raised"])
+    clean = property(lambda self: percent(self.n_clean, self.n))
+    robust = property(lambda self: percent(self.n_robust, self.n))
+    clean_interval = property(lambda self: wilson(self.n_clean, self.n))
+    interval = property(lambda self: wilson(self.n_robust, self.n))
+    accuracy_after = property(lambda self: {stage: percent(count, self.n) for stage, count in self.n_after.items()})
+    raised = property(lambda self: tuple(check for check in self.sanity_checks if check["raised"]))
 
     @property
     def verdict(self) -> str:

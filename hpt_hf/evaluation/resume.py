@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -42,11 +43,8 @@ class Findings:
 
 def _whole_lines(file: Path) -> dict[str, dict]:
     found = {}
-    for line in file.read_bytes().splitlines(keepends=True):
-        try:
+    for line in file.read_bytes().split(b"\n")[:-1]:
+        with suppress(ValueError, KeyError, TypeError):  # torn by a kill or a full disk: it is found again
             entry = json.loads(line)
-            if line.endswith(b"\n"):
-                found[entry["name"]] = entry["finding"]
-        except (ValueError, KeyError, TypeError):  # torn by a kill or a full disk: it is found again
-            continue
+            found[entry["name"]] = entry["finding"]
     return found

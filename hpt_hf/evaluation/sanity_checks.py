@@ -16,6 +16,7 @@ from hpt_hf.attacks.losses import cross_entropy
 from hpt_hf.attacks.noise import Noise
 from hpt_hf.attacks.suite import ATTACKS, TARGETED, EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.types import Images, Logits
 
@@ -35,11 +36,9 @@ class Probe:
 
     classifier: ZeroShotClassifier
     attack: EvaluationAttack
+    result: EvalResult
     clean_images: Batch  # some that are right
     robust_images: Batch  # some that withstood the attack
-    n: int  # images that were evaluated
-    robust: float  # their robust accuracy, %
-    broken_by: dict[str, int] = field(default_factory=dict)  # stage of the attack -> images, in the order of the run
     baseline: ZeroShotClassifier | None = None  # an undefended model
     baseline_images: Batch = field(default_factory=dict)
 
@@ -61,7 +60,7 @@ class Probe:
     def gap(self, broken: torch.Tensor, what: str) -> Finding:
         """Raised if so many robust images broke that the robust accuracy is too high by `MIN_GAP_POINTS` or more."""
         count, n = int(broken.sum()), len(broken)
-        points = self.robust * count / max(n, 1)
+        points = self.result.robust * count / max(n, 1)
         seen = f"{count} of {n} robust images {what}: the accuracy may be {points:.1f} points too high"
         return count >= 2 and points >= MIN_GAP_POINTS, seen
 
@@ -71,26 +70,22 @@ def _share(odd: torch.Tensor, what: str) -> Finding:
     return count > TOLERATED_FRACTION * n, f"{count} of {n} images {what}"
 
 
-# --- the model: is it a function that gradients can follow?
-
-
 def half_precision(probe: Probe) -> Finding:
     """Small gradients become 0 in half precision, sign(0) = 0, and the model looks more robust than it is."""
-    images = probe.clean_images["images"][:4]
-    device = images.device.type
-    weights = {str(p.dtype) for p in probe.classifier.parameters()} - {"torch.float32", "torch.float64"}
-    seen = [f"weights in {dtype}" for dtype in sorted(weights)]
-    if torch.is_autocast_enabled(device):
-        seen.append(f"autocast to {torch.get_autocast_dtype(device)}")
-    layers: set[torch.dtype | None] = set()
+    images, layers = probe.clean_images["images"][:4], set()
+    device, halves = images.device.type, (torch.bfloat16, torch.float16)
     with register_module_forward_hook(lambda module, given, answer: layers.add(getattr(answer, "dtype", None))):
         logits = probe.logits(images)
-    for half in (torch.bfloat16, torch.float16):
-        if half in layers:  # so autocast inside the model shows
-            seen.append(f"layers that answer in {half}")
+    dtypes = {
+        "weights": {p.dtype for p in probe.classifier.parameters()},
+        "autocast": {torch.get_autocast_dtype(device)} if torch.is_autocast_enabled(device) else set(),
+        "layers": layers,
         # A float32 tensor whose every value fits 16 bits was computed in them.
-        if logits.numel() and torch.equal(logits.to(half).to(logits.dtype), logits):
-            seen.append(f"logits with the precision of {half}")
+        "logits": {
+            half for half in halves if logits.numel() and torch.equal(logits.to(half).to(logits.dtype), logits)
+        },
+    }
+    seen = [f"{what} in {half}" for what, found in dtypes.items() for half in halves if half in found]
     return bool(seen), ", ".join(seen) or "everything is computed in float32"
 
 
@@ -102,10 +97,9 @@ def stochastic(probe: Probe) -> Finding:
 
 def batch_size(probe: Probe) -> Finding:
     """Logits hang on the images beside: batch statistics, or a mean over the batch somewhere."""
-    images = probe.clean_images["images"]
-    alone = [probe.logits(image[None]) for image in images]
-    together = probe.logits(images)
-    return _share(_differ(together, torch.cat([together[:0], *alone]), 1e-3), "get other logits alone than in a batch")
+    together = probe.logits(probe.clean_images["images"])
+    alone = torch.cat([together[:0], *(probe.logits(image[None]) for image in probe.clean_images["images"])])
+    return _share(_differ(together, alone, 1e-3), "get other logits alone than in a batch")
 
 
 def quantised(probe: Probe) -> Finding:
@@ -140,9 +134,6 @@ def zero_gradient(probe: Probe) -> Finding:
     return _share(odd, "have a cross-entropy of 0, or none of its gradient at more than half of their pixels")
 
 
-# --- the attack: had it found what there is to find?
-
-
 def more_steps(probe: Probe) -> Finding:
     """PGD with a hundred steps from another start breaks what the evaluation's attack left: it had not arrived."""
     return probe.gap(probe.attack_success(probe.robust_images, "pgd", 100, round=1), "fall to PGD-100")
@@ -151,7 +142,7 @@ def more_steps(probe: Probe) -> Finding:
 def other_loss(probe: Probe) -> Finding:
     """The gradient that the attack followed is weak, or points past the nearest boundary."""
     broken, what = probe.attack_success(probe.robust_images, "cw", 50), "fall to CW-50"
-    if not probe.attack.target and "apgd-t" not in probe.broken_by:  # robust images have withstood it
+    if not probe.attack.target and "apgd-t" not in probe.attack.stages:  # robust images have withstood it
         broken, what = broken | probe.attack_success(probe.robust_images, "apgd-t", 30), "fall to CW-50 or APGD-T-30"
     return probe.gap(broken, what)
 
@@ -167,22 +158,20 @@ def large_ball(probe: Probe) -> Finding:
 
 def black_box(probe: Probe) -> Finding:
     """Random search breaks what gradients left: the gradients lie."""
-    if tuple(probe.broken_by) == ("square",):
+    if probe.attack.stages == ("square",):
         return None, "the attack is Square itself"
-    if "square" in probe.broken_by:  # it ran after the others
-        points = 100 * probe.broken_by["square"] / probe.n
+    if "square" in probe.attack.stages:  # it ran after the others
+        *_, before, after = probe.result.accuracy_after.values()
+        points = before - after
         return points >= MIN_GAP_POINTS, f"Square broke {points:.1f} points of what the white-box attacks had left"
     return probe.gap(probe.attack_success(probe.robust_images, "square", 300), "fall to 300 queries of Square")
 
 
-# --- the experiment: can it tell a robust model from another?
-
-
 def few_images(probe: Probe) -> Finding:
     """Few classes, where guessing is often right, or an interval wider than any difference one would like to see."""
-    classes = len(probe.classifier.classes)
-    seen = f"{probe.n} images, {classes} classes; expected at least {FEW_IMAGES} and {FEW_CLASSES}"
-    return probe.n < FEW_IMAGES or classes < FEW_CLASSES, seen
+    n, classes = probe.result.n, probe.result.classes
+    seen = f"{n} images, {classes} classes; expected at least {FEW_IMAGES} and {FEW_CLASSES}"
+    return n < FEW_IMAGES or classes < FEW_CLASSES, seen
 
 
 def baseline(probe: Probe) -> Finding:
@@ -201,11 +190,9 @@ def baseline(probe: Probe) -> Finding:
     return robust > BASELINE * attacked if attacked else None, seen
 
 
-CHECKS: tuple[Callable[[Probe], Finding], ...] = (
-    *(half_precision, stochastic, batch_size, quantised, detached, zero_gradient),
-    *(more_steps, other_loss, large_ball, black_box),
-    *(few_images, baseline),
-)
+CHECKS: tuple[Callable[[Probe], Finding], ...]
+CHECKS = (half_precision, stochastic, batch_size, quantised, detached, zero_gradient, more_steps, other_loss)
+CHECKS += (large_ball, black_box, few_images, baseline)
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, make_images, relabelled, weights, write_image_folder
+from conftest import CLASSES, make_images, make_result, relabelled, weights, write_image_folder
 
 from hpt_hf.attacks.suite import ATTACKS, EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
@@ -160,7 +160,7 @@ def test_half_precision_weights_and_autocast_around_are_seen(dtype, trained):
     assert seen["raised"] and f"weights in {dtype}" in seen["detail"]
     with torch.autocast("cpu", dtype):
         seen = look(trained, "half_precision", chosen=attack(steps=3))["half_precision"]
-    assert seen["raised"] and f"autocast to {dtype}" in seen["detail"]
+    assert seen["raised"] and f"autocast in {dtype}" in seen["detail"]
 
 
 def test_a_checkpoint_with_a_large_logit_scale_is_doubted_by_the_command(trained, tmp_path, capsys):
@@ -228,7 +228,8 @@ def test_an_attack_that_stops_short_is_found_by_every_stronger_one(kind, trained
 )
 def test_what_a_stronger_attack_breaks_is_weighed_by_how_far_the_figure_would_fall(robust, count, n, points, raises):
     """Three of 24 robust images are much of a high figure and little of a low one; one image alone is chance."""
-    probe = Probe(classifier=None, attack=attack(), clean_images={}, robust_images={}, n=100, robust=robust)
+    result = make_result(clean=100.0, robust=robust)
+    probe = Probe(classifier=None, attack=attack(), result=result, clean_images={}, robust_images={})
     found, detail = probe.gap(torch.arange(n) < count, "fall")
     assert found is raises and f"{count} of {n} robust images fall" in detail and f"{points:.1f} points" in detail
 
