@@ -131,7 +131,7 @@ def table(result: dict) -> str:
         )
     header = (
         "eps",
-        f"attack, {result['n']} pictures",
+        f"attack, {result['n']} images",
         "ours: robust %",
         "independent: robust %",
         "ours: s",

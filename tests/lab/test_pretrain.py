@@ -144,10 +144,9 @@ def test_the_suite_is_unseen_in_fine_tuning():
 
 @pytest.mark.parametrize("method", ["hpt", "tecoa"])
 def test_the_quickstart_gives_every_method_as_many_steps(method):
-    config = str(ROOT / "recipes" / "quickstart.yaml")
     totals = []
-    for flags in (overrides(config, "hpt_gpd"), overrides(config, method)):
-        _, recipe, training = parse(RECIPE, ["--config", config, *flags])
+    for flags in (overrides("hpt_gpd"), overrides(method)):
+        _, recipe, training = parse(RECIPE, ["--config", "quickstart", *flags])
         totals.append(training.resolve(build_schedule(recipe), 73).total_steps)
     assert totals[0] == totals[1] > 73
 
