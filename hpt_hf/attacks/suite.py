@@ -108,12 +108,6 @@ class EvaluationAttack:
     def native(self) -> bool:
         return self.protocol == "native"
 
-    def notes(self, classes: int) -> tuple[str, ...]:
-        """What a reader must know of this attack on so many classes."""
-        if "apgd-t" not in self.stages or classes >= 4:
-            return ()
-        return (f"apgd-t: the DLR loss needs four classes and there are {classes}: the difference of logits is used",)
-
     def run(self, classifier, images: Images, image_ids: ImageIds, labels: Labels) -> Outcome:
         """(perturbed images, (batch,) which of `stages` broke each, at its first success; -1: it stands)."""
         attacks, goals = ATTACKS, labels

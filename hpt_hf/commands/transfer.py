@@ -6,6 +6,7 @@ A model that stays right on what fools the student, without being robust itself,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +36,10 @@ class TransferArguments(ImageArguments):
     eps: str = "1/255"
 
 
+Models = Mapping[str, ZeroShotClassifier]
+Cells = Mapping[tuple[str, str], dict[str, float]]  # of (source, judge)
+
+
 @dataclass(frozen=True)
 class Transfer:
     """Accuracy of `judge` on images attacked for `source`, in percent, with Wilson's 95% interval."""
@@ -51,13 +56,7 @@ class Transfer:
 
 @torch.no_grad()
 def transfer(
-    source: str,
-    models: Mapping[str, ZeroShotClassifier],
-    images: LabelledImages,
-    attack: EvaluationAttack,
-    *,
-    batch_size: int = 128,
-    limit: int | None = None,
+    source: str, models: Models, images: LabelledImages, attack: EvaluationAttack, *, batch_size=128, limit=None
 ) -> list[Transfer]:
     """Attack every image for `models[source]` with PGD at full length, then ask all models.
 
@@ -69,50 +68,40 @@ def transfer(
         model.eval()
         model.set_classes(images.classes, images.templates)
     attacked, n = models[source], 0
-    totals = {name: [0, 0, 0.0] for name in models}  # right clean, right under attack, summed KL
+    clean, adversarial, kl = Counter(), Counter(), Counter()
     for batch in batches(images, Collator(attacked.processor, native=attack.native), batch_size, limit):
         batch = {k: v.to(attacked.device) for k, v in batch.items()}
         perturbed = attack.craft(attacked, batch["images"], batch["image_ids"], batch["labels"])
         n += len(perturbed)
         for name, model in models.items():
             before, after = (model.classify(x).logits.log_softmax(1) for x in (batch["images"], perturbed))
-            right = [int((log_p.argmax(1) == batch["labels"]).sum()) for log_p in (before, after)]
-            found = *right, float((after.exp() * (after - before)).sum())
-            totals[name] = [total + new for total, new in zip(totals[name], found, strict=True)]
-    return [
-        Transfer(
-            source, name, images.name, n, percent(clean, n), percent(right, n), wilson(right, n), round(kl / n, 4)
-        )
-        for name, (clean, right, kl) in totals.items()
-    ]
+            clean[name] += int((before.argmax(1) == batch["labels"]).sum())
+            adversarial[name] += int((after.argmax(1) == batch["labels"]).sum())
+            kl[name] += float((after.exp() * (after - before)).sum())
+    found = []
+    for name in models:
+        accuracies = percent(clean[name], n), percent(adversarial[name], n), wilson(adversarial[name], n)
+        found.append(Transfer(source, name, images.name, n, *accuracies, round(kl[name] / n, 4)))
+    return found
 
 
-def matrix(
-    models: Mapping[str, ZeroShotClassifier],
-    sets: Sequence[LabelledImages],
-    attack: EvaluationAttack,
-    *,
-    sources: Sequence[str] | None = None,
-    **sizes,
-) -> list[Transfer]:
+def matrix(models: Models, sets: Sequence[LabelledImages], attack, *, sources=None, **sizes) -> list[Transfer]:
     """`transfer` from each of `sources` (None: of all models) to all models, set by set."""
     return [t for s in sources or models for images in sets for t in transfer(s, models, images, attack, **sizes)]
 
 
-def means(found: Sequence[Transfer]) -> dict[tuple[str, str], dict[str, float]]:
-    """(source, judge) -> unweighted means over data sets, the share of its accuracy that the judge keeps (%), and n."""
-    cells: dict[tuple[str, str], list[Transfer]] = {}
-    for one in found:
-        cells.setdefault((one.source, one.judge), []).append(one)
+def means(found: Sequence[Transfer]) -> Cells:
+    """Unweighted means over data sets, the share of its accuracy that the judge keeps (%), and n."""
     result = {}
-    for cell, part in cells.items():
+    for cell in dict.fromkeys((t.source, t.judge) for t in found):
+        part = [t for t in found if (t.source, t.judge) == cell]
         mean = {k: sum(getattr(t, k) for t in part) / len(part) for k in ("clean", "adversarial", "kl")}
         kept = 100 * mean["adversarial"] / mean["clean"] if mean["clean"] else 0.0
         result[cell] = mean | {"kept": kept, "n": sum(t.n for t in part)}
     return result
 
 
-def ranking(cells: Mapping[tuple[str, str], dict], student: str) -> list[str]:
+def ranking(cells: Cells, student: str) -> list[str]:
     """Candidate proxies, best first: by accuracy on the student's adversarial images."""
     judges = [judge for source, judge in cells if source == student != judge]
     return sorted(judges, key=lambda judge: -cells[student, judge]["adversarial"])
@@ -147,7 +136,7 @@ def run(args: TransferArguments) -> dict:
     return result
 
 
-def matrix_table(cells: Mapping[tuple[str, str], dict]) -> str:
+def matrix_table(cells: Cells) -> str:
     """Accuracy of each model (column) on images attacked for another (row), and under the worst of the other models."""
     names = list(dict.fromkeys(source for source, _ in cells))
     rows = [("(clean)", *(cells[names[0], j]["clean"] for j in names))]
@@ -156,7 +145,7 @@ def matrix_table(cells: Mapping[tuple[str, str], dict]) -> str:
     return markdown(("attacked for \\ asked", *names), [*rows, ("worst surrogate", *worst)])
 
 
-def ranking_table(cells: Mapping[tuple[str, str], dict], student: str) -> str:
+def ranking_table(cells: Cells, student: str) -> str:
     """Candidate proxies, best first, and the student itself."""
     named = [(judge, cells[student, judge]) for judge in [*ranking(cells, student), student]]
     rows = [(j, c["clean"], c["adversarial"], c["kept"], f"{c['kl']:.2f}", str(c["n"])) for j, c in named]

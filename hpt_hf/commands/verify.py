@@ -14,9 +14,9 @@ from hpt_hf.commands.common import load_model, on_device, reopen
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import EvalResult, read_results, read_results_of
-from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.utils import markdown, processes
 
+FIGURES = {"clean": "clean_interval", "robust": "interval"}  # of a result
 SAID = {True: "inside", False: "OUTSIDE", None: "not measured"}
 
 
@@ -36,20 +36,14 @@ class Finding:
     """One claimed figure beside the measured one. `inside`: it holds; None: it could not be measured."""
 
     result: EvalResult
-    figure: str  # "clean" or "robust"
-    measured: float | None
-    inside: bool | None
+    figure: str  # of `FIGURES`
+    measured: float | None = None
+    inside: bool | None = None
     why: str = ""
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        return self.result.clean_interval if self.figure == "clean" else self.result.interval
 
-
-def verify(
-    classifier: ZeroShotClassifier, result: EvalResult, *, data_dir=None, limit=None, seed=None, batch_size=128
-):
-    """Findings of clean and robust accuracy, measured again.
+def verify(classifier, result: EvalResult, *, data_dir=None, limit=None, seed=None, batch_size=128) -> list[Finding]:
+    """Clean and robust accuracy, measured again.
 
     On the same images a new figure holds if it lies in the claimed interval; on others (a smaller `limit`) the claim
     holds if it lies in the interval of the new figure.
@@ -63,37 +57,37 @@ def verify(
         images = reopen(result.source, data_dir=data_dir, on_corrupt="skip" if result.skipped else "error")
         again = evaluate(classifier, images, attack, name=result.model, **sizes)
     except (ValueError, OSError) as error:  # the other results can still be measured
-        return [Finding(result, figure, None, None, str(error)) for figure in ("clean", "robust")]
+        return [Finding(result, figure, why=str(error)) for figure in FIGURES]
     same, why = again.images_digest == result.images_digest, []
     if not same:
         why.append(f"on {again.n} other images than the result's {result.n}")
     if again.fingerprint != result.fingerprint:
         why.append("the weights are not those of the result")
     found = []
-    for figure in ("clean", "robust"):
-        claim, new = Finding(result, figure, None, None), Finding(again, figure, None, None)
-        claimed, measured = getattr(result, figure), getattr(again, figure)
-        (low, high), value = (claim.interval, measured) if same else (new.interval, claimed)
-        found.append(Finding(result, figure, measured, low <= value <= high, "; ".join(why)))
+    for figure, interval in FIGURES.items():
+        low, high = getattr(result if same else again, interval)
+        measured = getattr(again, figure)
+        inside = low <= (measured if same else getattr(result, figure)) <= high
+        found.append(Finding(result, figure, measured, inside, "; ".join(why)))
     return found
 
 
 def table(found: list[Finding]) -> str:
-    rows = [
-        (f.result.dataset, f"{f.result.attack} {f.result.norm} {f.result.eps}", f.figure, getattr(f.result, f.figure),
-         "{:.1f}–{:.1f}".format(*f.interval), "" if f.measured is None else f.measured,
-         SAID[f.inside] + (f" ({f.why})" if f.why else ""))
-        for f in found
-    ]  # fmt: skip
+    rows = []
+    for f in found:
+        attack = f"{f.result.attack} {f.result.norm} {f.result.eps}"
+        claim = getattr(f.result, f.figure), "{:.1f}–{:.1f}".format(*getattr(f.result, FIGURES[f.figure]))
+        said = SAID[f.inside] + (f" ({f.why})" if f.why else "")
+        rows.append((f.result.dataset, attack, f.figure, *claim, "" if f.measured is None else f.measured, said))
     return markdown(("data set", "attack", "figure", "claimed %", "95%", "measured %", "verdict"), rows)
 
 
 def run(args: VerifyArguments) -> list[Finding]:
     folder = Path(args.results or args.model)
     if not (args.results or folder.is_dir()):
-        patterns = ["results/*.json", "scores/*.json"]
-        folder = Path(snapshot_download(args.model, revision=args.model_revision, allow_patterns=patterns))
-    claims = read_results_of(folder) or read_results(folder) if args.results else read_results_of(folder)
+        files = ["results/*.json", "scores/*.json"]
+        folder = Path(snapshot_download(args.model, revision=args.model_revision, allow_patterns=files))
+    claims = read_results_of(folder) or (read_results(folder) if args.results else [])
     if not claims:
         raise RecipeError(f"no results in {folder}: nothing is claimed. Fix: name their folder with --results.")
     classifier = on_device(load_model(args.model, args.model_revision))
@@ -108,8 +102,6 @@ def main(argv: list[str] | None = None) -> None:
         found = run(args)
     if processes().is_main_process:
         print(table(found))
-        held, outside = (sum(f.inside is value for f in found) for value in (True, False))
-        print(
-            f"\n{held} of {len(found)} figures inside, {outside} outside, {len(found) - held - outside} not measured."
-        )
+        held, outside, unknown = (sum(f.inside is value for f in found) for value in (True, False, None))
+        print(f"\n{held} of {len(found)} figures inside, {outside} outside, {unknown} not measured.")
     sys.exit(0 if all(f.inside for f in found) else 1)

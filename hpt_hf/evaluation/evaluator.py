@@ -215,7 +215,6 @@ def _measured(images: LabelledImages, outcomes: Outcomes, limit: int | None) -> 
         "norm": attack.threat.norm,
         "eps": str(attack.threat.eps),
         **{name: getattr(attack, name) for name in ("steps", "protocol", "seed", "target")},
-        "notes": attack.notes(len(images.classes)),
         "skipped": tuple(reason for _, reason in images.skipped),
         "seconds": round(outcomes.seconds, 2),
         "versions": versions(),

@@ -37,7 +37,6 @@ def write_html_report(folder: str | Path) -> Path:
     for heading, part in tables:
         text += [f"## {heading}", result_table(part)]
         text += [f"- {r.dataset} ({r.model}): {c['name']}: {c['detail']}" for r in part for c in r.raised]
-        text += [f"- {note}" for note in dict.fromkeys(note for r in part for note in r.notes)]
     if skipped:
         text.append(f"{skipped} unreadable images were left out; the files of the results list them.")
     if transfer:

@@ -55,12 +55,10 @@ class EvalResult:
     target: str | None = None
     revision: str | None = None  # the model's commit on the Hub, if it came from there
     sanity_checks: tuple[dict, ...] = ()  # each {name, raised (None: not run), detail}
-    notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # images that could not be read and were left out
     seconds: float = 0.0  # of computing, summed over processes
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
-    format: int = FORMAT
 
     clean = property(lambda self: percent(self.n_clean, self.n))
     robust = property(lambda self: percent(self.n_robust, self.n))
@@ -102,7 +100,7 @@ class EvalResult:
         """All fields, and for human readers what follows from them, which `read` passes over."""
         derived = ("clean", "clean_interval", "robust", "interval", "accuracy_after", "verdict", "robust_is")
         found = {name: getattr(self, name) for name in derived}
-        return asdict(self) | found | {"raised": [check["name"] for check in self.raised]}
+        return {"format": FORMAT} | asdict(self) | found | {"raised": [check["name"] for check in self.raised]}
 
     @classmethod
     def read(cls, file: str | Path) -> EvalResult:
@@ -115,7 +113,7 @@ class EvalResult:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
             if content.get("format") == 2:
                 content = _from_format_2(content)
-            known = {f.name for f in fields(cls)} - {"format"}
+            known = {f.name for f in fields(cls)}
             result = cls(**{name: _tuples(value) for name, value in content.items() if name in known})
             if not 0 <= result.n_robust <= result.n_clean <= result.n != 0:
                 raise ValueError(f"it claims {result.n_robust} robust and {result.n_clean} right of {result.n} images")

@@ -377,15 +377,6 @@ def test_training_moves_the_score(able, able_path, proxy, tmp_path):
     assert stable(measure(able, make_images(), attack())) != stable(before)
 
 
-def test_too_few_classes_for_the_dlr_loss_are_said(able):
-    part = make_images(10).select([0, 1, 2, 5, 6, 7])
-    pictures = relabelled(part, part.labels, CLASSES[:3])
-    (note,) = measure(able, pictures, attack("apgd-t", 1)).notes
-    assert "needs four classes and there are 3" in note
-    assert measure(able, pictures, attack("pgd", 1)).notes == ()
-    assert attack("standard").notes(3) and not attack("standard").notes(4)
-
-
 def test_the_classes_counts_sum_to_the_whole(able):
     pictures = make_images(40).select([i for i in range(40) if i % 5 != 2 and i != 0])
     result, outcomes = measure(able, pictures, attack()), attack_all(able, pictures, attack())

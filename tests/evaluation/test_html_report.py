@@ -209,7 +209,7 @@ def test_doubts_stand_by_name_with_what_was_seen(tmp_path):
 
 def test_what_one_needs_to_doubt_a_figure_is_told(tmp_path):
     stages = {"apgd-ce": 44, "apgd-t": 41, "square": 40}
-    more = {"notes": ("apgd-t: few classes",), "skipped": ("row 3", "row 9"), "target": "cat"}
+    more = {"skipped": ("row 3", "row 9"), "target": "cat"}
     result = make_result(attack="standard", n_after=stages, **more)
     text = made(tmp_path, [result]).text
     for said in (
@@ -217,12 +217,12 @@ def test_what_one_needs_to_doubt_a_figure_is_told(tmp_path):
         "robust = right on the clean image and never taken for 'cat' on any query;",
         f"weights {result.fingerprint}; images {result.images_digest}, opened by {result.source};",
         "prompts a photo of a {};",
-        "1.5 s on a CPU; torch 2, hpt_hf 0.1.0. apgd-t: few classes.",
+        "1.5 s on a CPU; torch 2, hpt_hf 0.1.0.",
         "2 unreadable images were left out",
     ):
         assert said in text
     report = (tmp_path / "report.md").read_text()
-    assert "- apgd-t: few classes" in report and "2 unreadable images were left out" in report
+    assert "2 unreadable images were left out" in report
 
 
 def test_transfer_is_a_table(tmp_path):
@@ -332,7 +332,7 @@ def test_names_are_text_and_never_markup(tmp_path):
     """Names of models, classes and sets come from folders and the Hub: whoever names them does not write this page."""
     evil = '<b onclick="x">&amp; $a^b$ {{ 7 * 7 }} --> '
     settings = {name: f"{evil}{name}" for name in ("attack", "hardware", "dataset")}
-    settings |= {"templates": (f"{evil}template {{}}",), "notes": (f"{evil}note",)}
+    settings |= {"templates": (f"{evil}template {{}}",)}
     settings |= {"sanity_checks": (check(f"{evil}check", True, f"{evil}seen"),)}
     settings |= {"per_class": {f"{evil}class": (40, 30, 20)}}
     models = [{"model": f"{evil}{m}", "fingerprint": m} for m in ("one", "two")]
@@ -341,7 +341,7 @@ def test_names_are_text_and_never_markup(tmp_path):
     transfer["cells"] = [{**CELLS[0], "source": f"{evil}source", "judge": f"{evil}judge"}]
     html = made(tmp_path, results, examples=[example(f"{evil}truth", f"{evil}said")], transfer=transfer)
     assert not [attrs for _, attrs in html.tags if "onclick" in attrs]
-    parts = ["attack", "hardware", "dataset", "note", "class", "seen", "check", "one", "two", "template {}"]
+    parts = ["attack", "hardware", "dataset", "class", "seen", "check", "one", "two", "template {}"]
     for part in (*parts, "truth", "said", "source", "judge", "title"):
         assert f"{evil}{part}" in html.text, part
 

@@ -50,7 +50,7 @@ FORMAT_2 = {
 
 
 def test_a_result_survives_its_file_with_everything_in_it(tmp_path):
-    settings = {"model": "tête/模型", "revision": "abc", "steps": 5, "target": "dog", "notes": ("a note",)}
+    settings = {"model": "tête/模型", "revision": "abc", "steps": 5, "target": "dog"}
     settings |= {"dataset": "lab:digits", "source": {"path": "lab:digits", "classes": ("a", "b"), "limit": 7}}
     settings |= {"n_after": {"apgd-ce": 50, "square": 40}, "skipped": ("row 3",)}
     full = make_result(**settings, sanity_checks=(CHECK, {**CHECK, "raised": None}))
