@@ -386,12 +386,6 @@ def test_the_batch_size_counts_neither_in_figures_nor_in_samples(trained):
         assert found[0].n == 11 and found[0].interval[0] < found[0].interval[1]
 
 
-def test_the_protocol_is_stated(trained):
-    found = [evaluate(trained, resized((64, 64)), attack(protocol=p), name="m", probe=0) for p in ("input", "native")]
-    assert [r.protocol for r in found] == ["input", "native"] and len({r.question for r in found}) == 2
-    assert len({r.file_name for r in found}) == 2
-
-
 def test_an_attack_that_returns_nothing_is_none(trained, monkeypatch):
     """Neither None nor the clean images pass for an attack; and `standard` has a targeted part."""
     assert "apgd-t" in attack("standard").stages
