@@ -142,7 +142,7 @@ def test_other_vanilla_weights_are_refused(whole, tmp_path, student_path, proxy_
     from conftest import save_tiny_clip
 
     other = save_tiny_clip(tmp_path / "other", patch_size=8, seed=77)
-    refuse(whole, tmp_path, other, proxy_path, ValueError, "trained from other vanilla weights .*--model")
+    refuse(whole, tmp_path, other, proxy_path, ValueError, "trained from other vanilla weights.*--model")
 
 
 @pytest.mark.parametrize(
