@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from hpt_hf.method.schedule import DECAYS, Schedule
 
@@ -62,7 +62,9 @@ class HPTConfig(TrainingArguments):
         super().__post_init__()
         if self.lr_scheduler_type not in DECAYS:
             known = ", ".join(DECAYS)
-            raise ValueError(f"lr_scheduler_type: got {str(self.lr_scheduler_type.value)!r}, expected one of {known}")
+            raise ValueError(
+                f"lr_scheduler_type: got {SchedulerType(self.lr_scheduler_type).value!r}, expected one of {known}"
+            )
 
         if self.dataloader_pin_memory and self.device.type != "cpu":
             self.accelerator_config.non_blocking = (
@@ -82,6 +84,6 @@ class HPTConfig(TrainingArguments):
             epochs=self.num_train_epochs,
             learning_rate=self.learning_rate,
             warmup_steps=self.get_warmup_steps,
-            decay=str(self.lr_scheduler_type.value),
+            decay=SchedulerType(self.lr_scheduler_type).value,
             max_steps=self.max_steps,
         )
