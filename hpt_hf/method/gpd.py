@@ -1,4 +1,4 @@
-"""GPDCallback: what Generalization-Pivot Decoupling (arXiv 2601.12865) does between the steps: average, restart, pull."""
+"""What Generalization-Pivot Decoupling (arXiv 2601.12865) does between the steps: average, restart, pull."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PIVOT_FILE = "gpd_pivot.safetensors"
 class GPDCallback(TrainerCallback):
     """Carries out what the schedule says happens between steps.
 
-    It owns two copies of the trained parameters: the vanilla weights, and the moving average that becomes the pivot. The
-    average is saved with every checkpoint and read back by `load`; *when* something happens is never counted here but asked
-    of the schedule, so a resumed run cannot drift.
+    It owns two copies of the trained parameters: the vanilla weights, and the moving average that becomes the pivot,
+    saved with every checkpoint. *When* something happens is asked of the schedule and counted nowhere, so a resumed
+    run cannot drift.
 
     Args:
         schedule: the phases, in steps.
@@ -46,41 +46,39 @@ class GPDCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Keep the copies where the student trains, in parts if it lies in parts."""
-        for name, parameter in self._trained():
-            self.vanilla[name] = shard_like(self.vanilla[name], parameter)
-            self.average[name] = shard_like(self.average[name], parameter)
+        for name, theta in self._trained():
+            self.vanilla[name] = shard_like(self.vanilla[name], theta)
+            self.average[name] = shard_like(self.average[name], theta)
 
     @torch.no_grad()
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         step = state.global_step
         if self.schedule.restarts_at(step):
-            squares = [full_tensor((self.average[n] - v).square().sum()) for n, v in self.vanilla.items()]
-            logger.info(
-                f"step {step}: restart; the pivot is {math.sqrt(sum(map(float, squares))):.3g} from the vanilla weights"
-            )
-            for name, parameter in self._trained():
-                parameter.copy_(self.vanilla[name])
+            squares = [float(full_tensor((self.average[n] - v).square().sum())) for n, v in self.vanilla.items()]
+            logger.info(f"step {step}: restart; the pivot is {math.sqrt(sum(squares)):.3g} from the vanilla weights")
+            for name, theta in self._trained():
+                theta.copy_(self.vanilla[name])
             # Momentum gathered elsewhere, at another rate, would throw the restarted student off.
             optimizer.state.clear()
         if self.schedule.pulls_at(step):
-            ratio = self.schedule.phase(step).pull
-            for name, parameter in self._trained():
-                parameter.mul_(ratio).add_(self.average[name], alpha=1 - ratio)
+            b = self.schedule.phase(step).pull
+            for name, theta in self._trained():
+                theta.copy_(b * theta + (1 - b) * self.average[name])
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
         done = state.global_step - 1  # the Trainer has counted the step already
         if self.schedule.averages_after(done):
-            decay = self.schedule.phase(done).ema
-            for name, parameter in self._trained():
-                self.average[name] = decay * self.average[name] + (1 - decay) * parameter.detach()
+            g = self.schedule.phase(done).ema
+            for name, theta in self._trained():
+                self.average[name] = g * self.average[name] + (1 - g) * theta
 
     def on_save(self, args, state, control, **kwargs):
         if self.vanilla:
             self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", first=state.is_world_process_zero)
 
     def save(self, folder: Path, *, first: bool = True) -> None:
-        """Write the average beside a checkpoint, whole or not at all. Every process gives its part, the `first` one writes."""
+        """Write the average beside a checkpoint, whole or not at all; every process gives its part, one writes."""
         average = {n: full_tensor(t).contiguous().cpu() for n, t in self.average.items()}
         if first:
             temporary = folder / f"{PIVOT_FILE}.part"
@@ -98,28 +96,20 @@ class GPDCallback(TrainerCallback):
             return
         path = Path(folder) / PIVOT_FILE
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: the checkpoint was cut off, or another method's. Fix: an earlier one"
-            )
+            raise FileNotFoundError(f"{path} is missing: cut off, or of another method. Fix: an earlier checkpoint")
         with safe_open(path, framework="pt") as file:
-            vanilla, schedule = (file.metadata()[key] for key in ("vanilla", "schedule"))
+            vanilla, schedule = file.metadata()["vanilla"], json.loads(file.metadata()["schedule"])
             if vanilla != self.origin:
-                raise ValueError(
-                    f"{folder} was trained from other vanilla weights: got {self.origin}, expected {vanilla}. Fix: --model"
-                )
-            if json.loads(schedule) != self._describe():
-                raise ValueError(
-                    f"{folder} was trained under another schedule: got {self._describe()}, expected {schedule}"
-                )
+                raise ValueError(f"{folder}: vanilla weights: got {self.origin}, expected {vanilla}. Fix: --model")
+            if schedule != self._describe():
+                raise ValueError(f"{folder}: schedule: got {self._describe()}, expected {schedule}")
             self.average = {n: file.get_tensor(n) for n in self.vanilla}
 
     def _describe(self) -> list:
         """What decides the moments and the rates, as the metadata of the pivot holds it."""
-        return [
-            self.schedule.interval,
-            *(
-                [p.objective.name, p.steps, p.learning_rate, p.warmup_steps, p.restart, p.ema, p.pull]
-                + ([] if p.decay == "cosine" else [p.decay])
-                for p in self.schedule.phases
-            ),
+        phases = [
+            [p.objective.name, p.steps, p.learning_rate, p.warmup_steps, p.restart, p.ema, p.pull]
+            + ([] if p.decay == "cosine" else [p.decay])  # the version before knew no other
+            for p in self.schedule.phases
         ]
+        return [self.schedule.interval, *phases]

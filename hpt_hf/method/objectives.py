@@ -5,9 +5,8 @@ Sources: HPT and GA (arXiv 2601.12865), TeCoA (2212.07016), FARE (2402.12336), P
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -20,23 +19,24 @@ Terms = dict[str, torch.Tensor]
 
 
 class ModelViews:
-    """What one model says of one batch, clean and adversarial: each forward runs at most once, and only when asked for."""
+    """What one model says of one batch, clean and adversarial: each forward runs at most once, and only when asked."""
+
+    adversarial_images: Images
 
     def __init__(self, model: Callable[[Images], ZeroShotOutput], images: Images, *, gradients: bool):
-        self._model, self._images, self._gradients = model, images, gradients
-        self._adversarial_images: Images | None = None
+        self.model, self.images, self.gradients = model, images, gradients
 
     def _forward(self, images: Images) -> ZeroShotOutput:
-        with torch.set_grad_enabled(self._gradients and torch.is_grad_enabled()):
-            return self._model(images)
+        with torch.set_grad_enabled(self.gradients and torch.is_grad_enabled()):
+            return self.model(images)
 
     @cached_property
     def clean(self) -> ZeroShotOutput:
-        return self._forward(self._images)
+        return self._forward(self.images)
 
     @cached_property
     def adversarial(self) -> ZeroShotOutput:
-        return self._forward(self._adversarial_images)
+        return self._forward(self.adversarial_images)
 
 
 class Views:
@@ -46,33 +46,19 @@ class Views:
         images: the clean batch.
         student: the wrapped model in training; its forwards carry gradients.
         proxy, anchor: references or None; their forwards never do.
-        labels: class indices, or None for unlabelled images: then the label is the reference's own prediction on the clean
-            image (the proxy's where there is one, else the anchor's).
+        labels: class indices; None: what the reference (the proxy, else the anchor) predicts on the clean images.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        *,
-        student: Callable,
-        proxy: Callable | None = None,
-        anchor: Callable | None = None,
-        labels: Labels | None = None,
-    ):
+    def __init__(self, images: Images, *, student: Callable, proxy=None, anchor=None, labels: Labels | None = None):
         self._labels = labels
         self.student = ModelViews(student, images, gradients=True)
-        self.proxy = ModelViews(proxy, images, gradients=False) if proxy else None
-        self.anchor = ModelViews(anchor, images, gradients=False) if anchor else None
+        self.proxy, self.anchor = (m and ModelViews(m, images, gradients=False) for m in (proxy, anchor))
 
     def attacked(self, adversarial_images: Images) -> Views:
-        """The same batch once it has been attacked; what was computed of the clean images stays known."""
-        views = copy.copy(self)
-        for name in ("student", "proxy", "anchor"):
-            if getattr(self, name) is not None:
-                one = copy.copy(getattr(self, name))
-                one._adversarial_images = adversarial_images
-                setattr(views, name, one)
-        return views
+        """Set the adversarial images, once; what was computed of the clean ones stays known. Returns self."""
+        for model in filter(None, (self.student, self.proxy, self.anchor)):
+            model.adversarial_images = adversarial_images
+        return self
 
     @cached_property
     def labels(self) -> Labels:
@@ -89,9 +75,9 @@ class Divergence:
     """Mean over the batch of the Kullback-Leibler divergence between teacher and student, with softened logits.
 
     Args:
-        direction: `"forward"` is KL(teacher || student), the distillation loss of Hinton et al. 2015 and of the authors' code;
-            `"reverse"` is KL(student || teacher), the paper's equation.
-        temperature: both logits are divided by it; the result is multiplied by its square, so gradients keep their size.
+        direction: `"forward"` is KL(teacher || student), the distillation loss of Hinton et al. 2015 and of the
+            authors' code; `"reverse"` is KL(student || teacher), the paper's equation.
+        temperature: both logits are divided by it, the result multiplied by its square, so gradients keep their size.
     """
 
     direction: str = "forward"
@@ -121,7 +107,7 @@ def ga(views: Views, kl: Divergence) -> Terms:
 
 
 def anchor_clean(views: Views, kl: Divergence) -> Terms:
-    """The same with the student's own vanilla self as teacher: the control for whether another architecture is needed."""
+    """The teacher is the student's own vanilla self: the control for whether another architecture is needed."""
     return {"anchor_clean": kl(views.student.adversarial.logits, views.anchor.clean.logits)}
 
 
@@ -155,30 +141,19 @@ def squared_distance(output: ZeroShotOutput, embeds: Embeds) -> PerExample:
 
 @dataclass(frozen=True)
 class Objective:
-    """A method: its loss, its attack and the models it refers to.
-
-    Args:
-        name: the word in recipes and logs.
-        loss: (views of the attacked batch, divergence) -> named scalar terms; their sum is minimised.
-        references: which frozen models it needs, of "proxy" and "anchor".
-        needs_labels: False if images without labels will do; `Views.labels` says what the attack uses then.
-        attack_loss: (output on the perturbed images, target) -> (batch,) what the attack maximises.
-        attack_target: views of the clean batch -> the target, computed once a batch.
-        divergence: KL direction and temperature, for those that have a KL.
-        attack_on: which model the adversarial images are crafted on, `"student"` (the paper) or `"proxy"`.
-    """
+    """A method: its loss, its attack and the models it refers to."""
 
     name: str
-    loss: Callable[[Views, Divergence], Terms]
-    references: tuple[str, ...] = ()
+    loss: Callable[[Views, Divergence], Terms]  # named scalars of the attacked batch; their sum is minimised
+    references: tuple[str, ...] = ()  # the frozen models that it needs, of "proxy" and "anchor"
     needs_labels: bool = False
-    attack_loss: Callable[[ZeroShotOutput, torch.Tensor], PerExample] = label_loss
-    attack_target: Callable[[Views], torch.Tensor] = lambda views: views.labels
-    divergence: Divergence = field(default_factory=Divergence)
-    attack_on: str = "student"
+    attack_loss: Callable[[ZeroShotOutput, torch.Tensor], PerExample] = label_loss  # what the attack maximises
+    attack_target: Callable[[Views], torch.Tensor] = lambda views: views.labels  # of the clean batch, once a batch
+    divergence: Divergence = Divergence()
+    attack_on: str = "student"  # where adversarial images are crafted: "student" (the paper) or "proxy"
 
     def __post_init__(self) -> None:
-        if self.attack_on not in ("student", *self.references) or self.attack_on == "anchor":
+        if self.attack_on not in {"student", *self.references} - {"anchor"}:
             raise ValueError(
                 f"attack_on: got {self.attack_on!r}, expected 'student', or 'proxy' where {self.name} has one"
             )

@@ -1,7 +1,7 @@
 """The schedule: phases as pure functions of the optimizer step.
 
-Generalization-Pivot Decoupling (arXiv 2601.12865): a low-rate warm-up whose exponential moving average is the *pivot*; then
-HPT at a high rate from the vanilla weights, pulled halfway back to the pivot at the start of every epoch.
+Generalization-Pivot Decoupling (arXiv 2601.12865): a low-rate warm-up whose exponential moving average is the *pivot*;
+then HPT at a high rate from the vanilla weights, pulled halfway back to the pivot at the start of every epoch.
 """
 
 from __future__ import annotations
@@ -23,31 +23,22 @@ DECAYS: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one objective and one learning-rate curve. What is None is the Trainer's: see `Schedule.resolve`.
-
-    Args:
-        objective: what is minimised and how it is attacked.
-        steps, epochs: its length, in one of the two; both None: `num_train_epochs`.
-        learning_rate: the peak; None: the Trainer's divided by `rate_divisor`.
-        warmup_steps: of the linear warm-up; after it the rate falls along `decay` (a row of `DECAYS`) until the phase ends.
-        restart: begin from the vanilla weights, with empty momentum, instead of where the last phase ended.
-        ema: decay g of `ema <- g ema + (1 - g) theta`, taken at the end of each interval; its last value is the pivot.
-        pull: ratio b of `theta <- b theta + (1 - b) pivot`, done at the start of each interval but the first.
+    """A stretch of training with one objective and one learning-rate curve. `Schedule.resolve` fills in what is None.
 
     Raises:
         ValueError: a length, rate, warm-up or ratio that cannot be.
     """
 
     objective: Objective
-    steps: int | None = None
-    learning_rate: float | None = None
-    warmup_steps: int | None = None
+    steps: int | None = None  # its length, or in `epochs`; both None: the Trainer's
+    learning_rate: float | None = None  # the peak; None: the Trainer's divided by `rate_divisor`
+    warmup_steps: int | None = None  # of the linear warm-up
     epochs: float | None = None
     rate_divisor: float = 1.0
-    decay: str | None = None
-    restart: bool = False
-    ema: float | None = None
-    pull: float | None = None
+    decay: str | None = None  # how the rate falls after the warm-up until the phase ends: a row of `DECAYS`
+    restart: bool = False  # from the vanilla weights, with empty momentum, instead of where the last phase ended
+    ema: float | None = None  # g of `ema <- g ema + (1 - g) theta` at each interval's end; its last value is the pivot
+    pull: float | None = None  # b of `theta <- b theta + (1 - b) pivot` at the start of each interval but the first
 
     def __post_init__(self) -> None:
         ratio, positive = (lambda v: 0 <= v <= 1), (lambda v: 0 < v < math.inf)
@@ -90,9 +81,7 @@ class Schedule:
             raise ValueError(f"interval: got {self.interval}, expected at least 1 step between averages and pulls")
         for number, phase in enumerate(self.phases):
             if phase.pull is not None and all(before.ema is None for before in self.phases[:number]):
-                raise ValueError(
-                    f"phase {phase.objective.name} is pulled to a pivot, but no phase before it has an ema"
-                )
+                raise ValueError(f"phase {phase.objective.name} is pulled to a pivot: no phase before it has an ema")
 
     @classmethod
     def single(cls, objective: Objective, **phase) -> Schedule:
@@ -114,16 +103,16 @@ class Schedule:
         restart: bool = True,
         **phase,
     ) -> Schedule:
-        """The paper's two stages; `phase`: fields of the second. The first runs at a thousandth of its rate, if nothing is said."""
-        length = {"epochs": warm_up_epochs, "steps": warm_up_steps}
+        """The paper's two stages, the first by default at a thousandth of the rate. `phase`: fields of the second."""
         first = Phase(
             warm_up,
-            **length,
-            learning_rate=warm_up_learning_rate,
+            warm_up_steps,
+            warm_up_learning_rate,
+            0,
+            epochs=warm_up_epochs,
             rate_divisor=1000,
-            warmup_steps=0,
-            decay="cosine",
             ema=ema,
+            decay="cosine",
         )
         return cls((first, Phase(main, restart=restart, pull=pull, **phase)), interval)
 
@@ -141,15 +130,12 @@ class Schedule:
 
         Args:
             warmup_steps: steps of a phase -> of its warm-up, cut off at the phase's end.
-            max_steps: total length, if positive: all phases shrink or grow in proportion, so a short run still goes through the
-                switch.
+            max_steps: total length, if positive: all phases shrink or grow in proportion, each to a step at least.
         """
         lengths = [p.steps or max(1, round((p.epochs or epochs) * steps_per_epoch)) for p in self.phases]
         if max_steps > 0:
             if max_steps < len(lengths):
-                raise ValueError(
-                    f"max_steps: got {max_steps}, expected at least {len(lengths)}, a step for each phase"
-                )
+                raise ValueError(f"max_steps: got {max_steps}, expected at least {len(lengths)}, one for each phase")
             first = [min(max(1, round(max_steps * n / sum(lengths))), max_steps - 1) for n in lengths[:-1]]
             lengths = [*first, max_steps - sum(first)]
         phases = tuple(
@@ -202,10 +188,7 @@ class Schedule:
         return phase.pull is not None and 0 < within < phase.steps and within % self.interval == 0
 
     def averages_after(self, step: int) -> bool:
-        """Does the moving average take the weights in right after this step? At the end of every interval and of the phase."""
+        """Does the average take in the weights right after this step, the end of an interval or of the phase?"""
         phase, within = self.locate(step)
-        return (
-            phase.ema is not None
-            and within < phase.steps
-            and ((within + 1) % self.interval == 0 or within + 1 == phase.steps)
-        )
+        done = within + 1
+        return phase.ema is not None and (done == phase.steps or done < phase.steps and done % self.interval == 0)

@@ -11,21 +11,13 @@ from transformers import CLIPModel, PreTrainedModel
 
 @dataclass(frozen=True)
 class Family:
-    """What the rest of the package must know of a family.
+    """What the rest of the package must know of a family."""
 
-    Args:
-        model_class: opens and saves its checkpoints.
-        image_features: (model, normalised pixels) -> (batch, dim), projected, not normalised.
-        text_features: (model, tokens) -> (prompts, dim), projected, not normalised.
-        scale: model -> the positive factor of the cosines.
-        frozen_in_training: the modules and parameters that adversarial fine-tuning of the vision side leaves alone.
-    """
-
-    model_class: type[PreTrainedModel]
-    image_features: Callable[[PreTrainedModel, Tensor], Tensor]
-    text_features: Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
-    scale: Callable[[PreTrainedModel], Tensor]
-    frozen_in_training: tuple[str, ...]
+    model_class: type[PreTrainedModel]  # opens and saves its checkpoints
+    image_features: Callable[[PreTrainedModel, Tensor], Tensor]  # normalised pixels -> (batch, dim), not normalised
+    text_features: Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]  # tokens -> (prompts, dim), not normalised
+    scale: Callable[[PreTrainedModel], Tensor]  # the positive factor of the cosines
+    frozen_in_training: tuple[str, ...]  # modules and parameters that are not of the vision side
 
 
 FAMILIES: dict[str, Family] = {

@@ -1,6 +1,7 @@
-"""Kernels: the layers of transformers' CLIP computed with less work, to the same values within rounding (docs/performance.md has what each is worth).
+"""The layers of transformers' CLIP computed with less work, to the same values within rounding (docs/performance.md).
 
-Subclasses without parameters of their own, put in place by changing a module's class: checkpoints, names and wrappers stay as they are.
+Subclasses without parameters of their own, put in place by changing a module's class: checkpoints, names and wrappers
+stay as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-# Asked once: inside a compiled layer the question would break its graph. On ARM, where torch has no MKL, this road is the slower one.
+# Asked once: inside a compiled layer the question would break its graph. Without MKL (ARM) oneDNN is the slower one.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 
 
@@ -28,7 +29,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     # Convolutions of so few numbers torch does not give to oneDNN.
     if x.device.type != "cpu" or not ONEDNN or x.numel() <= 20_480:
         return F.linear(x, weight, bias)
-    # The public road to oneDNN's products in float32 that has a backward pass: a convolution of 1 x 1 over the rows, as the pixels of one picture.
+    # The public way to oneDNN's float32 products with a backward pass: a 1 x 1 convolution, the rows as one image.
     pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
@@ -39,31 +40,28 @@ class _Linear(torch.nn.Linear):
 
 
 class _PatchEmbedding(torch.nn.Conv2d):
-    """The same convolution as a matrix product, since its windows do not overlap: an attack needs its backward pass, which is slow as a convolution."""
+    """The convolution as a matrix product, since its windows do not overlap: an attack's backward pass is faster."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         side = self.kernel_size[0]
         rows, columns = images.shape[2] // side, images.shape[3] // side
-        patches = (
-            images[:, :, : rows * side, : columns * side].unflatten(3, (columns, side)).unflatten(2, (rows, side))
-        )
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (batch, rows, columns, 3 * side * side)
+        whole = images[:, :, : rows * side, : columns * side]
+        patches = whole.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
         return product(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class _ClassTokenLayer(CLIPEncoderLayer):
-    """The vision tower's last layer for its class token, the only one that is read: five sixths of the layer's work are never asked for."""
+    """The vision tower's last layer for its class token, the only one that is read: a sixth of the layer's work."""
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: None = None, **_) -> torch.Tensor:
         attention, normed = self.self_attn, self.layer_norm1(hidden_states)
-
-        def heads(project, tokens):
-            return project(tokens).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-
         query, key, value = (
-            heads(attention.q_proj, normed[:, :1]),
-            heads(attention.k_proj, normed),
-            heads(attention.v_proj, normed),
+            project(tokens).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            for project, tokens in (
+                (attention.q_proj, normed[:, :1]),
+                (attention.k_proj, normed),
+                (attention.v_proj, normed),
+            )
         )
         dropout = attention.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=attention.scale)
@@ -72,7 +70,7 @@ class _ClassTokenLayer(CLIPEncoderLayer):
 
 
 class _QuickGELUFunction(torch.autograd.Function):
-    """x sigmoid(1.702 x) = silu(1.702 x) / 1.702: the factor cancels in the gradient, so each way is one pass where the written-out form takes three or five."""
+    """x sigmoid(1.702 x) = silu(1.702 x) / 1.702: the factor cancels in the gradient, so each way is one pass."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
@@ -83,8 +81,7 @@ class _QuickGELUFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        (scaled,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient, scaled)
+        return torch.ops.aten.silu_backward(gradient, *ctx.saved_tensors)
 
 
 class _QuickGELU(QuickGELUActivation):
@@ -95,34 +92,28 @@ class _QuickGELU(QuickGELUActivation):
 
 
 def use_fast_layers(model: torch.nn.Module) -> None:
-    """Let `model`, a `CLIPModel`, in place, compute with these kernels. Its vision tower gives the class token alone from then on."""
+    """Let a `CLIPModel` compute with these layers, in place; its vision tower then gives the class token alone."""
     model.vision_model.encoder.layers[-1].__class__ = _ClassTokenLayer
     model.vision_model.embeddings.patch_embedding.__class__ = _PatchEmbedding
+    fast = {torch.nn.Linear: _Linear, QuickGELUActivation: _QuickGELU}
     for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = _Linear
-        elif type(module) is QuickGELUActivation:
-            module.__class__ = _QuickGELU
+        module.__class__ = fast.get(type(module), type(module))
 
 
 def compile_layers(model: torch.nn.Module, **options) -> None:
-    """`torch.compile` every layer of a CLIP's vision tower, in place; all layers of one shape share their code, so a deep tower costs no more than a shallow one.
-
-    Args:
-        options: of `torch.compile`: backend, mode.
-    """
-    # First, inner and last layers of student, proxy and anchor, in attack, loss and evaluation: more kinds than the eight that torch compiles by default.
+    """`torch.compile` every layer of a CLIP's vision tower, in place; layers of one shape share their code."""
+    # First, inner and last layers of three models, in attack, loss and evaluation: more kinds than torch's eight.
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for layer in model.vision_model.encoder.layers:
-        # Student and proxy share the code but not the shapes: left alone, torch would compile it a second time for shapes of any size, and fails at that.
+        # At the proxy's shapes torch would compile the code again, for shapes of any size, and fails at that.
         layer.compile(dynamic=False, **options)
 
 
 def keep_memory() -> None:
     """Let this process keep the memory it frees, where the allocator is glibc's; elsewhere nothing happens.
 
-    A step frees and asks again for the same hundreds of MiB; by default glibc hands large blocks back to the kernel each time, which then has to clear
-    them, page by page, on their next use: a fifth of a step on a CPU. The process's size stays at its peak.
+    A step frees and asks again for the same hundreds of MiB; by default glibc hands large blocks back to the kernel,
+    which clears them page by page on their next use: a fifth of a step on a CPU.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,8 +1,8 @@
-"""Sharding: weights spread over the processes by FSDP2, for towers that do not fit one device beside their proxy and anchor.
+"""Sharding: weights spread over the processes by FSDP2, for towers that do not fit one device beside proxy and anchor.
 
-Each layer's weights are gathered right before it computes and dropped after. Accelerate would shard a `CLIPModel` by itself,
-but stops at two of its peculiarities (its scale without dimensions, its two kinds of input); so the models are handed to it
-sharded, by PyTorch's `fully_shard`.
+Each layer's weights are gathered right before it computes and dropped after. Accelerate would shard a `CLIPModel` by
+itself, but stops at its scale without dimensions and its two kinds of input; so the models are handed to it sharded,
+by PyTorch's `fully_shard`.
 """
 
 from __future__ import annotations
@@ -27,34 +27,30 @@ def check_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
     Raises:
         ValueError: a setting with which weights, attack or checkpoints would be wrong.
     """
-    for name, found, expected in (
-        ("fsdp_version", plugin.fsdp_version, 2),
-        # A checkpoint must hold a model that opens.
-        ("fsdp_state_dict_type", plugin.state_dict_type, StateDictType.FULL_STATE_DICT),
-        # All processes but the first would embed the class prompts with empty weights.
-        ("fsdp_cpu_ram_efficient_loading", bool(plugin.cpu_ram_efficient_loading), False),
-        # It comes too late for models that are sharded already: use --activation_checkpointing true.
-        ("fsdp_activation_checkpointing", bool(plugin.activation_checkpointing), False),
-    ):
-        if found != expected:
-            fix = "use --activation_checkpointing true" if "activation" in name else "start from accelerate/fsdp2.yaml"
-            raise ValueError(f"{name}: got {found}, expected {expected}. Fix: {fix}")
-    # It would have the attack computed in half precision, too. Autocast, around the loss alone, gives the same products.
+    expected = {
+        "fsdp_version": 2,
+        "state_dict_type": StateDictType.FULL_STATE_DICT,  # a checkpoint must hold a model that opens
+        "cpu_ram_efficient_loading": False,  # all processes but the first would embed prompts with empty weights
+        "activation_checkpointing": False,  # comes too late for models that are sharded already
+    }
+    for name, value in expected.items():
+        if (found := getattr(plugin, name) or False) != value:
+            fix = "accelerate/fsdp2.yaml, and --activation_checkpointing true"
+            raise ValueError(f"FSDP: {name}: got {found}, expected {value}. Fix: {fix}")
+    # It would have the attack computed in half precision, too. Autocast around the loss alone gives the same products.
     plugin.mixed_precision_policy = None
 
 
 def shard_models(models: Sequence[ZeroShotClassifier], accelerator, *, asked: str | bool | None) -> None:
-    """Shard each model in place, layer by layer, where accelerate runs FSDP2; from then on weights come together in `forward` alone.
+    """Shard each model in place where accelerate runs FSDP2; weights then come together in `forward` alone.
 
     Args:
-        asked: the Trainer's flag `fsdp`, to warn where accelerate, which gives FSDP to several GPUs alone, does not follow it.
+        asked: the Trainer's flag `fsdp`, to warn where accelerate, which gives FSDP to several GPUs alone, ignores it.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         if asked or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            logger.warning(
-                "FSDP was asked for, and accelerate gives it to several GPUs alone: every process holds all weights"
-            )
+            logger.warning("accelerate gives FSDP to several GPUs alone: every process holds all weights")
         return
     check_plugin(plugin)
     for classifier in models:
@@ -70,9 +66,8 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """The tensor where `parameter` lies, in the parts in which it lies."""
     tensor = full_tensor(tensor)
     if isinstance(parameter, DTensor):
-        tensor = distribute_tensor(
-            tensor.to(parameter.device_mesh.device_type), parameter.device_mesh, parameter.placements
-        )
+        mesh = parameter.device_mesh
+        tensor = distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements)
     return tensor.to(parameter.device)
 
 

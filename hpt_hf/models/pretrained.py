@@ -25,27 +25,18 @@ def load_pretrained(source: str | Path, **hub) -> tuple[PreTrainedModel, Process
         OSError, ValueError: nothing there, another family, or weights, tokenizer or processor that are not whole.
     """
     family = FAMILIES[_model_type(source, hub)]
+    options = hub | {"dtype": torch.float32}  # a checkpoint's own half precision would weaken every attack
     try:
-        # dtype: the default is the checkpoint's own, and a half-precision model weakens every attack.
-        model, report = family.model_class.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **hub
-        )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
-        raise ValueError(f"the weights of {source} cannot be used: {_why_not(error)}") from error
-    except OSError as error:
-        if error.errno is None:  # transformers' own: a file is missing, and the message says which
+        model, report = family.model_class.from_pretrained(source, output_loading_info=True, **options)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # transformers' own: it says which file is missing
             raise
-        raise ValueError(
-            f"the weights of {source} cannot be used: a file is damaged or unreadable ({error})"
-        ) from error
+        raise ValueError(f"the weights of {source} cannot be used: {_why_not(error)}") from error
     # transformers only warns of these, fills in random numbers for the first and leaves out the second.
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"the weights of {source} lack {len(missing)} tensors, such as {missing[:3]}. {CONVERT}")
     if surplus := sorted(k for k in report["unexpected_keys"] if not k.endswith("position_ids")):
-        raise ValueError(
-            f"the weights of {source} hold {len(surplus)} tensors that config.json has no place for, such as {surplus[:3]}: "
-            "they belong to another model"
-        )
+        raise ValueError(f"the weights of {source} hold tensors that config.json has no place for: {surplus[:3]} …")
     file = Path(cached_file(source, "config.json", **hub))
     commit = file.parent.name if file.parent.parent.name == "snapshots" else None  # so the Hub's cache is laid out
     return model.eval(), _load_processor(source, hub), commit
@@ -62,18 +53,11 @@ def _model_type(source: str | Path, hub: dict) -> str:
         config = PretrainedConfig.get_config_dict(source, **hub)[0]
     except OSError as error:  # offline, transformers' own message does not say what it looked for
         raise OSError(f"no model could be loaded from {source}: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"the config.json of {source} holds a {type(config).__name__}: expected a model's names and values"
-        )
-    if (
-        config.get("model_type") not in FAMILIES
-    ):  # transformers would only warn, and fill a whole CLIP with random weights
-        known = " or ".join(repr(name) for name in FAMILIES)
-        raise ValueError(
-            f"{source} holds a model of type {config.get('model_type')!r}: expected {known}, with both towers"
-        )
-    return config["model_type"]
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in FAMILIES:  # transformers would only warn, and fill a whole CLIP with random weights
+        known = " or ".join(map(repr, FAMILIES))
+        raise ValueError(f"the config.json of {source} names a model of type {kind!r}: expected {known}")
+    return kind
 
 
 def _load_processor(source: str | Path, hub: dict) -> ProcessorMixin:
@@ -83,12 +67,9 @@ def _load_processor(source: str | Path, hub: dict) -> ProcessorMixin:
     except OSError as error:
         raise OSError(f"{source} has weights but no processor that can be read ({error}). {CONVERT}") from error
     except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"the tokenizer or processor of {source} is damaged ({type(error).__name__}: {error})"
-        ) from error
-    if len(processor.tokenizer) <= len(
-        processor.tokenizer.all_special_ids
-    ):  # what transformers makes where there is no file
+        raise ValueError(f"the tokenizer or processor of {source} is damaged ({error!r})") from error
+    tokenizer = processor.tokenizer
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there is no file
         raise ValueError(f"{source} has weights but no tokenizer. {CONVERT}")
     return processor
 
@@ -97,7 +78,7 @@ def _why_not(error: Exception) -> str:
     if isinstance(error, SafetensorError):
         return f"the safetensors file is damaged or not one ({error}). Fix: download or export it again"
     if isinstance(error, pickle.UnpicklingError):
-        return "they are a pickle that is damaged or holds more than tensors; nothing in it was run. Fix: ask for safetensors"
+        return "a pickle that is damaged or holds more than tensors; nothing in it was run. Fix: ask for safetensors"
     if "ignore_mismatched_sizes" in str(error):
         return "they do not have the shapes that config.json says (the report above names the tensors)"
     return str(error)

@@ -1,7 +1,7 @@
 """A dual encoder as a zero-shot classifier of images in [0, 1]: what is attacked, trained and measured.
 
-Logits are `scale * cosine(image, class prompts)` (CLIP, arXiv 2103.00020, section 3.1.2), equal to the model's own. Class
-prompts are embedded once, into the head; resizing and normalisation happen inside, with the saved processor's numbers.
+Logits are `scale * cosine(image, class prompts)` (CLIP, arXiv 2103.00020, section 3.1.2), equal to the model's own.
+Class prompts are embedded once, into the head; resizing and normalisation happen inside, with the processor's numbers.
 """
 
 from __future__ import annotations
@@ -31,26 +31,21 @@ def check_classes(classes: Sequence[str]) -> None:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"class {index} has the name {name!r}: expected words that a prompt can hold")
         if name in seen:
-            raise ValueError(
-                f"classes {seen[name]} and {index} are both called {name!r}: equal prompts cannot be told apart"
-            )
+            raise ValueError(f"classes {seen[name]} and {index} are both called {name!r}: expected different names")
         seen[name] = index
 
 
 def check_templates(templates: Sequence[str]) -> None:
     """Raise ValueError unless every template has a place for the class name."""
-    if not templates:
-        raise ValueError(f"no prompt template was given: expected at least one, such as {TEMPLATE!r}")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"the template {template!r} must hold '{{}}' exactly once, where the class name goes")
+    if not templates or any(template.count("{}") != 1 for template in templates):
+        raise ValueError(f"templates: got {list(templates)}, expected '{{}}' exactly once in each")
 
 
 @torch.no_grad()
 def build_zero_shot_head(
     model: PreTrainedModel, tokenizer, classes: Sequence[str], templates: Sequence[str] = (TEMPLATE,)
 ) -> torch.Tensor:
-    """(classes, dim) unit vectors: the mean of the templates' normalised embeddings, normalised again (CLIP, section 3.1.4).
+    """(classes, dim) unit vectors: the mean of the templates' normalised embeddings, normalised again (section 3.1.4).
 
     Raises:
         ValueError: no or duplicate names, a template without {}, or prompts longer than the text tower's context.
@@ -65,10 +60,7 @@ def build_zero_shot_head(
         if tokens["input_ids"].shape[1] > context:
             lengths = tokens["attention_mask"].sum(1)
             longest = prompts[int(lengths.argmax())]
-            raise ValueError(
-                f"the prompt {longest!r} has {int(lengths.max())} tokens, the text tower reads {context}. "
-                "Fix: shorten the class name or the template"
-            )
+            raise ValueError(f"the prompt {longest!r} has {int(lengths.max())} tokens: the text tower reads {context}")
         chunks = [{k: v[i : i + 256] for k, v in tokens.items()} for i in range(0, len(prompts), 256)]
         with torch.autocast(model.device.type, enabled=False):
             total += F.normalize(torch.cat([family.text_features(model, chunk) for chunk in chunks]), dim=-1)
@@ -78,8 +70,8 @@ def build_zero_shot_head(
 class ZeroShotClassifier(torch.nn.Module):
     """Images in [0, 1] of any size -> logits over a class list, through `model`, a plain dual encoder of transformers.
 
-    The head belongs to the classifier and not to the model, so that what is saved is the plain model of its own class. The
-    model computes with faster layers (`hpt_hf.models.fast_layers`): its vision tower gives the class token alone.
+    The head belongs to the classifier, so that what is saved is the plain model of its own class. The model computes
+    with faster layers (`hpt_hf.models.fast_layers`): its vision tower gives the class token alone.
 
     Args:
         model: of a family in `hpt_hf.models.families`; changed in place.
@@ -104,16 +96,16 @@ class ZeroShotClassifier(torch.nn.Module):
         """From one folder or Hub id, in float32 and eval mode. `hub`: revision, cache_dir, token.
 
         Raises:
-            OSError, ValueError: nothing there, or no whole model of a known family; the message says what was looked for.
+            OSError, ValueError: nothing there, or no whole model of a known family.
         """
         model, processor, commit = load_pretrained(source, **hub)
         return cls(model, processor, revision=commit).eval()
 
     def with_weights(self, state: Mapping[str, torch.Tensor]) -> ZeroShotClassifier:
-        """A twin in eval mode with these weights of the model; the two share processor and head, which never change."""
-        model = type(self.model)(self.model.config)
+        """A twin in eval mode with these weights of the model; the two share processor and head."""
+        model = type(self.model)(self.model.config).to(self.device)
         model.load_state_dict(state)
-        twin = ZeroShotClassifier(model.to(self.device), self.processor)
+        twin = ZeroShotClassifier(model, self.processor)
         twin.head, twin.classes = self.head, self.classes
         return twin.eval()
 
@@ -137,7 +129,7 @@ class ZeroShotClassifier(torch.nn.Module):
         return self
 
     def resize_and_crop(self, images: Images) -> InputImages:
-        """Resize (bicubic, antialiased, differentiable) and centre-crop to the tower's input size, as the processor does."""
+        """Resize (bicubic, antialiased, differentiable) and centre-crop to the tower's size, as the processor does."""
         size, (height, width) = self.image_size, images.shape[-2:]
         if (height, width) == (size, size):
             return images
@@ -152,7 +144,7 @@ class ZeroShotClassifier(torch.nn.Module):
         return self.family.image_features(self.model, (self.resize_and_crop(images) - self.mean) / self.std).float()
 
     def classify(self, images: Images) -> ZeroShotOutput:
-        """Logits and embeds in the precision of the weights. Attacks call this: nothing wraps it in autocast, as `forward` is."""
+        """Logits and embeds. Attacks call this: nothing wraps it in autocast, as `forward` is."""
         if not self.classes:
             raise RuntimeError("no classes yet: call set_classes(names, templates) before classifying")
         embeds = self.embed_images(images)
@@ -162,7 +154,7 @@ class ZeroShotClassifier(torch.nn.Module):
         return ZeroShotOutput(logits=logits, embeds=embeds)
 
     def forward(self, images: Images) -> ZeroShotOutput:
-        """`classify`, as the module's forward: what DDP and autocast wrap, so the training loss must come through here."""
+        """`classify`, as what DDP and autocast wrap: the training loss must come through here."""
         return self.classify(images)
 
     def freeze_text(self) -> ZeroShotClassifier:
@@ -177,7 +169,7 @@ class ZeroShotClassifier(torch.nn.Module):
         self.model.activation_checkpointing_enable(**options)
 
     def save_pretrained(self, folder: str | Path, **options) -> None:
-        """A plain checkpoint of the model's own class with its processor: the Auto classes and `pipeline` need nothing else."""
+        """A plain checkpoint of the model's own class with its processor: `pipeline` needs nothing else."""
         self.model.save_pretrained(folder, **options)
         if options.get("is_main_process", True):
             self.processor.save_pretrained(folder)

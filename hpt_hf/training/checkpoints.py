@@ -1,4 +1,4 @@
-"""What of a run lies in folders and on the Hub: every save is a folder to publish, and only what may leave this machine does."""
+"""What of a run lies in folders and on the Hub: every save is a folder to publish, and only what may leave is sent."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import logging
 
-from hpt_hf.method.gpd import PIVOT_FILE
+from hpt_hf.method.gpd import PIVOT_FILE, GPDCallback
 from hpt_hf.models.fsdp import load_weights
 from hpt_hf.publishing.export import export
 from hpt_hf.publishing.hub import holds_model, open_repo, push, push_checkpoint
 from hpt_hf.publishing.model_card import TRAINED, write_model_card
+from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.record import training_record
 
 logger = logging.get_logger(__name__)
 
 
 class CheckpointTrainer(Trainer):
-    """The Trainer's own would store pickles, send whatever lies in `output_dir`, and load weights without looking at their names."""
+    """The Trainer's own would store pickles, send whatever lies in `output_dir`, and load weights of any names."""
+
+    args: HPTConfig
+    gpd: GPDCallback
+    hub_model_id: str | None  # type: ignore[assignment]
 
     def record(self) -> dict:
         """How the model was made: what `train.json` holds."""
@@ -48,9 +53,7 @@ class CheckpointTrainer(Trainer):
             if all((Path(checkpoint) / name).is_file() for name in last):
                 return checkpoint
             logger.warning(f"{checkpoint} was cut off while being saved; looking for an earlier one")
-        raise FileNotFoundError(
-            f"nothing to resume: {self.args.output_dir} holds no checkpoint with {' and '.join(last)}"
-        )
+        raise FileNotFoundError(f"nothing to resume: no checkpoint of {self.args.output_dir} has {' and '.join(last)}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
@@ -63,8 +66,8 @@ class CheckpointTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         args = self.args
-        private = args.hub_private_repo if private is None else private
         name = args.hub_model_id or Path(args.output_dir).absolute().name
+        private = args.hub_private_repo if private is None else private
         self.hub_model_id = open_repo(name, private=private, token=token)
         taken = holds_model(self.hub_model_id, args.hub_revision, token=token)
         if taken and not args.hub_overwrite:
@@ -86,15 +89,11 @@ class CheckpointTrainer(Trainer):
         return push(self.args.output_dir, self.hub_model_id, message=commit_message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        strategy, folder = self.args.hub_strategy, Path(checkpoint_folder)
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        folder, name = Path(checkpoint_folder), self.hub_model_id
-        paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
-        options = {
-            "message": f"Training in progress, step {self.state.global_step}",
-            "revision": self.args.hub_revision,
-        }
-        push_checkpoint(folder, name, **options)
-        if path := paths.get(self.args.hub_strategy):
-            push_checkpoint(folder, name, path=path, **options)
+        resumable = {HubStrategy.CHECKPOINT: ["last-checkpoint"], HubStrategy.ALL_CHECKPOINTS: [folder.name]}
+        message = f"Training in progress, step {self.state.global_step}"
+        for path in (None, *resumable.get(HubStrategy(strategy), [])):
+            push_checkpoint(folder, self.hub_model_id, message=message, path=path, revision=self.args.hub_revision)

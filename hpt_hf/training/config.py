@@ -14,8 +14,8 @@ from hpt_hf.method.schedule import DECAYS, Schedule
 class HPTConfig(TrainingArguments):
     """transformers' TrainingArguments with the authors' optimizer as default: SGD with momentum 0.9, no clipping.
 
-    `learning_rate`, `num_train_epochs` or `max_steps`, `warmup_steps` and `lr_scheduler_type` are those of the phases that do
-    not say their own (`hpt_hf.method.schedule.Schedule.resolve`).
+    `learning_rate`, `num_train_epochs` or `max_steps`, `warmup_steps` and `lr_scheduler_type` are those of the phases
+    that do not say their own (`hpt_hf.method.schedule.Schedule.resolve`).
 
     Raises:
         ValueError: a value with which the method cannot be carried out.
@@ -23,8 +23,7 @@ class HPTConfig(TrainingArguments):
 
     optim: str = "sgd"
     optim_args: str | None = "momentum=0.9"
-    # The authors do not clip, and transformers' default of 1 would change what a rate means.
-    max_grad_norm: float = 0.0
+    max_grad_norm: float = 0.0  # transformers' default of 1 would change what a rate means
     learning_rate: float = 6e-5
     lr_scheduler_type: str = "cosine"
     per_device_train_batch_size: int = 64
@@ -32,10 +31,8 @@ class HPTConfig(TrainingArguments):
     logging_steps: float = 20
     save_strategy: str = "no"
     dataloader_drop_last: bool = True
-    # torch_compile would turn it on, for the attack as well.
-    tf32: bool | None = False
-    # All trained weights have gradients; a search costs a walk through the graph.
-    ddp_find_unused_parameters: bool | None = False
+    tf32: bool | None = False  # torch_compile would turn it on, for the attack as well
+    ddp_find_unused_parameters: bool | None = False  # all trained weights have gradients
     # Batches carry images that the model's signature does not name, and labels that the stock evaluation must find.
     remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
@@ -44,32 +41,26 @@ class HPTConfig(TrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "a checkpoint, or true: the last whole one in output_dir, or the beginning"}
     )
-    # The finished model; every_save: each checkpoint on its way, too.
-    hub_strategy: str = "end"
+    hub_strategy: str = "end"  # the finished model; every_save: each checkpoint on its way, too
     hub_overwrite: bool = field(
         default=False, metadata={"help": "with --push_to_hub: replace a model that the repository holds"}
     )
 
     def __post_init__(self):
         if self.hub_token:  # the message must not repeat it
-            raise ValueError(
-                "hub_token would be stored in clear with the arguments. Fix: `hf auth login`, or set HF_TOKEN"
-            )
+            raise ValueError("hub_token would be stored in clear. Fix: `hf auth login`, or set HF_TOKEN")
         if self.remove_unused_columns or self.label_names != ["labels"]:
-            raise ValueError(
-                "remove_unused_columns must be false and label_names ['labels']: batches hold images and labels"
-            )
+            raise ValueError("remove_unused_columns must be false and label_names ['labels']")
         super().__post_init__()
-        if self.lr_scheduler_type not in DECAYS:
-            known = ", ".join(DECAYS)
-            raise ValueError(
-                f"lr_scheduler_type: got {SchedulerType(self.lr_scheduler_type).value!r}, expected one of {known}"
-            )
-
+        if self.decay not in DECAYS:
+            raise ValueError(f"lr_scheduler_type: got {self.decay!r}, expected one of {', '.join(DECAYS)}")
         if self.dataloader_pin_memory and self.device.type != "cpu":
-            self.accelerator_config.non_blocking = (
-                True  # the copy of a batch goes on while the step before is computed
-            )
+            # The copy of a batch goes on while the step before is computed.
+            self.accelerator_config.non_blocking = True
+
+    @property
+    def decay(self) -> str:
+        return SchedulerType(self.lr_scheduler_type).value
 
     def steps_per_epoch(self, images: int) -> int:
         """Optimizer steps, counted as the Trainer does: the last one takes what micro-batches are left over."""
@@ -84,6 +75,6 @@ class HPTConfig(TrainingArguments):
             epochs=self.num_train_epochs,
             learning_rate=self.learning_rate,
             warmup_steps=self.get_warmup_steps,
-            decay=SchedulerType(self.lr_scheduler_type).value,
+            decay=self.decay,
             max_steps=self.max_steps,
         )

@@ -14,44 +14,42 @@ from hpt_hf.utils import commit, hardware, versions
 logger = logging.get_logger(__name__)
 
 
-def origin(classifier: ZeroShotClassifier) -> dict:
-    """What a model was before training."""
-    name = classifier.model.name_or_path
-    return {"source": name, "revision": classifier.revision, "fingerprint": fingerprint(classifier)}
-
-
-def attack_record(attack: TrainingAttack) -> dict:
-    return asdict(attack.threat) | {name: getattr(attack, name) for name in ("steps", "step_size", "random_start")}
+def beginning(student: ZeroShotClassifier, proxy: ZeroShotClassifier | None, attack: TrainingAttack) -> dict:
+    """What training begins with: the models before it, and the attack."""
+    models = {
+        name: model
+        and {"source": model.model.name_or_path, "revision": model.revision, "fingerprint": fingerprint(model)}
+        for name, model in (("student", student), ("proxy", proxy))
+    }
+    settings = {name: getattr(attack, name) for name in ("steps", "step_size", "random_start")}
+    return models | {"attack": asdict(attack.threat) | settings}
 
 
 def check_proxy(student: ZeroShotClassifier, proxy: ZeroShotClassifier) -> None:
-    """Raise ValueError for other classes than the student's; warn of a proxy to which attacks on the student transfer."""
+    """Raise ValueError for other classes than the student's; warn of a proxy that attacks on the student fool, too."""
     if proxy.classes != student.classes:
         raise ValueError(
             f"student and proxy have different classes ({len(student.classes)} and {len(proxy.classes)} names). "
             "Fix: set_classes with the same list on both"
         )
     if fingerprint(proxy) == fingerprint(student):
-        logger.warning(
-            "proxy and student are the same model: an attack on one is an attack on the other, HPT learns nothing"
-        )
+        logger.warning("proxy and student are the same model: HPT learns nothing from it")
     elif proxy.config.vision_config.to_dict() == student.config.vision_config.to_dict():
         logger.warning("proxy and student have the same architecture: attacks transfer between such models")
     if proxy.image_size != student.image_size:
         logger.warning(
-            f"the student's {student.image_size} px images are resized to {proxy.image_size} px inside the proxy"
+            f"the student's {student.image_size} px images are resized to the proxy's {proxy.image_size} px"
         )
 
 
 def training_record(trainer) -> dict:
     """How the model was made, as JSON. `seconds` are this run's: one that was resumed leaves out what came before."""
-    args, data = trainer.args, trainer.train_dataset
-    phases = trainer.schedule.phases
+    args, data, phases = trainer.args, trainer.train_dataset, trainer.schedule.phases
     told = ("steps", "learning_rate", "warmup_steps", "decay")
-    measured = next((log for log in trainer.state.log_history[::-1] if "eval_clean_accuracy" in log), {})
+    measured: dict = next((log for log in trainer.state.log_history[::-1] if "eval_clean_accuracy" in log), {})
     record = {
         "method": "+".join(p.objective.name for p in phases),
-        **trainer.given,
+        **trainer.beginning,
         "dataset": getattr(data, "name", type(data).__name__),
         "images": len(data),
         "classes": len(trainer.accelerator.unwrap_model(trainer.model).classes),
@@ -72,9 +70,5 @@ def training_record(trainer) -> dict:
 
 def accuracies(prediction: EvalPrediction) -> dict[str, float]:
     """Clean and robust accuracy in percent, on the held-out slice of the training data."""
-    adversarial, clean = prediction.predictions
-    labels = prediction.label_ids
-    return {
-        name: 100 * float((logits.argmax(1) == labels).mean())
-        for name, logits in (("clean_accuracy", clean), ("robust_accuracy", adversarial))
-    }
+    logits: dict = dict(zip(("robust", "clean"), prediction.predictions, strict=True))
+    return {f"{k}_accuracy": 100 * float((v.argmax(1) == prediction.label_ids).mean()) for k, v in logits.items()}

@@ -12,20 +12,17 @@ from hpt_hf.method.schedule import Schedule
 from hpt_hf.utils import duration, peak_memory, progress
 
 FIRST = 3  # steps of a process, or of a phase, that are not representative: memory is asked for, kernels are chosen
-
-
 KNOWN = 13  # steps after which the run is announced
 
 
 class Stopwatch(TrainerCallback):
-    """Takes the time of every optimizer step, its data included; checkpoints and evaluations apart. Says once when the run will be over."""
+    """Times every optimizer step with its data, without checkpoints and evaluations; says once what is left."""
 
     def __init__(self, schedule: Schedule, device: torch.device):
         self.schedule, self.device, self.quiet = schedule, device, False
         self.steps: list[list[float]] = []
         self.saving = 0.0  # seconds of the last checkpoint
-        self._began = time.perf_counter()
-        self._mark = 0.0
+        self._began, self._mark = time.perf_counter(), 0.0
 
     def seconds(self, phase: int) -> float:
         """Of a step of phase number `phase`; of one that is not reached yet, what the steps of the latest took."""
@@ -54,15 +51,17 @@ class Stopwatch(TrainerCallback):
         self._lap()
 
     def on_step_end(self, args, state, control, **kwargs):
-        done = state.global_step - 1
-        self.steps[self.schedule.number(done)].append(self._lap())
+        phase = self.schedule.number(state.global_step - 1)
+        self.steps[phase].append(self._lap())
         if sum(map(len, self.steps)) == KNOWN and not self.quiet and state.is_world_process_zero:
             rest = self.remaining(state.global_step)
+            until = time.strftime("%H:%M on %d %B", time.localtime(time.time() + rest))
+            unit = "GPU" if self.device.type == "cuda" else "process"
             progress(
-                f"{duration(rest)} to go, until {time.strftime('%H:%M on %d %B', time.localtime(time.time() + rest))}: "
-                f"{self.schedule.total_steps - state.global_step} steps of {self.seconds(self.schedule.number(done)):.3g} s; {rest / 3600 * args.world_size:.3g} "
-                f"{'GPU' if self.device.type == 'cuda' else 'process'}-hours, {peak_memory(self.device) / 2**30:.1f} GiB of memory a process so far. "
-                "Checkpoints and evaluations come on top."
+                f"{duration(rest)} to go, until {until}, checkpoints and evaluations apart: "
+                f"{self.schedule.total_steps - state.global_step} steps of {self.seconds(phase):.3g} s; "
+                f"{rest / 3600 * args.world_size:.3g} {unit}-hours, "
+                f"{peak_memory(self.device) / 2**30:.1f} GiB of memory a process so far"
             )
 
     def on_save(self, args, state, control, **kwargs):

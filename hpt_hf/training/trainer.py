@@ -1,4 +1,4 @@
-"""HPTTrainer: transformers' Trainer, whose loss crafts adversarial images and asks the schedule's objective about them."""
+"""HPTTrainer: transformers' Trainer; its loss crafts adversarial images and asks the schedule's objective of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hpt_hf.models.fsdp import shard_models
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.training.checkpoints import CheckpointTrainer
 from hpt_hf.training.config import HPTConfig
-from hpt_hf.training.record import accuracies, attack_record, check_proxy, origin
+from hpt_hf.training.record import accuracies, beginning, check_proxy
 from hpt_hf.training.timing import Stopwatch
 from hpt_hf.types import Images
 
@@ -28,21 +28,20 @@ from hpt_hf.types import Images
 class HPTTrainer(CheckpointTrainer):
     """Adversarial fine-tuning of a `ZeroShotClassifier` by a schedule of objectives.
 
-    Batches hold `images` (batch, 3, height, width) in [0, 1], `image_ids` (batch,) and, unless the data has none, `labels`
-    (batch,): what `hpt_hf.data.collator.Collator` makes.
+    Batches are those of `hpt_hf.data.collator.Collator`: `images` (batch, 3, height, width) in [0, 1], `image_ids`
+    (batch,) and, unless the data has none, `labels` (batch,).
 
     Args:
         student: with its vanilla weights and its classes set; only its vision side is trained.
         args: not changed.
         schedule: the phases; what they leave open is taken from `args`.
         attack: how training images are attacked.
-        proxy: a vanilla classifier of another architecture with the same classes set, or None if no objective asks for one.
+        proxy: a vanilla classifier of another architecture with the same classes, or None if no objective needs one.
         recipe: what train.json tells beside the run's own record.
         shortened: at most so many steps of each phase, to see what the run would cost.
 
     Raises:
-        ValueError: a reference is missing, class lists differ, an objective needs labels that the data lacks, or the repository
-            holds a model.
+        ValueError: a reference is missing, class lists differ, or the repository holds a model.
     """
 
     # The loss is a mean over its micro-batch, so the Trainer must divide it by the accumulation steps.
@@ -64,56 +63,40 @@ class HPTTrainer(CheckpointTrainer):
             raise TypeError(f"args: got {type(args).__name__}, expected HPTConfig: its defaults are the method's")
         if not student.classes:
             raise ValueError("the student has no classes. Fix: student.set_classes(names, templates)")
-        references = {r for phase in schedule.phases for r in phase.objective.references}
-        if "proxy" in references and proxy is None:
-            raise ValueError(
-                f"{schedule.phases[-1].objective.name} learns from a proxy and none was given. Fix: --proxy"
-            )
+        needed = {name for phase in schedule.phases for name in phase.objective.references}
         # Only what an objective asks for is kept: a frozen model that nobody asks costs memory on every device.
-        self.proxy = proxy if "proxy" in references else None
+        self.proxy = proxy if "proxy" in needed else None
         if self.proxy is not None:
             check_proxy(student, self.proxy)
-        self.given = {
-            "student": origin(student),
-            "proxy": self.proxy and origin(self.proxy),
-            "attack": attack_record(attack),
-        }
-        self.recipe, self.attack = recipe, attack
+        elif "proxy" in needed:
+            raise ValueError(f"{schedule.phases[-1].objective.name} learns from a proxy: got none. Fix: --proxy")
+        self.attack, self.recipe, self.beginning = attack, recipe, beginning(student, self.proxy, attack)
         args = copy.copy(args)
-        self.schedule = args.resolve(schedule, args.steps_per_epoch(len(kwargs["train_dataset"])))
-        self.full_schedule = self.schedule
-        if shortened:
-            self.schedule = self.schedule.shortened(shortened)
+        self.full_schedule = args.resolve(schedule, args.steps_per_epoch(len(kwargs["train_dataset"])))
+        self.schedule = self.full_schedule.shortened(shortened) if shortened else self.full_schedule
         args.max_steps = self.schedule.total_steps
-        # The Trainer's own would compile the wrapped forward alone: neither the attack nor the references go through it.
-        compiling = (
-            {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode} if args.torch_compile else None
-        )
+        # The Trainer's own would compile the wrapped forward alone: neither attack nor references go through it.
+        compiled = args.torch_compile and {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
         args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         self.gpd = GPDCallback(self.schedule, student.freeze_text())
         self.stopwatch = Stopwatch(self.schedule, args.device)
         kwargs.setdefault("compute_metrics", accuracies)
         super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
         if self.is_deepspeed_enabled:
-            raise ValueError(
-                "DeepSpeed: GPD's average and restart cannot follow its sharding. Fix: FSDP2 (accelerate/fsdp2.yaml)"
-            )
-        self.anchor = student.with_weights(student.model.state_dict()) if "anchor" in references else None
-        # `.to`, not accelerator.prepare_model: that would make a later evaluate() skip preparing the student, in fp32 silently.
-        frozen_models = [
-            m.to(args.device).eval().requires_grad_(False) for m in (self.proxy, self.anchor) if m is not None
-        ]
-        if compiling:
-            for model in (student, *frozen_models):
-                compile_layers(model.model, **compiling)
-        shard_models((student, *frozen_models), self.accelerator, asked=args.fsdp)
+            raise ValueError("DeepSpeed: GPD cannot follow its sharding. Fix: FSDP2 (accelerate/fsdp2.yaml)")
+        self.anchor = student.with_weights(student.model.state_dict()) if "anchor" in needed else None
+        # `.to`, not accelerator.prepare_model, after which evaluate() would not prepare the student.
+        references = [m.to(args.device).eval().requires_grad_(False) for m in (self.proxy, self.anchor) if m]
+        if compiled:
+            for model in (student, *references):
+                compile_layers(model.model, **compiled)
+        shard_models((student, *references), self.accelerator, asked=args.fsdp)
         self.add_callback(self.gpd)
         self.add_callback(self.stopwatch)
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counted = 0
+        self._told: list[dict[str, torch.Tensor]] = []  # of each micro-batch since the last log
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """min over theta of L(theta, x_adv), where x_adv maximises the objective's attack loss in the ball around each image.
+        """min over theta of L(theta, x_adv), where x_adv maximises the attack's loss in the ball around each image.
 
         Args:
             model: the wrapped student.
@@ -125,14 +108,12 @@ class HPTTrainer(CheckpointTrainer):
         step, images = self.state.global_step, inputs["images"]
         objective = self.schedule.phase(step).objective
         if objective.needs_labels and "labels" not in inputs:
-            raise ValueError(
-                f"{objective.name} needs labels and the data has none. Fix: hpt, ga, fare or anchor_clean"
-            )
+            raise ValueError(f"{objective.name} needs labels: the data has none. Fix: hpt, ga, fare or anchor_clean")
         student, proxy, anchor = (m and self._in_autocast(m) for m in (model, self.proxy, self.anchor))
         views = Views(images, student=student, proxy=proxy, anchor=anchor, labels=inputs.get("labels"))
         attacked = self.accelerator.unwrap_model(model) if objective.attack_on == "student" else self.proxy
-        # The attack calls a method of the unwrapped model: no autocast, no gradient sync. Sharded weights come together in
-        # forward alone, as copies that never ask for gradients again if the first pass did not.
+        # The attack calls a method of the unwrapped model: no autocast, no gradient sync. Sharded weights come
+        # together in forward alone, as copies that never ask for gradients again if the first pass did not.
         classify, still = (attacked, nullcontext()) if self.is_fsdp_enabled else (attacked.classify, frozen(attacked))
         target = objective.attack_target(views)
         # Evaluations at different steps see the same attack.
@@ -141,20 +122,19 @@ class HPTTrainer(CheckpointTrainer):
             x_adv = self.attack(
                 lambda x: objective.attack_loss(classify(x), target), images, inputs["image_ids"], **noise
             )
-        views = views.attacked(x_adv)
-        terms = objective(views)
+        terms = objective(views.attacked(x_adv))
         loss = sum(terms.values())
         if not torch.isfinite(loss):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {step} of {self.schedule.total_steps}, in phase {objective.name} ({values}) at "
-                f"learning rate {self.schedule.learning_rate(step):.3g}. Fix: a lower rate, or the last checkpoint"
+                f"the loss is {loss.item()} at step {step} of {self.schedule.total_steps}, in phase {objective.name} "
+                f"({values}), at learning rate {self.schedule.learning_rate(step):.3g}. Fix: a lower rate"
             )
+        adversarial = views.student.adversarial.logits
         if model.training:
-            self._count(terms, views)
-        if not return_outputs:
-            return loss
-        return loss, {"adversarial": views.student.adversarial.logits, "clean": views.student.clean.logits}
+            robust = (adversarial.detach().argmax(1) == views.labels).float().mean()
+            self._told.append({f"loss_{n}": t.detach() for n, t in terms.items()} | {"robust_batch_accuracy": robust})
+        return (loss, {"adversarial": adversarial, "clean": views.student.clean.logits}) if return_outputs else loss
 
     def _in_autocast(self, model: torch.nn.Module):
         """Accelerate wraps the student in it, but neither a frozen reference nor what it shards."""
@@ -165,24 +145,15 @@ class HPTTrainer(CheckpointTrainer):
 
         return forward
 
-    @torch.no_grad()
-    def _count(self, terms: dict[str, torch.Tensor], views: Views) -> None:
-        robust = (views.student.adversarial.logits.argmax(1) == views.labels).float().mean()
-        values = {f"loss_{name}": value.detach() for name, value in terms.items()} | {"robust_batch_accuracy": robust}
-        if set(values) != set(self._sums):  # the first batch, or a new phase
-            self._sums, self._counted = {k: torch.zeros_like(v, dtype=torch.float32) for k, v in values.items()}, 0
-        for name, value in values.items():
-            self._sums[name] += value
-        self._counted += 1
-
     def log(self, logs, start_time=None):
-        """Beside the Trainer's: the means of the loss terms and of the robust batch accuracy since the last log, and the phase."""
-        if "loss" in logs and self._counted:
-            names = sorted(self._sums)
-            means = self.accelerator.reduce(torch.stack([self._sums[n] for n in names]) / self._counted, "mean")
+        """Beside the Trainer's: the phase, and means of the loss terms and the robust accuracy since the last log."""
+        if "loss" in logs and self._told:
+            names = sorted(self._told[-1])  # after a switch between two logs: the new phase's
+            told = [torch.stack([terms[n] for n in names]) for terms in self._told if sorted(terms) == names]
+            means = self.accelerator.reduce(torch.stack(told).mean(0), "mean")
             logs |= {n: round(v, 5) for n, v in zip(names, means.tolist(), strict=True)}
             logs["phase"] = self.schedule.phase(max(0, self.state.global_step - 1)).objective.name
-            self._sums, self._counted = {}, 0
+            self._told = []
         super().log(logs, start_time)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -215,7 +186,7 @@ class HPTTrainer(CheckpointTrainer):
         return super().train(resume_from_checkpoint=resume or None, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """Of the whole held-out slice: `dataloader_drop_last` is for training, where every step must weigh the same."""
+        """Of the whole held-out slice: `dataloader_drop_last` is for training, where every step weighs the same."""
         self.args.dataloader_drop_last, drop_last = False, self.args.dataloader_drop_last
         try:
             return super().get_eval_dataloader(eval_dataset)

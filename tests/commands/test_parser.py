@@ -307,7 +307,7 @@ BAD = {
     "too few": ({"per_device_train_batch_size": "64"}, "16 training images do not fill one batch of 64"),
     "no proxy": ({"proxy": None}, "hpt_gpd learns from a proxy"),
     "held out": ({"held_out": "1.0"}, "held_out=1.0: expected a share of at least 0 and below 1"),
-    "template": ({"templates": "a photo"}, "must hold '{}' exactly once"),
+    "template": ({"templates": "a photo"}, "'{}' exactly once"),
     "ema": ({"ema": "9"}, "ema: got 9.0, expected a ratio between 0 and 1"),
 }
 

@@ -132,7 +132,7 @@ def test_a_missing_pivot_is_refused(whole, tmp_path, student_path, proxy_path):
         student_path,
         proxy_path,
         FileNotFoundError,
-        f"{PIVOT_FILE} is missing: .*cut off",
+        f"{PIVOT_FILE} is missing",
         spoil=spoil,
     )
 
@@ -142,7 +142,7 @@ def test_other_vanilla_weights_are_refused(whole, tmp_path, student_path, proxy_
     from conftest import save_tiny_clip
 
     other = save_tiny_clip(tmp_path / "other", patch_size=8, seed=77)
-    refuse(whole, tmp_path, other, proxy_path, ValueError, "trained from other vanilla weights.*--model")
+    refuse(whole, tmp_path, other, proxy_path, ValueError, "vanilla weights: got .*--model")
 
 
 @pytest.mark.parametrize(
@@ -160,12 +160,12 @@ def test_other_vanilla_weights_are_refused(whole, tmp_path, student_path, proxy_
 )
 def test_another_schedule_is_refused(changes, whole, tmp_path, student_path, proxy_path):
     schedule = gpd_schedule(**changes)
-    refuse(whole, tmp_path, student_path, proxy_path, ValueError, "trained under another schedule", schedule=schedule)
+    refuse(whole, tmp_path, student_path, proxy_path, ValueError, "schedule: got", schedule=schedule)
 
 
 def test_nothing_to_resume_is_an_error(tmp_path, student_path, proxy_path):
     trainer = trainer_from_disk(tmp_path / "out", student_path, proxy_path, gpd_schedule())
-    with pytest.raises(FileNotFoundError, match=r"nothing to resume: .*out"):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*checkpoint-99"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-99"))
