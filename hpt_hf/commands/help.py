@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import signal
 import textwrap
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def show(title: str, rows: list[tuple[str, str, str]]) -> None:
 
 def print_help(command: str, what: str) -> None:
     """The command's own flags first, then, where it trains, transformers' own."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     print(f"usage: hpt-hf {command} [--config RECIPE] [--flag value …]\n\n{command}: {what}")
     files = [HERE / f"{command}.py", *([HERE / "train.py"] if command == "estimate" else [])]
     for file in files:
