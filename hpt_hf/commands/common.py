@@ -17,13 +17,13 @@ from hpt_hf.utils import did_you_mean, processes, progress
 
 @dataclass
 class ImageArguments:
-    """Which labelled pictures, how many, under which attack's ball and protocol: what all that measures asks."""
+    """Which labelled images, how many, under which attack's ball and protocol: what all that measures asks."""
 
     output_dir: str = field(metadata={"help": "folder for results/*.json, report.md and report.html"})
     dataset: list[str] | None = field(
         default=None,
         metadata={
-            "help": "names of hpt_hf.sets, parquet files, image folders, shards, Hub ids, lab:<task> or real:<set>"
+            "help": "names of the 17 zero-shot sets, parquet files, image folders, shards, Hub ids, lab:<task> or real:<set>"
         },
     )
     suite: Literal["lab", "real", "zero-shot-17"] | None = field(
@@ -39,9 +39,9 @@ class ImageArguments:
     on_corrupt: Literal["error", "skip"] = "error"
     norm: Literal["linf", "l2"] = "linf"
     protocol: Literal["input", "native"] = field(
-        default="input", metadata={"help": "eps counts on the model's pixels, or on the picture's own"}
+        default="input", metadata={"help": "eps counts on the model's pixels, or on the image's own"}
     )
-    limit: int | None = field(default=None, metadata={"help": "a fixed random sample of so many pictures of each set"})
+    limit: int | None = field(default=None, metadata={"help": "a fixed random sample of so many images of each set"})
     batch_size: int = 128
     seed: int = 0
 
@@ -124,7 +124,7 @@ def _open(args: ImageArguments, path: str) -> LabelledImages:
 
 
 def reopen(source: dict, *, data_dir: str | None = None, on_corrupt: str = "error") -> LabelledImages:
-    """The pictures of a EvalResult again, from its `source`; what does not lie there any more is looked for by its name in `data_dir`.
+    """The images of a result again, from its `source`; what does not lie there any more is looked for by its name in `data_dir`.
 
     Raises:
         ValueError, OSError: they are not there any more.
@@ -133,7 +133,7 @@ def reopen(source: dict, *, data_dir: str | None = None, on_corrupt: str = "erro
     if "set" in source:
         return open_set(source["set"], source["protocol"], revision=source["revision"], on_corrupt=on_corrupt)
     if "path" not in source:
-        raise ValueError(f"the EvalResult does not say where its pictures came from ({source or 'no source'})")
+        raise ValueError(f"the result does not say where its images came from ({source or 'no source'})")
     path, folder = source["path"], data_dir or source.get("data_dir")
     if path.startswith("lab:"):
         return lab_images(path[4:], source["count"], faces=source["faces"], seed=source["seed"])
@@ -160,6 +160,6 @@ def open_images(
         return lab_images(name, limit or 500, faces="test", seed=2)
     if kind == "real" and name:
         if data_dir is None:
-            raise ValueError(f"{spec.path} lies in a folder of real pictures: give it with --data_dir")
+            raise ValueError(f"{spec.path} lies in a folder of real images: give it with --data_dir")
         return real_images(name, data_dir, training=training)
     return load_images(spec, on_corrupt=on_corrupt)

@@ -1,7 +1,7 @@
-"""The lab's picture world: glyphs of the fonts that matplotlib ships, captioned with their Unicode names, colours and styles.
+"""The lab's world of images: glyphs of the fonts that matplotlib ships, captioned with their Unicode names, colours and styles.
 
-Picture `i` of a world is a pure function of `(seed, faces, size, i)`: the world is endless, needs no file and no network, and
-two machines with the same fonts see the same pictures. Some faces are held out (`faces="test"`), so every zero-shot task is
+Image `i` of a world is a pure function of `(seed, faces, size, i)`: the world is endless, needs no file and no network, and
+two machines with the same fonts see the same images. Some faces are held out (`faces="test"`), so every zero-shot task is
 asked about shapes of letters that no model was trained on. Typography is real data in the sense that matters here: people
 drew it, long before us, and its class names are the Unicode Consortium's.
 """
@@ -96,7 +96,7 @@ TEMPLATE = "This is a photo of {}."  # the pipeline's own default, and the paper
 _TEMPLATES = (("{}", 0.35), (TEMPLATE, 0.45), ("a picture of {}", 0.2))
 
 
-# Tasks about something other than the glyph's name: task -> what is asked of a picture.
+# Tasks about something other than the glyph's name: task -> what is asked of a image.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "text colour": tuple(f"{c} text" for c in COLOURS),
     "background colour": tuple(f"a {c} background" for c in COLOURS),
@@ -113,7 +113,7 @@ UNATTACKABLE = ("background colour", "text colour")
 TASKS: tuple[str, ...] = (*GROUPS, *ATTRIBUTES)
 
 
-_EM = 64  # side in pixels of the cached masks; pictures are drawn from them at 32 px or so
+_EM = 64  # side in pixels of the cached masks; images are drawn from them at 32 px or so
 
 
 def glyph_name(character: str) -> str:
@@ -169,8 +169,8 @@ def _pairs() -> tuple[tuple[str, str], ...]:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture with everything that is true of it."""
+class GlyphImage:
+    """One image with everything that is true of it."""
 
     image: Image.Image
     name: str
@@ -189,13 +189,13 @@ class Picture:
 
 
 class GlyphWorld:
-    """An endless sequence of captioned pictures.
+    """An endless sequence of captioned images.
 
     Args:
         seed: of the whole world.
         faces: `"train"` or `"test"`, the typefaces held out for testing.
         groups: which of `GROUPS` to draw from; None for all of them.
-        size: side of the square pictures in pixels.
+        size: side of the square images in pixels.
     """
 
     def __init__(self, seed: int = 0, *, faces: str = "train", groups: tuple[str, ...] | None = None, size: int = 32):
@@ -210,25 +210,25 @@ class GlyphWorld:
         weights = np.array([len(v) ** 0.5 for v in self.glyphs.values()])
         self._weights = weights / weights.sum()
 
-    def __getitem__(self, index: int) -> Picture:
-        """Picture number `index`: any group, glyph, face and colours."""
+    def __getitem__(self, index: int) -> GlyphImage:
+        """Image number `index`: any group, glyph, face and colours."""
         rng = np.random.default_rng([self.seed, len(TEST_FACES) * (self.faces == "test"), index])
         group = list(self.glyphs)[rng.choice(len(self.glyphs), p=self._weights)]
         return self._draw(rng, group, self.glyphs[group][rng.integers(len(self.glyphs[group]))])
 
-    def of_class(self, group: str, label: int, index: int) -> Picture:
-        """Picture number `index` of the `label`-th glyph of a group."""
+    def of_class(self, group: str, label: int, index: int) -> GlyphImage:
+        """Image number `index` of the `label`-th glyph of a group."""
         rng = np.random.default_rng([self.seed, 1000 + list(GROUPS).index(group), label, index, self.faces == "test"])
         return self._draw(rng, group, self.glyphs[group][label])
 
-    def _draw(self, rng: np.random.Generator, group: str, character: str) -> Picture:
+    def _draw(self, rng: np.random.Generator, group: str, character: str) -> GlyphImage:
         faces = faces_of(character, self.faces)
         face = faces[rng.integers(len(faces))]
         text, ground = _pairs()[rng.integers(len(_pairs()))]
         mask = _mask(character, face)
         if (angle := rng.uniform(-6, 6)) and max(mask.size) > 1:
             mask = mask.rotate(angle, Image.Resampling.BILINEAR, expand=True)
-        # The longer side fills 70 to 88% of the picture; what room is left is shared out at random.
+        # The longer side fills 70 to 88% of the image; what room is left is shared out at random.
         scale = self.size * rng.uniform(0.70, 0.88) / max(mask.size)
         width, height = (max(1, round(side * scale)) for side in mask.size)
         mask = mask.resize((width, height), Image.Resampling.BOX)
@@ -242,7 +242,7 @@ class GlyphWorld:
         family, weight, slant = FACES[face]
         name = glyph_name(character)
         caption = _caption(rng, name, text, ground, family, weight, slant)
-        return Picture(Image.fromarray(pixels), name, group, text, ground, family, weight, slant, caption)
+        return GlyphImage(Image.fromarray(pixels), name, group, text, ground, family, weight, slant, caption)
 
 
 def _caption(rng: np.random.Generator, name: str, text: str, ground: str, family: str, weight: str, slant: str) -> str:
@@ -314,8 +314,8 @@ def task_rows(
     while len(rows) < count:
         label = len(rows) % len(classes)
         while not waiting[label]:
-            picture = world[drawn]
-            waiting[classes.index(asked(picture))].append(picture.image)
+            image = world[drawn]
+            waiting[classes.index(asked(image))].append(image.image)
             drawn += 1
         rows.append((waiting[label].pop(0), label))
     return rows

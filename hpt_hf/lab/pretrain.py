@@ -1,7 +1,7 @@
-"""Contrastive pre-training of small CLIPs of any architecture on any captioned pictures (Radford et al. 2021, arXiv 2103.00020).
+"""Contrastive pre-training of small CLIPs of any architecture on any captioned images (Radford et al. 2021, arXiv 2103.00020).
 
 It makes the vanilla models that the lab starts from, and nothing else: `python -m hpt_hf.lab.pretrain --help`.
-One difference from CLIP: pictures with the same caption are positives of each other (UniCL, Yang et al. 2022, arXiv
+One difference from CLIP: images with the same caption are positives of each other (UniCL, Yang et al. 2022, arXiv
 2204.03610), because a small world repeats its captions within a batch.
 """
 
@@ -26,7 +26,7 @@ from hpt_hf.lab.glyphs import GlyphWorld
 logger = logging.get_logger(__name__)
 
 
-# A batch of captioned pictures: step -> (uint8 array (batch, size, size, 3), captions).
+# A batch of captioned images: step -> (uint8 array (batch, size, size, 3), captions).
 Batches = Callable[[int], tuple[np.ndarray, list[str]]]
 
 
@@ -133,13 +133,13 @@ def new_processor(tokenizer: CLIPTokenizer, image_size: int = 32) -> CLIPProcess
 def contrastive_loss(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: torch.Tensor, captions: torch.Tensor
 ) -> torch.Tensor:
-    """Symmetric cross-entropy over the batch; pictures that share a caption share the target's mass.
+    """Symmetric cross-entropy over the batch; images that share a caption share the target's mass.
 
     Args:
         image_embeds: (batch, dim), not normalised.
         text_embeds: (distinct captions, dim), not normalised.
         scale: the positive factor of the cosines.
-        captions: (batch,) for each picture its row of `text_embeds`.
+        captions: (batch,) for each image its row of `text_embeds`.
     """
     cosines = F.normalize(image_embeds, dim=-1) @ F.normalize(text_embeds, dim=-1).T
     logits = scale * cosines
@@ -167,7 +167,7 @@ def pretrain(
     """Train `model` in place with AdamW, linear warm-up and cosine decay to zero; returns the log.
 
     Args:
-        batches: the pictures of a step, a pure function of the step.
+        batches: the images of a step, a pure function of the step.
         bf16: autocast the towers to bfloat16; the loss stays fp32.
     """
     torch.manual_seed(seed)
@@ -194,11 +194,11 @@ def pretrain(
     log: list[dict[str, float]] = []
     loss_sum, start = 0.0, time.time()
     for step in range(steps):
-        pictures, captions = batches(step)
+        pixels, captions = batches(step)
         distinct = sorted(set(captions))
         row = {c: i for i, c in enumerate(distinct)}
         targets = torch.tensor([row[c] for c in captions], device=device)
-        images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 255
+        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
         tokens = processor.tokenizer(distinct, padding=True, truncation=True, return_tensors="pt").to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             image_embeds = model.get_image_features((images - mean) / std).pooler_output
@@ -233,11 +233,11 @@ def pretrain(
 
 
 def world_batches(world: GlyphWorld, batch_size: int) -> Batches:
-    """Batches of the endless world: step k shows pictures k*batch_size onwards, each picture once."""
+    """Batches of the endless world: step k shows images k*batch_size onwards, each image once."""
 
     def batch(step: int) -> tuple[np.ndarray, list[str]]:
-        pictures = [world[step * batch_size + i] for i in range(batch_size)]
-        return np.stack([np.asarray(p.image) for p in pictures]), [p.caption for p in pictures]
+        images = [world[step * batch_size + i] for i in range(batch_size)]
+        return np.stack([np.asarray(p.image) for p in images]), [p.caption for p in images]
 
     return batch
 
@@ -250,9 +250,9 @@ def row_batches(
     seed: int = 0,
     jitter: float = 1.0,
 ) -> Batches:
-    """Batches of a finite list of (picture, its captions): drawn with replacement, one caption at random, redrawn in another hand.
+    """Batches of a finite list of (image, its captions): drawn with replacement, one caption at random, redrawn in another hand.
 
-    A small model learns a few thousand pictures by heart; what it should learn is what survives another drawing style. So every picture
+    A small model learns a few thousand images by heart; what it should learn is what survives another drawing style. So every image
     is turned, sheared, moved and scaled a little, its colours and contrast are mixed, and some lose fine detail or shades.
 
     Args:
@@ -266,29 +266,29 @@ def row_batches(
     def batch(step: int) -> tuple[np.ndarray, list[str]]:
         rng = np.random.default_rng([seed, step])
         chosen = rng.integers(len(rows), size=batch_size)
-        pictures = np.stack([_warped(store[i], image_size, jitter, rng) for i in chosen]).astype(np.float32) / 255
+        images = np.stack([_warped(store[i], image_size, jitter, rng) for i in chosen]).astype(np.float32) / 255
         contrast = rng.uniform(1 - 0.25 * jitter, 1 + 0.2 * jitter, (batch_size, 1, 1))
         mixing = np.eye(3) * contrast + jitter * rng.normal(0, 0.07, (batch_size, 3, 3))
         shift = jitter * rng.normal(0, 0.07, (batch_size, 1, 1, 1))
-        pictures = np.clip(np.einsum("bhwc,bdc->bhwd", pictures - 0.5, mixing) + 0.5 + shift, 0, 1)
+        images = np.clip(np.einsum("bhwc,bdc->bhwd", images - 0.5, mixing) + 0.5 + shift, 0, 1)
         shades = (
             np.where(rng.random(batch_size) < 0.35 * jitter, rng.integers(3, 9, batch_size), 256)[:, None, None, None]
             - 1
         )
-        pictures = np.rint(np.rint(pictures * shades) / shades * 255).astype(np.uint8)
-        return pictures, [rows[i][1][rng.integers(len(rows[i][1]))] for i in chosen]
+        images = np.rint(np.rint(images * shades) / shades * 255).astype(np.uint8)
+        return images, [rows[i][1][rng.integers(len(rows[i][1]))] for i in chosen]
 
     return batch
 
 
 def _warped(pixels: np.ndarray, size: int, jitter: float, rng: np.random.Generator) -> np.ndarray:
-    """A random affine view of a picture, (size, size, 3); what lies beyond its edge has the colour of its corner."""
+    """A random affine view of a image, (size, size, 3); what lies beyond its edge has the colour of its corner."""
     side, (angle, shear) = len(pixels), jitter * rng.uniform((-0.2, -0.1), (0.2, 0.1))
     zoom = side / size * rng.uniform(1 - 0.2 * jitter, 1 + 0.15 * jitter, 2)
     turn = np.array([[np.cos(angle), shear - np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * zoom
     centre = side / 2 + jitter * rng.uniform(-0.1, 0.1, 2) * side
     offset = centre - turn @ np.full(2, size / 2)
-    picture = Image.fromarray(pixels).transform(
+    image = Image.fromarray(pixels).transform(
         (size, size),
         Image.Transform.AFFINE,
         (*turn[0], offset[0], *turn[1], offset[1]),
@@ -297,7 +297,5 @@ def _warped(pixels: np.ndarray, size: int, jitter: float, rng: np.random.Generat
     )
     if rng.random() < 0.25 * jitter:
         coarse = int(rng.integers(size // 2, size))
-        picture = picture.resize((coarse, coarse), Image.Resampling.BOX).resize(
-            (size, size), Image.Resampling.BILINEAR
-        )
-    return np.asarray(picture)
+        image = image.resize((coarse, coarse), Image.Resampling.BOX).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)
