@@ -85,14 +85,23 @@ def proxy_path(tmp_path_factory):
     return save_tiny_clip(tmp_path_factory.mktemp("proxy"), patch_size=16, width=24, layers=1, seed=2)
 
 
+@pytest.fixture(scope="session")
+def paths(student_path, proxy_path):
+    return student_path, proxy_path
+
+
+def classifier(path) -> ZeroShotClassifier:
+    return ZeroShotClassifier.from_pretrained(path).set_classes(CLASSES)
+
+
 @pytest.fixture
 def student(student_path):
-    return ZeroShotClassifier.from_pretrained(student_path).set_classes(CLASSES)
+    return classifier(student_path)
 
 
 @pytest.fixture
 def proxy(proxy_path):
-    return ZeroShotClassifier.from_pretrained(proxy_path).set_classes(CLASSES)
+    return classifier(proxy_path)
 
 
 def make_images(count: int = 40, *, labelled: bool = True, size: int = 32, seed: int = 0) -> LabelledImages:
@@ -179,6 +188,12 @@ def make_trainer(
         data_collator=Collator(student.processor),
         callbacks=callbacks,
     )
+
+
+def trainer_from_disk(folder, paths, schedule=None, **changes):
+    """What a new process would build of student and proxy; nothing is shared with a trainer built before."""
+    student, proxy = (classifier(path) for path in paths)
+    return make_trainer(folder, student, schedule or gpd_schedule(), **({"proxy": proxy} | changes))
 
 
 def weights(model) -> dict[str, torch.Tensor]:
