@@ -126,15 +126,7 @@ def refuse(whole, tmp_path, student_path, proxy_path, error, says, *, schedule=N
 
 def test_a_missing_pivot_is_refused(whole, tmp_path, student_path, proxy_path):
     spoil = lambda folder: (folder / "checkpoint-6" / PIVOT_FILE).unlink()  # noqa: E731
-    refuse(
-        whole,
-        tmp_path,
-        student_path,
-        proxy_path,
-        FileNotFoundError,
-        f"{PIVOT_FILE} is missing",
-        spoil=spoil,
-    )
+    refuse(whole, tmp_path, student_path, proxy_path, FileNotFoundError, f"{PIVOT_FILE} is missing", spoil=spoil)
 
 
 def test_other_vanilla_weights_are_refused(whole, tmp_path, student_path, proxy_path):
