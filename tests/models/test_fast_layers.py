@@ -1,4 +1,4 @@
-"""Proves that the faster layers compute what transformers' own do: values and gradients, in every precision and shape."""
+"""Proves that the faster layers compute what transformers' own do: values and gradients, at every precision."""
 
 from __future__ import annotations
 

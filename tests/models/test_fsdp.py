@@ -1,7 +1,7 @@
 """Proves that student, proxy and anchor spread over two processes (FSDP2) train as on one, resume and export.
 
-Run by torchrun this file is its own worker: gloo on CPU. Accelerate shards for GPUs alone and falls back to DDP on CPUs,
-so the worker tells it that these processes have GPUs; all that follows is accelerate's, the Trainer's and PyTorch's.
+Run by torchrun this file is its own worker: gloo on CPU. Accelerate shards for GPUs alone and falls back to DDP on
+CPUs, so the worker tells it that these processes have GPUs; all that follows is accelerate's, the Trainer's and torch's.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def test_sharded_weights_end_as_whole_ones(one, two, vanilla, case):
 
 
 def test_the_attack_stays_in_float32(one, two):
-    """FSDP's own mixed precision casts the weights, which no autocast undoes: a twentieth of the signs would differ."""
+    """FSDP's own mixed precision casts the weights, which no autocast undoes: 5% of the signs would differ."""
     whole = one["bf16"]["attacked"]
     sharded = torch.cat([rank["bf16"]["attacked"] for rank in two.ranks])
     assert sharded.shape == whole.shape and sharded.dtype == torch.float32
