@@ -1,7 +1,7 @@
 """Proves that student, proxy and anchor spread over two processes (FSDP2) train as on one, resume and export.
 
 Run by torchrun this file is its own worker: gloo on CPU. Accelerate shards for GPUs alone and falls back to DDP on
-CPUs, so the worker tells it that these processes have GPUs; all that follows is accelerate's, the Trainer's and torch's.
+CPUs, so the worker tells it that these processes have GPUs; the rest is accelerate's, the Trainer's and torch's.
 """
 
 from __future__ import annotations
