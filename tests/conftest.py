@@ -329,13 +329,16 @@ def largest_difference(a: dict, b: dict) -> float:
     return max(float((a[n].double() - b[n].double()).abs().max()) for n in a)
 
 
-def launch(count: int, *command: str) -> str:
-    """torchrun on a free port; `accelerate launch --cpu --num_processes 2` would silently start one process."""
+def torchrun(count: int, *command: str) -> list[str]:
+    """On a free port; `accelerate launch --cpu --num_processes 2` would silently start one process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     options = ["--nproc_per_node", str(count), "--master_port", str(port)]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, *command]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return [sys.executable, "-m", "torch.distributed.run", *options, *command]
+
+
+def launch(count: int, *command: str) -> str:
+    done = subprocess.run(torchrun(count, *command), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
