@@ -1,4 +1,4 @@
-"""Proves that a resumed run ends bit by bit where the uninterrupted one does, and what cannot be resumed is refused."""
+"""Proves that a resumed run ends bit by bit where the uninterrupted one does, and what cannot be resumed."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_train_and_args_both_name_the_checkpoint_and_train_wins(argument, config
 
 
 def test_a_checkpoint_of_the_version_before_resumes(whole, stopped, tmp_path, paths):
-    """It held the Trainer's pickled arguments, and neither record nor card; its pivot said no decay, all were cosines."""
+    """It held the Trainer's pickled arguments, and neither record nor card; its pivot said no decay."""
     folder = stopped(6)
     for name in ("train.json", "parity.json", "README.md"):
         (folder / name).unlink()

@@ -95,13 +95,17 @@ def test_without_labels_the_attack_aims_at_the_proxys_answer(tmp_path, paths, pr
 
 
 def test_in_bfloat16_the_attack_is_that_of_float32(tmp_path, paths):
-    """The first step's adversarial images are bit-equal; its loss is not."""
+    """The first step's adversarial images are bit-equal; its loss, of bfloat16 products in student and proxy, is not."""
     found = []
     for half in (False, True):
         trainer = trainer_from_disk(tmp_path / str(half), paths, single_schedule("hpt", steps=1), bf16=half)
-        attack, made = trainer.attack, []
+        attack, made, kinds = trainer.attack, [], []
         trainer.attack = lambda *a, attack=attack, made=made, **k: made.append(attack(*a, **k)) or made[-1]
+        layer = trainer.proxy.model.vision_model.encoder.layers[0].mlp.fc1
+        layer.register_forward_hook(lambda module, inputs, output, kinds=kinds: kinds.append(output.dtype))
         trainer.train()
+        assert kinds == [torch.bfloat16 if half else torch.float32]
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
         found.append((made[0], trainer.state.log_history[0]["loss"]))
     (whole, loss), (half, half_loss) = found
     assert torch.equal(whole, half) and len(whole) == 8

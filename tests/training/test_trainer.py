@@ -31,7 +31,7 @@ from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.data.collator import Collator
 from hpt_hf.method.objectives import OBJECTIVES
 from hpt_hf.method.schedule import Phase, Schedule
-from hpt_hf.models.zero_shot import ZeroShotClassifier, ZeroShotOutput, fingerprint
+from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.trainer import HPTTrainer
 
@@ -45,28 +45,28 @@ def logged(trainer) -> list[dict]:
 # --- the update
 
 
-def by_hand(student, proxy, batch, *, eps=8 / 255, g=0.9, b=0.5, momentum=0.9):
-    """HPT-GPD of four and four steps, an interval of two, without hpt_hf's trainer, schedule, objectives or attack.
+def by_hand(student, proxy, batch, *, g, b, restart, eps=8 / 255, momentum=0.9):
+    """HPT-GPD of five and four steps, an interval of two, without hpt_hf's trainer, schedule, objectives or attack.
 
     Gradients run into the weights during the attack, as a naive loop has it, and are thrown away before the step.
     """
     trained = [p for n, p in student.model.named_parameters() if not n.startswith(FROZEN)]
     images, labels = batch["images"], batch["labels"]
     vanilla, ema = [p.detach().clone() for p in trained], [p.detach().clone() for p in trained]
+    velocity = [torch.zeros_like(p) for p in trained]
     for p in trained:
         p.requires_grad_(True)
-    for step in range(8):
-        within, peak = (step, 1e-3) if step < 4 else (step - 4, 1e-2)
-        rate = peak * (1 + math.cos(math.pi * within / 4)) / 2
+    for step in range(9):
+        within, steps, peak = (step, 5, 1e-3) if step < 5 else (step - 5, 4, 1e-2)
+        rate = peak * (1 + math.cos(math.pi * within / steps)) / 2
         with torch.no_grad():
-            if step == 4:
-                for p, v in zip(trained, vanilla, strict=True):
+            if step == 5 and restart:
+                for p, v, w in zip(trained, vanilla, velocity, strict=True):
                     p.copy_(v)
-            if step == 6:
+                    w.zero_()
+            if step == 7:
                 for p, e in zip(trained, ema, strict=True):
                     p.copy_(b * p + (1 - b) * e)
-        if step in (0, 4):
-            velocity = [torch.zeros_like(p) for p in trained]
         x = ThreatModel("linf", "8/255").random_start(images, Noise(batch["image_ids"], 0, step))
         for _ in range(2):
             x = x.detach().requires_grad_(True)
@@ -75,42 +75,32 @@ def by_hand(student, proxy, batch, *, eps=8 / 255, g=0.9, b=0.5, momentum=0.9):
         x = x.detach()
         student.zero_grad()
         with torch.no_grad():
-            teacher = proxy.classify(images if step < 4 else x).logits.softmax(1)
+            teacher = proxy.classify(images if step < 5 else x).logits.softmax(1)
         answer = student.classify(x).logits.log_softmax(1)
         ((teacher * (teacher.log() - answer)).sum() / len(x)).backward()
         with torch.no_grad():
             for p, v in zip(trained, velocity, strict=True):
                 if p.grad is not None:
                     p.sub_(rate * v.mul_(momentum).add_(p.grad))
-            if step in (1, 3):
+            if step in (1, 3, 4):
                 for e, p in zip(ema, trained, strict=True):
                     e.copy_(g * e + (1 - g) * p)
         student.zero_grad()
 
 
-def test_hpt_gpd_equals_the_method_written_out_by_hand(student, student_path, proxy, tmp_path):
-    """Also: no gradient of the attack leaks into the update, for by hand it cannot."""
-    data, own = make_images(8), classifier(student_path)
-    trainer = make_trainer(tmp_path, student, gpd_schedule(warm_up_steps=4, steps=4), proxy=proxy, data=data, seed=0)
-    trainer.train()
+@pytest.mark.parametrize(("g", "b", "restart"), [(0.9, 0.5, True), (0.5, 0.2, True), (0.5, 0.2, False)])
+def test_hpt_gpd_equals_the_method_written_out_by_hand(g, b, restart, student, student_path, proxy, tmp_path):
+    """Also: only the vision side moves, and no gradient of the attack leaks into the update, for by hand it cannot."""
+    data, own, schedule = (
+        make_images(8),
+        classifier(student_path),
+        gpd_schedule(steps=4, ema=g, pull=b, restart=restart),
+    )
+    make_trainer(tmp_path, student, schedule, proxy=proxy, data=data, seed=0).train()
     vanilla = weights(own)
-    by_hand(own, proxy, Collator(own.processor)(list(data)))
-    assert largest_difference(weights(student), vanilla) > 1e-2, "or equality proves nothing"
+    by_hand(own, proxy, Collator(own.processor)(list(data)), g=g, b=b, restart=restart)
+    assert largest_difference(weights(student), vanilla) > 5e-3, "or equality proves nothing"
     assert largest_difference(weights(student), weights(own)) < 1e-5
-
-
-def test_hpt_gpd_lowers_its_loss_and_touches_the_vision_side_only(student, proxy, tmp_path):
-    before = weights(student)
-    trainer = make_trainer(tmp_path, student, gpd_schedule(warm_up_steps=5, steps=25, interval=5), proxy=proxy)
-    trainer.train()
-    for stage in ("ga", "hpt"):
-        losses = [e["loss"] for e in logged(trainer) if e["phase"] == stage]
-        assert losses[-1] < 0.5 * losses[0], stage
-    still = {n for n, t in weights(student).items() if torch.equal(before[n], t)}
-    text = {n for n in before if n.startswith(FROZEN)}
-    assert len(text) > 20 and text <= still
-    # A key's bias shifts all scores of a query alike: softmax does not see it, so rounding alone moves it or does not.
-    assert {n for n in still - text if "k_proj.bias" not in n} == set()
 
 
 class Watcher(TrainerCallback):
@@ -320,29 +310,6 @@ def test_images_without_labels(name, student, proxy, tmp_path):
     else:
         trainer.train()
         assert largest_difference(before, weights(student)) > 1e-4
-
-
-@dataclasses.dataclass
-class Unchecked(ZeroShotOutput):
-    """Under bf16 accelerate rebuilds a model's output from a dict, which the shape checks do not allow."""
-
-
-def test_under_bf16_the_loss_is_computed_in_bf16_and_the_attack_in_float32(student, proxy, tmp_path, monkeypatch):
-    monkeypatch.setattr("hpt_hf.models.zero_shot.ZeroShotOutput", Unchecked)
-    seen = {"attack": set(), "loss": set(), "proxy": set()}
-
-    def watch(module, inputs, output):  # the attack freezes the weights, the loss does not
-        seen["loss" if module.weight.requires_grad else "attack"].add(output.dtype)
-
-    layer, other = (m.model.vision_model.encoder.layers[0].mlp.fc1 for m in (student, proxy))
-    layer.register_forward_hook(watch)
-    other.register_forward_hook(lambda module, inputs, output: seen["proxy"].add(output.dtype))
-    trainer = make_trainer(tmp_path, student, gpd_schedule(warm_up_steps=2, steps=8), proxy=proxy, bf16=True)
-    trainer.train()
-    assert seen == {"attack": {torch.float32}, "loss": {torch.bfloat16}, "proxy": {torch.bfloat16}}
-    assert all(p.dtype == torch.float32 for p in student.parameters())
-    losses = [e["loss"] for e in logged(trainer) if e["phase"] == "hpt"]
-    assert losses[-1] < losses[0]
 
 
 def test_sharding_that_accelerate_would_leave_out_in_silence_is_a_warning(paths, tmp_path, monkeypatch, caplog):
