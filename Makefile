@@ -35,7 +35,7 @@ test-demo: .venv-demo/.installed
 	.venv-demo/bin/python -m pytest tests/commands/test_demo.py
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.installed
 	$(RUN) -m pytest -m 'not gpu'

@@ -43,7 +43,10 @@ setup(
         "track": ["tensorboard>=2.19"],
         # recipes/demo.py
         "demo": ["gradio>=6.31,<7"],
-        "test": ["pytest>=8", "pytest-cov>=6", "pytest-timeout>=2.3", "beartype>=0.20", "ruff>=0.12", "mypy>=1.15"],
+        "test": [
+            *("pytest>=8", "pytest-cov>=6", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
+            *("beartype>=0.20", "ruff>=0.12", "mypy>=1.15"),
+        ],
     },
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
 )

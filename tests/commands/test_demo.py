@@ -70,7 +70,7 @@ def test_an_open_label_is_the_models_own_answer(trained):
         ({"labels": tuple(f"label {i}" for i in range(101))}, "labels: got 101"),
         ({"labels": ("cat", "cat")}, "both called 'cat'"),
         ({"labels": ("cat", "d" * 201)}, "at most 200 characters"),
-        ({"labels": ("cat", "dog " * 45)}, "shorten the class name"),
+        ({"labels": ("cat", "dog " * 45)}, "the text tower reads"),
         ({"template": "a photo"}, "exactly once"),
         ({"eps": 17}, "eps: got 17, expected 1 to 16"),
         ({"steps": 0}, "steps: got 0"),

@@ -365,7 +365,7 @@ EVALUATE = {
     "set": (["--dataset", "cifar11"], "no set of that name; did you mean cifar10 or cifar100"),
     "no set near": (["--dataset", "zzzz"], "there are cifar10, cifar100, "),
     "task": (["--dataset", "lab:digit"], "the lab has no task 'digit'; it has digits"),
-    "real": (["--dataset", "real:digits"], "real:digits lies in a folder of real pictures: give it with --data_dir"),
+    "real": (["--dataset", "real:digits"], "real:digits lies in a folder of real images: give it with --data_dir"),
     "classes of a set": (
         ["--dataset", "pets", "--classes", "a", "b"],
         "its own classes and prompts: leave out --classes",

@@ -204,7 +204,7 @@ def test_a_score_without_a_source_is_not_measured(model, trained, capsys):
     found = measure(trained, make_images(), EvaluationAttack(ThreatModel("linf", EPS), "pgd", 2), name="m", probe=0)
     write_json(model / "results" / "one.json", found.to_json())
     code, rows, _ = run(capsys, model)
-    assert code == 1 and all("does not say where its pictures came from" in r[6] for r in rows)
+    assert code == 1 and all("does not say where its images came from" in r[6] for r in rows)
 
 
 def test_one_score_that_cannot_be_measured_does_not_hide_the_others(model, capsys):
