@@ -15,13 +15,14 @@ from transformers.utils import logging
 
 from hpt_hf.data.class_names import match_classes, read_classes
 from hpt_hf.data.collator import encoded, to_rgb
+from hpt_hf.data.layout import files_below, parquet_files, split_folder, visible
 from hpt_hf.models.zero_shot import TEMPLATE, check_templates
 from hpt_hf.utils import did_you_mean
 
 logger = logging.get_logger(__name__)
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-SPLIT_FOLDERS = ("train", "val", "valid", "validation", "dev", "test")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES += (".ppm", ".pgm", ".tga")
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labell
     if path.is_dir() and (list(path.glob("*.tar")) or list(path.glob("*/*.tar"))):
         data, names, templates = _shards(path, spec.split)
         label = label or "cls"
-    elif path.is_dir() and not any(path.rglob("*.parquet")):
+    elif path.is_dir() and not files_below(path, [".parquet"]):
         data = _image_folder(path, spec.split)
     elif path.exists():
         data, name = _parquet(path, spec.split), path.stem
@@ -203,11 +204,15 @@ def _image_folder(path: Path, split: str) -> datasets.Dataset:
 
     Not `imagefolder`: it takes the innermost folder for the class, and a class called "train" for a split.
     """
-    if (path / split).is_dir() and {f.name for f in path.iterdir() if f.is_dir()} <= {split, *SPLIT_FOLDERS}:
-        path = path / split
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    path = split_folder(path, split)
+    files = files_below(path, IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"{path} holds no parquet file and no image ({', '.join(IMAGE_SUFFIXES)})")
+    folders = [f for f in visible(path) if f.is_dir()]
+    if empty := [f.name for f in folders if any(f.rglob("*")) and not files_below(f, IMAGE_SUFFIXES)]:
+        raise ValueError(
+            f"{path}: the class folders {empty[:4]} hold files, and no image ({', '.join(IMAGE_SUFFIXES)})"
+        )
     columns: dict[str, list] = {"image": [str(f) for f in files]}
     features = datasets.Features(image=datasets.Image())
     parts = [f.relative_to(path).parts for f in files]
@@ -222,22 +227,18 @@ def _image_folder(path: Path, split: str) -> datasets.Dataset:
 def _parquet(path: Path, split: str) -> datasets.Dataset:
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"{path} is not a parquet file. Fix: give one, a folder of them or of images, or a Hub id.")
-    # Before the folder's README is asked, which might speak of splits that were not downloaded.
-    if files := [path] if path.is_file() else files_of_split(path, split):
-        return read_files("parquet", files)
+    if path.is_file():
+        return read_files("parquet", [path])
+    try:  # before the folder's README is asked, which might speak of splits that were not downloaded
+        return read_files("parquet", parquet_files(path, split))
+    except ValueError:
+        readme = path / "README.md"
+        if not readme.is_file() or "data_files:" not in readme.read_text("utf-8", "replace"):
+            raise
     splits, wanted = datasets.load_dataset(str(path)), split.split("+")
-    if len(splits) == len(wanted) == 1:  # one split needs no name
-        return next(iter(splits.values()))
     if not set(wanted) <= set(splits):
         raise ValueError(f"{path} has no split {split!r}, it has {', '.join(splits)}. Fix: choose one with --split.")
     return datasets.concatenate_datasets([splits[s] for s in wanted])
-
-
-def files_of_split(folder: Path, split: str) -> list[Path]:
-    """The parquet files that are named as on the Hub (`train-00000-of-00002`) and make up a split, or a union `a+b`."""
-    parts = [sorted(folder.rglob(f"{s}-*-of-*.parquet")) for s in split.split("+")]
-    files = [f for part in parts for f in part]
-    return files if all(parts) and len({f.parent for f in files}) == 1 else []
 
 
 def _shards(path: Path, split: str) -> tuple[datasets.Dataset, tuple[str, ...] | None, tuple[str, ...]]:

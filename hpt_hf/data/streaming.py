@@ -6,7 +6,6 @@ meets the rows of the uninterrupted one, for any number of processes and workers
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from PIL import Image
 
 from hpt_hf.data.class_names import match_classes
 from hpt_hf.data.collator import encoded
-from hpt_hf.data.dataset import DatasetSpec, check_hub_id, files_of_split, find_columns, read_files
+from hpt_hf.data.dataset import DatasetSpec, check_hub_id, find_columns, read_files
+from hpt_hf.data.layout import parquet_files
 from hpt_hf.models.zero_shot import TEMPLATE, check_templates
 
 BLOCK = 2048  # rows that are shuffled together, and held in memory as they are stored
@@ -136,10 +136,7 @@ def open_stream(spec: DatasetSpec, *, length: int | None = None, batch: int = 1,
 
 def _open_files(path: Path, split: str) -> tuple[datasets.IterableDataset, int]:
     """(the rows of parquet files as they come, how many there are)."""
-    files = [path] if path.is_file() else files_of_split(path, split) or sorted(path.rglob("*.parquet"))
+    files = [path] if path.is_file() else parquet_files(path, split)
     if not files or any(f.suffix != ".parquet" for f in files):
         raise ValueError(f"{path} cannot be streamed: expected a Hub id, a parquet file or a folder of them")
-    splits = {found[1] for f in files if (found := re.match(r"(.+)-\d+-of-\d+", f.stem))}
-    if path.is_dir() and splits and splits != set(split.split("+")):
-        raise ValueError(f"{path} has no split {split!r}, it has {', '.join(sorted(splits))}. Fix: --split.")
     return read_files("parquet", files, streaming=True), sum(pyarrow.parquet.read_metadata(f).num_rows for f in files)

@@ -79,6 +79,18 @@ def test_splits_of_an_image_folder_are_told_from_classes(tmp_path):
     assert vehicles.classes == ("bus", "train") and len(vehicles) == 3
 
 
+def test_a_split_that_is_not_there_or_cannot_be_told_is_an_error_and_hidden_folders_are_none(tmp_path):
+    for split, image in (("Train", RED), ("testing", GREEN)):
+        write_folder(tmp_path / "set" / split, cat=[image], dog=[image])
+    write_folder(tmp_path / "set" / ".cache" / "huggingface", x=[RED])
+    assert [len(read(tmp_path / "set", split)) for split in ("train", "test")] == [2, 2]
+    with pytest.raises(ValueError, match="no split 'val', it has Train, testing"):
+        read(tmp_path / "set", "val")
+    write_folder(tmp_path / "set" / "extra", x=[RED])
+    with pytest.raises(ValueError, match="folders of splits .* beside others"):
+        read(tmp_path / "set", "train")
+
+
 @pytest.mark.parametrize("columns", [{"image": "img", "label": "fine"}, {"image": "photo", "label": "cls"}])
 def test_columns_are_found_by_type_or_named(tmp_path, columns):
     file = write_parquet(tmp_path / "set.parquet", THREE, [0, 1, 2], names=NAMES, **columns)
@@ -126,19 +138,23 @@ def test_splits_named_as_on_the_hub_are_read_alone_or_as_a_union_in_the_order_as
     assert read(tmp_path / "set", "test+train") == [(2, RGB[2]), (0, RGB[0])]
     assert read(tmp_path / "set", "test") == [(2, RGB[2])]
     (tmp_path / "set" / "README.md").unlink()
-    for split in ("val", "train+dev"):
-        with pytest.raises(ValueError, match=rf"no split '{split.replace('+', '.')}'.*train.*--split"):
+    for split in ("gone", "train+gone"):
+        with pytest.raises(ValueError, match="no split 'gone', it has .*train.*--split"):
             read(tmp_path / "set", split)
 
 
-def test_one_split_needs_no_name_and_is_never_taken_for_a_union(tmp_path):
+def test_files_that_name_no_split_are_all_read_and_a_split_that_is_not_there_is_an_error(tmp_path):
     for part in range(2):
         write_parquet(tmp_path / "set" / f"train-0000{part}-of-00002.parquet", [THREE[part]], [part])
     write_parquet(tmp_path / "free" / "rows.parquet", THREE, [0, 1, 2])
-    assert read(tmp_path / "set", "test") == read(tmp_path / "set") == list(enumerate(RGB[:2]))
+    assert read(tmp_path / "set") == read(tmp_path / "set", "Training") == list(enumerate(RGB[:2]))
     assert read(tmp_path / "free", "test") == list(enumerate(RGB))
-    with pytest.raises(ValueError, match="no split 'train.test', it has train"):
-        read(tmp_path / "set", "train+test")
+    for split in ("test", "train+test"):
+        with pytest.raises(ValueError, match="no split 'test', it has train"):
+            read(tmp_path / "set", split)
+    (tmp_path / "set" / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match="got 1 shards of train, expected 2: number 1 is missing"):
+        read(tmp_path / "set")
 
 
 # --- labels and class names
