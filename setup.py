@@ -31,6 +31,7 @@ setup(
         "huggingface_hub>=1.31,<3",
         # Nothing above pulls Pillow, and without it no image processor and no pipeline works.
         "Pillow>=11,<14",
+        "filelock>=3.16",
         "jaxtyping>=0.3",
         "PyYAML>=6",
         # The lab draws its pictures with the fonts that matplotlib ships, reports their plots with it.

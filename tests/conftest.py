@@ -166,7 +166,17 @@ def single_schedule(name: str, *, steps: int = 5, learning_rate: float = 1e-2, *
 
 
 def make_trainer(
-    folder, student, schedule, *, proxy=None, data=None, held_out=None, eps="8/255", callbacks=None, **changes
+    folder,
+    student,
+    schedule,
+    *,
+    proxy=None,
+    data=None,
+    held_out=None,
+    eps="8/255",
+    attack=None,
+    callbacks=None,
+    **changes,
 ):
     """An HPTTrainer as the recipes make it (SGD with momentum, batch 8), on CPU, saving nothing; `changes` are TrainingArguments."""
     settings = {
@@ -181,7 +191,7 @@ def make_trainer(
         student,
         HPTConfig(output_dir=str(folder), **(settings | changes)),
         schedule=schedule,
-        attack=TrainingAttack(ThreatModel("linf", eps)),
+        attack=attack or TrainingAttack(ThreatModel("linf", eps)),
         proxy=proxy,
         train_dataset=make_images() if data is None else data,
         eval_dataset=held_out,

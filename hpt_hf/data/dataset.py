@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import glob
+import hashlib
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -104,6 +106,16 @@ class LabelledImages:
     @property
     def labels(self) -> list[int | None]:
         return self.data["label"][:]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of labels and images: the sizes of all encoded ones, and the bytes of a fixed sample of at most 1,024."""
+        cells, total = self.data["image"], hashlib.sha256(repr(self.labels).encode())
+        sizes = [len(c["bytes"]) if c["bytes"] is not None else Path(c["path"]).stat().st_size for c in cells]
+        total.update(repr(sizes).encode())
+        for i in np.random.default_rng(0).permutation(len(self))[:1024].tolist():
+            total.update(encoded(cells[i]))
+        return total.hexdigest()[:16]
 
     @property
     def labelled(self) -> bool:

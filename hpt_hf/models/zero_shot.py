@@ -85,6 +85,7 @@ class ZeroShotClassifier(torch.nn.Module):
         self.model, self.processor, self.revision = model, processor, revision
         self.family = FAMILIES[model.config.model_type]
         self.classes: tuple[str, ...] = ()
+        self.templates: tuple[str, ...] = ()
         image = processor.image_processor
         for name, value in (("mean", image.image_mean), ("std", image.image_std)):
             self.register_buffer(name, torch.tensor(value, device=model.device).view(1, 3, 1, 1), persistent=False)
@@ -106,7 +107,7 @@ class ZeroShotClassifier(torch.nn.Module):
         model = type(self.model)(self.model.config).to(self.device)
         model.load_state_dict(state)
         twin = ZeroShotClassifier(model, self.processor)
-        twin.head, twin.classes = self.head, self.classes
+        twin.head, twin.classes, twin.templates = self.head, self.classes, self.templates
         return twin.eval()
 
     @property
@@ -125,7 +126,7 @@ class ZeroShotClassifier(torch.nn.Module):
     def set_classes(self, classes: Sequence[str], templates: Sequence[str] = (TEMPLATE,)) -> ZeroShotClassifier:
         """Embed the class prompts, once; every later forward uses them. Returns self."""
         self.head = build_zero_shot_head(self.model, self.processor.tokenizer, classes, templates)
-        self.classes = tuple(classes)
+        self.classes, self.templates = tuple(classes), tuple(templates)
         return self
 
     def resize_and_crop(self, images: Images) -> InputImages:

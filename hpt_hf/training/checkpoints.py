@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import logging
@@ -14,7 +18,7 @@ from hpt_hf.publishing.export import export
 from hpt_hf.publishing.hub import holds_model, open_repo, push, push_checkpoint
 from hpt_hf.publishing.model_card import TRAINED, write_model_card
 from hpt_hf.training.config import HPTConfig
-from hpt_hf.training.record import training_record
+from hpt_hf.training.record import decided_by, differences, training_record
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +58,50 @@ class CheckpointTrainer(Trainer):
                 return checkpoint
             logger.warning(f"{checkpoint} was cut off while being saved; looking for an earlier one")
         raise FileNotFoundError(f"nothing to resume: no checkpoint of {self.args.output_dir} has {' and '.join(last)}")
+
+    def check_run(self, resume: str | None) -> None:
+        """Before the first step: does the checkpoint belong to this run, and nobody else's lie in `output_dir`?
+
+        Raises:
+            ValueError: another run's; the message names every field that differs.
+        """
+        now = decided_by(self)
+        if resume:
+            if odd := differences(resume, now):
+                raise ValueError(
+                    f"{resume} is of another run: {'; '.join(odd)}. Fix: its settings, or a new --output_dir"
+                )
+            if not any(Path(resume).glob("optimizer*")):
+                raise ValueError(f"{resume} holds no optimizer (save_only_model). Fix: begin again, or another one")
+            return
+        whole = [c for c in sort_checkpoints(self.args.output_dir) if Path(c, "trainer_state.json").is_file()]
+        for checkpoint in whole:
+            if odd := differences(checkpoint, now):
+                if not self.args.overwrite:
+                    fix = "Fix: a new --output_dir, or --overwrite true"
+                    raise ValueError(f"{checkpoint} is of another run: {'; '.join(odd)}. {fix}")
+                if self.args.should_save:
+                    shutil.rmtree(checkpoint)
+
+    @contextmanager
+    def sole_run(self) -> Iterator[None]:
+        """Two runs in one folder would take each other's checkpoints. Raises ValueError for the second."""
+        if not self.args.should_save:
+            yield
+            return
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(Path(self.args.output_dir, ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"output_dir: {self.args.output_dir} is in use by another run. Fix: another --output_dir"
+            ) from None
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)

@@ -41,6 +41,9 @@ class HPTConfig(TrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "a checkpoint, or true: the last whole one in output_dir, or the beginning"}
     )
+    overwrite: bool = field(
+        default=False, metadata={"help": "remove the checkpoints of another run that lie in output_dir"}
+    )
     hub_strategy: str = "end"  # the finished model; every_save: each checkpoint on its way, too
     hub_overwrite: bool = field(
         default=False, metadata={"help": "with --push_to_hub: replace a model that the repository holds"}

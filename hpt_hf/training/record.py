@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
-from hpt_hf.utils import commit, hardware, versions
+from hpt_hf.publishing.model_card import TRAINED
+from hpt_hf.utils import commit, hardware, read_json, versions
 
 logger = logging.get_logger(__name__)
+
+
+# Arguments that decide the weights, beside schedule, attack, models and data; all others may change in a resumed run.
+ARGUMENTS = ["optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"]
+ARGUMENTS += ["bf16", "fp16", "tf32", "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy"]
+
+
+def decided_by(trainer) -> dict:
+    """All that decides the weights, field by field, as JSON: a checkpoint goes on only under the same."""
+    args, data, phases = trainer.args, trainer.train_dataset, trainer.schedule.phases
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    fields = {name: getattr(args, name) for name in ARGUMENTS}
+    for name in ("student", "proxy"):
+        fields[name] = (trainer.beginning[name] or {}).get("fingerprint")
+    fields |= {f"attack {name}": value for name, value in trainer.beginning["attack"].items()}
+    for number, phase in enumerate(phases, 1):
+        settings = {k: v for k, v in vars(phase).items() if k not in ("objective", "epochs", "rate_divisor")}
+        settings |= {"objective": phase.objective.name, "attack_on": phase.objective.attack_on}
+        fields |= {f"phase {number} {k}": v for k, v in (settings | asdict(phase.objective.divergence)).items()}
+    fields |= {"interval": trainer.schedule.interval, "classes": student.classes, "templates": student.templates}
+    fields |= {"batch": total_batch(args), "images": len(data), "data": getattr(data, "digest", None)}
+    return json.loads(json.dumps(fields, default=str))
+
+
+def total_batch(args) -> int:
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def differences(checkpoint: str | Path, now: dict) -> list[str]:
+    """What decided a checkpoint's weights otherwise than `now`, by field; empty where it does not say."""
+    file = Path(checkpoint, TRAINED)
+    then = read_json(file).get("decided_by", {}) if file.is_file() else {}
+    return [f"{k}: got {_short(now[k])}, expected {_short(then[k])}" for k in now if k in then and then[k] != now[k]]
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def beginning(student: ZeroShotClassifier, proxy: ZeroShotClassifier | None, attack: TrainingAttack) -> dict:
@@ -56,9 +97,10 @@ def training_record(trainer) -> dict:
         "phases": [{"objective": p.objective.name} | {name: getattr(p, name) for name in told} for p in phases],
         "steps": trainer.state.global_step,
         "learning_rate": phases[-1].learning_rate,
-        "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch": total_batch(args),
         "processes": args.world_size,
         "seed": args.seed,
+        "decided_by": decided_by(trainer),
         "seconds": round(trainer.stopwatch.elapsed, 1),
         "versions": versions(),
         "commit": commit(),

@@ -179,11 +179,13 @@ class HPTTrainer(CheckpointTrainer):
             if not Path(resume).is_dir():
                 raise FileNotFoundError(f"no checkpoint at {resume}")
             self.gpd.load(resume)
-            if isinstance(self.train_dataset, StreamedImages):
-                done = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json")).global_step
-                steps = self.args.steps_per_epoch(len(self.train_dataset))
-                self.train_dataset.fast_forward(done // steps, done % steps * self.args.gradient_accumulation_steps)
-        return super().train(resume_from_checkpoint=resume or None, **kwargs)
+        self.check_run(resume)
+        if resume and isinstance(self.train_dataset, StreamedImages):
+            done = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json")).global_step
+            steps = self.args.steps_per_epoch(len(self.train_dataset))
+            self.train_dataset.fast_forward(done // steps, done % steps * self.args.gradient_accumulation_steps)
+        with self.sole_run():
+            return super().train(resume_from_checkpoint=resume or None, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Of the whole held-out slice: `dataloader_drop_last` is for training, where every step weighs the same."""

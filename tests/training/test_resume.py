@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
+from hpt_hf.attacks.pgd import TrainingAttack
+from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.method.gpd import PIVOT_FILE
+from hpt_hf.method.objectives import Divergence
 
 ROOT = Path(__file__).parent.parent.parent
 SAVE = {"save_strategy": "steps", "save_steps": 1}
@@ -161,6 +165,65 @@ def test_what_does_not_belong_to_the_run_is_refused_and_nothing_is_changed(why, 
     with pytest.raises(error, match=says):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert contents(tmp_path) == before and len(before) > 10 and trainer.state.global_step == 0
+
+
+# --- another run's checkpoints
+
+ATTACK = TrainingAttack(ThreatModel("linf", "8/255"))
+MISMATCHES = {
+    "seed": {"seed": 5},
+    "optim_args": {"optim_args": "momentum=0.8"},
+    "weight_decay": {"weight_decay": 0.1},
+    "max_grad_norm": {"max_grad_norm": 1.0},
+    "batch": {"per_device_train_batch_size": 4},
+    "attack eps": {"attack": replace(ATTACK, threat=ThreatModel("linf", "2/255"))},
+    "attack norm": {"attack": replace(ATTACK, threat=ThreatModel("l2", 1.0))},
+    "attack steps": {"attack": replace(ATTACK, steps=7)},
+    "attack step_size": {"attack": replace(ATTACK, step_size=0.001)},
+    "attack random_start": {"attack": replace(ATTACK, random_start=not ATTACK.random_start)},
+    "data": {"data": make_images(seed=9)},
+    "images": {"data": make_images(48)},
+    "phase 1 temperature": {"schedule": gpd_schedule(divergence=Divergence(temperature=2.0))},
+    "phase 2 direction": {"schedule": gpd_schedule(divergence=Divergence("reverse"))},
+    "phase 1 objective": {"schedule": single_schedule("tecoa", steps=10)},
+}
+
+
+@pytest.mark.parametrize("field", MISMATCHES)
+def test_another_runs_checkpoint_is_refused_by_the_field_that_differs(field, stopped, tmp_path, paths):
+    """Resumed, it would end at other weights under this run's name; begun afresh beside it, a kill would mix the two."""
+    stopped(10)
+    before = contents(tmp_path)
+    trainer = trainer_from_disk(tmp_path, paths, **MISMATCHES[field])
+    for resume in (True, None):
+        with pytest.raises(ValueError, match=f"is of another run: .*{field}: got .*, expected "):
+            trainer.train(resume_from_checkpoint=resume)
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_removes_another_runs_checkpoints_and_no_others(stopped, tmp_path, paths):
+    stopped(10)
+    trainer_from_disk(tmp_path, paths).check_run(None)
+    trainer_from_disk(tmp_path, paths, seed=5, overwrite=True).check_run(None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_change_the_weights_may_change_and_two_runs_exclude_each_other(whole, stopped, tmp_path, paths):
+    free = {
+        "logging_steps": 3,
+        "save_steps": 5,
+        "save_strategy": "steps",
+        "run_name": "x",
+        "dataloader_num_workers": 1,
+    }
+    trainer = trainer_from_disk(stopped(6).parent, paths, **free)
+    with trainer.sole_run(), pytest.raises(ValueError, match="is in use by another run"):
+        trainer_from_disk(tmp_path, paths).train()
+    trainer.train(resume_from_checkpoint=True)
+    assert largest_difference(weights(trainer.model), whole[1]) == 0 and not (tmp_path / ".lock").exists()
+    (tmp_path / "checkpoint-10" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="holds no optimizer"):
+        trainer_from_disk(tmp_path, paths).train(resume_from_checkpoint=True)
 
 
 def test_nothing_to_resume_is_an_error(tmp_path, paths):
