@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import json
 import os
 import platform
@@ -103,6 +104,14 @@ def write_text(path: str | Path, text: str) -> Path:
             error.errno, f"{path} could not be written ({error.strerror}); what stood there before still does"
         ) from error
     return path
+
+
+def no_space(error: BaseException) -> bool:
+    """Is a full disk behind it? safetensors and torch say so in words of their own."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        words in str(error)
+        for words in ("No space left", "os error 28", "PytorchStreamWriter failed", "file write failed")
+    )
 
 
 def progress(message: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from transformers import Trainer
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import logging
 
@@ -19,8 +21,31 @@ from hpt_hf.publishing.hub import holds_model, open_repo, push, push_checkpoint
 from hpt_hf.publishing.model_card import TRAINED, write_model_card
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.record import decided_by, differences, training_record
+from hpt_hf.utils import no_space, processes, read_json, write_json
 
+DIGESTS = "digests.json"
 logger = logging.get_logger(__name__)
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of all files of a checkpoint but the card, which a person may edit."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in (DIGESTS, "README.md")]
+    return {f.relative_to(folder).as_posix(): _sha256(f) for f in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class VouchForCheckpoint(TrainerCallback):
+    """Writes, last of all, digests of a checkpoint's files: what was torn or changed since is not gone on from."""
+
+    def on_save(self, args, state, control, **kwargs):
+        processes().wait_for_everyone()  # each writes its own random state
+        if args.should_save:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            write_json(folder / DIGESTS, file_digests(folder))
 
 
 class CheckpointTrainer(Trainer):
@@ -47,17 +72,43 @@ class CheckpointTrainer(Trainer):
             write_model_card(self.args.output_dir)
 
     def last_checkpoint(self) -> str:
-        """The newest checkpoint that is whole: a run that was killed while saving left one that is not.
+        """The newest checkpoint that is whole: neither cut off while being saved nor changed since.
 
         Raises:
             FileNotFoundError: there is none.
         """
-        last = ["trainer_state.json", *([PIVOT_FILE] if self.gpd.vanilla else [])]  # what is written last
         for checkpoint in sort_checkpoints(self.args.output_dir)[::-1]:
-            if all((Path(checkpoint) / name).is_file() for name in last):
+            if not (reason := self._not_whole(checkpoint)):
                 return checkpoint
-            logger.warning(f"{checkpoint} was cut off while being saved; looking for an earlier one")
-        raise FileNotFoundError(f"nothing to resume: no checkpoint of {self.args.output_dir} has {' and '.join(last)}")
+            logger.warning(f"{checkpoint} {reason}; looking for an earlier one")
+        raise FileNotFoundError(f"nothing to resume: {self.args.output_dir} holds no whole checkpoint")
+
+    def _not_whole(self, checkpoint: str | Path) -> str | None:
+        """Why a checkpoint cannot be gone on from, or None."""
+        last = ["trainer_state.json", *([PIVOT_FILE] if self.gpd.vanilla else [])]  # what was written last
+        if not all(Path(checkpoint, name).is_file() for name in last):
+            return "was cut off while being saved"
+        try:
+            read_json(Path(checkpoint, "trainer_state.json"))
+            expected = read_json(file) if (file := Path(checkpoint, DIGESTS)).is_file() else {}
+        except ValueError as error:
+            return f"cannot be used ({error})"
+        found = file_digests(Path(checkpoint))
+        odd = [name for name, digest in expected.items() if found.get(name) != digest]
+        return f"is damaged: {', '.join(odd)} {'is' if len(odd) == 1 else 'are'} not what was saved" if odd else None
+
+    def _save_checkpoint(self, model, trial):
+        """On a full disk one line, and nothing half-written: the checkpoint before still stands."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not no_space(error):
+                raise
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"no space left for {folder}. Fix: make room, then the same command with --resume_from_checkpoint true"
+            ) from error
 
     def check_run(self, resume: str | None) -> None:
         """Before the first step: does the checkpoint belong to this run, and nobody else's lie in `output_dir`?
@@ -67,6 +118,8 @@ class CheckpointTrainer(Trainer):
         """
         now = decided_by(self)
         if resume:
+            if reason := self._not_whole(resume):
+                raise ValueError(f"{resume} {reason}. Fix: an earlier checkpoint, or --resume_from_checkpoint true")
             if odd := differences(resume, now):
                 raise ValueError(
                     f"{resume} is of another run: {'; '.join(odd)}. Fix: its settings, or a new --output_dir"

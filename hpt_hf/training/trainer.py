@@ -18,7 +18,7 @@ from hpt_hf.method.schedule import Schedule
 from hpt_hf.models.fast_layers import compile_layers
 from hpt_hf.models.fsdp import shard_models
 from hpt_hf.models.zero_shot import ZeroShotClassifier
-from hpt_hf.training.checkpoints import CheckpointTrainer
+from hpt_hf.training.checkpoints import CheckpointTrainer, VouchForCheckpoint
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.record import accuracies, beginning, check_proxy
 from hpt_hf.training.timing import Stopwatch
@@ -92,6 +92,7 @@ class HPTTrainer(CheckpointTrainer):
                 compile_layers(model.model, **compiled)
         shard_models((student, *references), self.accelerator, asked=args.fsdp)
         self.add_callback(self.gpd)
+        self.add_callback(VouchForCheckpoint())
         self.add_callback(self.stopwatch)
         self._told: list[dict[str, torch.Tensor]] = []  # of each micro-batch since the last log
 

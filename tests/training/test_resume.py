@@ -24,7 +24,7 @@ from conftest import (
     weights,
     write_image_folder,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
@@ -118,7 +118,7 @@ def test_train_and_args_both_name_the_checkpoint_and_train_wins(argument, config
 def test_a_checkpoint_of_the_version_before_resumes(whole, stopped, tmp_path, paths):
     """It held the Trainer's pickled arguments, and neither record nor card; its pivot said no decay."""
     folder = stopped(6)
-    for name in ("train.json", "parity.json", "README.md"):
+    for name in ("train.json", "parity.json", "README.md", "digests.json"):
         (folder / name).unlink()
     torch.save({"learning_rate": 0.01}, folder / "training_args.bin")
     with safe_open(folder / PIVOT_FILE, framework="pt") as file:
@@ -221,7 +221,8 @@ def test_what_cannot_change_the_weights_may_change_and_two_runs_exclude_each_oth
         trainer_from_disk(tmp_path, paths).train()
     trainer.train(resume_from_checkpoint=True)
     assert largest_difference(weights(trainer.model), whole[1]) == 0 and not (tmp_path / ".lock").exists()
-    (tmp_path / "checkpoint-10" / "optimizer.pt").unlink()
+    for name in ("optimizer.pt", "digests.json"):  # as --save_only_model leaves it
+        (tmp_path / "checkpoint-10" / name).unlink()
     with pytest.raises(ValueError, match="holds no optimizer"):
         trainer_from_disk(tmp_path, paths).train(resume_from_checkpoint=True)
 
@@ -245,6 +246,67 @@ def test_a_checkpoint_cut_off_while_being_saved_is_passed_over(missing, whole, s
     shutil.rmtree(tmp_path / "checkpoint-5")
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         trainer_from_disk(tmp_path, paths).train(resume_from_checkpoint=True)
+
+
+def flip_a_bit(file: Path):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit_the_step(file: Path):
+    file.write_text(file.read_text().replace('"global_step": 6', '"global_step": 7'))
+
+
+DAMAGES = {
+    "torn by a full disk": ("trainer_state.json", lambda f: f.write_text("")),
+    "a flipped bit": ("model.safetensors", flip_a_bit),
+    "another step": ("trainer_state.json", edit_the_step),
+    "no momentum": ("optimizer.pt", Path.unlink),
+    "no random state": ("rng_state.pth", Path.unlink),
+    "a flipped bit of the pivot": (PIVOT_FILE, flip_a_bit),
+    "torn digests": ("digests.json", lambda f: f.write_text("{")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_is_not_what_was_saved_is_passed_over_or_refused(
+    damage, whole, stopped, tmp_path, paths, caplog
+):
+    name, act = DAMAGES[damage]
+    act(stopped(5, 6) / name)
+    with pytest.raises((ValueError, FileNotFoundError), match="checkpoint-6"):
+        trainer_from_disk(tmp_path, paths).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    trainer = trainer_from_disk(tmp_path, paths)
+    trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-6" in caplog.text and "looking for an earlier one" in caplog.text
+    assert largest_difference(weights(trainer.model), whole[1]) == 0
+
+
+FULL = [OSError(28, "No space left on device"), RuntimeError("[enforce fail] PytorchStreamWriter failed writing file")]
+FULL += [SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda e: type(e).__name__)
+def test_a_full_disk_leaves_no_half_checkpoint_and_the_run_goes_on_after_making_room(
+    error, whole, tmp_path, paths, monkeypatch
+):
+    trainer = trainer_from_disk(tmp_path, paths, **SAVE)
+    save, calls = trainer._save_optimizer_and_scheduler, []
+
+    def full(folder):
+        calls.append(folder)
+        if len(calls) == 4:
+            raise error
+        save(folder)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match="no space left for .*checkpoint-4. Fix: make room"):
+        trainer.train()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    again = trainer_from_disk(tmp_path, paths, **SAVE)
+    again.train(resume_from_checkpoint=True)
+    assert largest_difference(weights(again.model), whole[1]) == 0
 
 
 @pytest.mark.multiprocess
