@@ -91,7 +91,7 @@ def predict(data: DataArguments, method: MethodArguments, training: HPTConfig, *
         if images is not None:
             some = images.select(range(min(len(images), 4 * args.per_device_eval_batch_size * args.world_size)))
             share = len(images) / len(some)
-            timed("the held-out slice", evaluations + 1, lambda: trainer.evaluate(some), share)
+            timed("the held-out slice", evaluations + 2, lambda: trainer.evaluate(some), share)
         timed("the export", 1, trainer.save_model)
         left += _size(Path(place).iterdir())
     return Cost(tuple(parts), training.world_size, training.device.type, peak_memory(training.device), left)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+import torch
+from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -16,12 +20,14 @@ from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import held_out
 from hpt_hf.data.streaming import open_stream
+from hpt_hf.evaluation.statistics import wilson
 from hpt_hf.method.objectives import OBJECTIVES, Divergence
 from hpt_hf.method.schedule import Schedule
 from hpt_hf.models.fast_layers import keep_memory
+from hpt_hf.publishing.model_card import TRAINED
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.trainer import HPTTrainer
-from hpt_hf.utils import shutdown_distributed
+from hpt_hf.utils import no_space, progress, shutdown_distributed, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -160,6 +166,10 @@ def build(
     else:
         images = open_images(spec, training=True, data_dir=data.data_dir, on_corrupt=data.on_corrupt)
         train_part, eval_part = held_out(images, method.held_out, seed=0)
+        if eval_part is not None and not eval_part.labelled:
+            raise RecipeError(f"held_out: {images.name} has no labels to measure with. Fix: --held_out 0")
+        for index in range(len(eval_part or ())):  # a damaged image would fail behind the last step
+            eval_part[index]
     if len(train_part) < (total := batch * training.gradient_accumulation_steps):
         raise RecipeError(
             f"{len(train_part)} training images do not fill one batch of {total} ({training.per_device_train_batch_size} × "
@@ -190,24 +200,72 @@ def build(
 
 
 def run(data: DataArguments, method: MethodArguments, training: HPTConfig) -> dict:
-    """Train, measure on the held-out slice, save to `output_dir`; returns what `train.json` records, and the `trainer`."""
+    """Train, save to `output_dir`, measure on the held-out slice; returns what `train.json` records, and the `trainer`."""
     trainer = build(data, method, training)
     resume = training.resume_from_checkpoint
-    if str(resume).lower() == "true":
+    with trainer.sole_run():
+        if str(resume).lower() == "true":
+            try:
+                resume = trainer.last_checkpoint()
+            except FileNotFoundError as error:
+                # Killed before its first checkpoint stood: whoever restarts it in a loop should not have to look.
+                logger.warning(f"{error}: it begins at the beginning")
+                resume = False
+        if trainer.eval_dataset is not None and not trainer.is_fsdp_enabled:  # which cannot be asked before it trains
+            with torch.random.fork_rng(devices=[]):
+                found = trainer.evaluate(metric_key_prefix="vanilla")
+            trainer.vanilla = {k: v for k, v in found.items() if k.endswith("accuracy")}
+        trainer.train(resume_from_checkpoint=resume)
+        save(trainer)  # before anything that could fail
         try:
-            resume = trainer.last_checkpoint()
-        except FileNotFoundError as error:
-            # Killed before its first checkpoint stood: whoever restarts it in a loop should not have to look.
-            logger.warning(f"{error}: it begins at the beginning")
-            resume = False
-    trainer.train(resume_from_checkpoint=resume)
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
-    if training.push_to_hub:
-        trainer.push_to_hub()
-    else:
-        trainer.save_model()
+            if trainer.eval_dataset is not None:
+                trainer.evaluate()
+        except (ValueError, OSError, RuntimeError) as error:
+            progress(f"the held-out slice could not be measured ({error}); the model stands in {training.output_dir}")
+        if training.push_to_hub:
+            trainer.push_to_hub()
+        elif trainer.args.should_save:
+            write_json(Path(training.output_dir, TRAINED), trainer.record())
+            trainer.create_model_card()
     return trainer.record() | {"trainer": trainer}
+
+
+def save(trainer: HPTTrainer) -> None:
+    """Export to `output_dir`; with a full disk there, to the system's temporary folder, so that no training is lost."""
+    try:
+        trainer.save_model(_internal_call=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not no_space(error):
+            raise
+        output, rescue = trainer.args.output_dir, tempfile.mkdtemp(prefix="hpt-hf-")
+        trainer.save_model(rescue, _internal_call=True)
+        raise OSError(f"no space left for {output}: the model lies in {rescue}. Fix: make room and move it") from error
+
+
+def held_out_report(record: dict) -> tuple[str, list[str]]:
+    """(accuracies on the held-out slice with intervals beside the vanilla student's, reasons to doubt the model)."""
+    n, after, before = record["held_out_images"], record["held_out"], record["held_out_vanilla"]
+    if not after:
+        return "", []
+
+    def told(found: dict, prefix: str) -> str:
+        parts = []
+        for kind in ("clean", "robust"):
+            value = found[f"{prefix}_{kind}_accuracy"]
+            parts.append("{} {:.1f}% ({:.1f}–{:.1f})".format(kind, value, *wilson(round(value * n / 100), n)))
+        return ", ".join(parts)
+
+    text, doubts = f"; held-out slice, n = {n}: {told(after, 'eval')}", []
+    clean, chance = after["eval_clean_accuracy"], 100 / record["classes"]
+    if wilson(round(clean * n / 100), n)[0] <= chance:
+        doubts.append(f"it is at chance: {clean:.1f}% clean of {record['classes']} classes")
+    if (record["largest_class_share"] or 0) > 95 > 2 * chance:
+        doubts.append(f"it predicts one class for {record['largest_class_share']:.0f}% of the images")
+    if before:
+        text += f"; vanilla student: {told(before, 'vanilla')}"
+        if all(after[f"eval_{kind}_accuracy"] < before[f"vanilla_{kind}_accuracy"] for kind in ("clean", "robust")):
+            doubts.append("it is worse than the vanilla student, clean and robust")
+    return text, doubts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -216,8 +274,8 @@ def main(argv: list[str] | None = None) -> None:
         data, method, training = parse(RECIPE, argv)
         record = run(data, method, training)
     if training.process_index == 0:
-        held = "".join(
-            f", {k.removeprefix('eval_').replace('_', ' ')} {v:.1f}%" for k, v in record["held_out"].items()
-        )
+        held, doubts = held_out_report(record)
         print(f"{method.method}: {record['steps']} steps in {record['seconds']:.0f} s{held} -> {training.output_dir}")
+        for doubt in doubts:
+            progress(f"warning: {doubt}. Fix: a lower --learning_rate, or more images")
     shutdown_distributed()

@@ -151,6 +151,7 @@ class Objective:
     attack_target: Callable[[Views], torch.Tensor] = lambda views: views.labels  # of the clean batch, once a batch
     divergence: Divergence = Divergence()
     attack_on: str = "student"  # where adversarial images are crafted: "student" (the paper) or "proxy"
+    needs_random_start: bool = False  # at the image itself the attack's loss is at its minimum, without a gradient
 
     def __post_init__(self) -> None:
         if self.attack_on not in {"student", *self.references} - {"anchor"}:
@@ -168,7 +169,12 @@ OBJECTIVES: dict[str, Objective] = {
     "anchor_clean": Objective("anchor_clean", anchor_clean, ("anchor",)),
     "tecoa": Objective("tecoa", tecoa, needs_labels=True),
     "fare": Objective(
-        "fare", fare, ("anchor",), attack_loss=squared_distance, attack_target=lambda views: views.anchor.clean.embeds
+        "fare",
+        fare,
+        ("anchor",),
+        attack_loss=squared_distance,
+        attack_target=lambda views: views.anchor.clean.embeds,
+        needs_random_start=True,
     ),
     "pmg_aft": Objective("pmg_aft", pmg_aft, ("anchor",), needs_labels=True),
 }

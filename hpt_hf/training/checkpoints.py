@@ -53,6 +53,7 @@ class CheckpointTrainer(Trainer):
 
     args: HPTConfig
     gpd: GPDCallback
+    _lock: FileLock | None = None
     hub_model_id: str | None  # type: ignore[assignment]
 
     def record(self) -> dict:
@@ -143,9 +144,9 @@ class CheckpointTrainer(Trainer):
             yield
             return
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(self.args.output_dir, ".lock"))
+        self._lock = self._lock or FileLock(Path(self.args.output_dir, ".lock"))
         try:
-            lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
                 f"output_dir: {self.args.output_dir} is in use by another run. Fix: another --output_dir"
@@ -153,8 +154,9 @@ class CheckpointTrainer(Trainer):
         try:
             yield
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+            if self._lock.lock_counter == 1:
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)

@@ -6,8 +6,41 @@ import math
 from dataclasses import dataclass, field
 
 from transformers import SchedulerType, TrainingArguments
+from transformers.utils import logging
 
 from hpt_hf.method.schedule import DECAYS, Schedule
+
+logger = logging.get_logger(__name__)
+
+# What transformers' Trainer offers and this one cannot carry out: the value that it must keep, and what to do instead.
+KEPT = {
+    "do_train": (True, "hpt-hf evaluate measures a model without training"),
+    "do_predict": (False, "hpt-hf evaluate measures a model"),
+    "label_smoothing_factor": (0.0, "the objectives have no label smoothing; --temperature softens a teacher"),
+    "lr_scheduler_kwargs": (None, "leave it out: the decay is --lr_scheduler_type alone"),
+    "optim_target_modules": (None, "leave it out: the whole vision side is trained"),
+    "neftune_noise_alpha": (None, "leave it out: it is for language models"),
+    "use_liger_kernel": (False, "leave it out: it is for language models"),
+    "auto_find_batch_size": (False, "--per_device_train_batch_size with --gradient_accumulation_steps"),
+    "include_num_input_tokens_seen": (False, "leave it out: images have no tokens"),
+    "train_sampling_strategy": ("random", "leave it out: images are drawn at random"),
+    "length_column_name": ("length", "leave it out: images have no length"),
+    "use_cache": (False, "leave it out: it is for language models"),
+    "ignore_data_skip": (False, "leave it out: a resumed run must see the images that are left"),
+    "prediction_loss_only": (False, "leave it out: accuracies are measured"),
+    "batch_eval_metrics": (False, "leave it out: accuracies are measured over the whole slice"),
+    "eval_do_concat_batches": (True, "leave it out: accuracies are measured over the whole slice"),
+    "eval_use_gather_object": (False, "leave it out: logits are tensors"),
+    "bf16_full_eval": (False, "leave it out: attacks run in float32, half precision would weaken them"),
+    "fp16_full_eval": (False, "leave it out: attacks run in float32, half precision would weaken them"),
+    "parallelism_config": (None, "FSDP2: recipes/accelerate/fsdp2.yaml"),
+    "remove_unused_columns": (False, "leave it out: batches carry images that the model's signature does not name"),
+    "label_names": (["labels"], "leave it out: the evaluation looks for them"),
+}
+# Numbers, and the least that they may be.
+LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+LEAST |= {"seed": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "dataloader_num_workers": 0}
+ABOVE_ZERO = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps", "eval_steps", "save_total_limit")
 
 
 @dataclass
@@ -21,6 +54,8 @@ class HPTConfig(TrainingArguments):
         ValueError: a value with which the method cannot be carried out.
     """
 
+    do_train: bool = True
+    include_num_input_tokens_seen: bool = False
     optim: str = "sgd"
     optim_args: str | None = "momentum=0.9"
     max_grad_norm: float = 0.0  # transformers' default of 1 would change what a rate means
@@ -52,8 +87,18 @@ class HPTConfig(TrainingArguments):
     def __post_init__(self):
         if self.hub_token:  # the message must not repeat it
             raise ValueError("hub_token would be stored in clear. Fix: `hf auth login`, or set HF_TOKEN")
-        if self.remove_unused_columns or self.label_names != ["labels"]:
-            raise ValueError("remove_unused_columns must be false and label_names ['labels']")
+        for name, (kept, instead) in KEPT.items():
+            if (value := getattr(self, name)) != kept:
+                raise ValueError(f"{name}: got {value!r}, expected {kept!r}. Fix: {instead}")
+        for name in (*LEAST, *ABOVE_ZERO):
+            value, least = getattr(self, name), LEAST.get(name)
+            if value is not None and not (0 < value < math.inf if least is None else least <= value < math.inf):
+                expected = "more than 0" if least is None else f"at least {least}"
+                raise ValueError(f"{name}: got {value}, expected a number of {expected}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"max_steps: got {self.max_steps}, expected at least 1, or -1: --num_train_epochs decides"
+            )
         super().__post_init__()
         if self.decay not in DECAYS:
             raise ValueError(f"lr_scheduler_type: got {self.decay!r}, expected one of {', '.join(DECAYS)}")
@@ -73,7 +118,7 @@ class HPTConfig(TrainingArguments):
 
     def resolve(self, schedule: Schedule, steps_per_epoch: int) -> Schedule:
         """The schedule in optimizer steps; what its phases leave open is said here."""
-        return schedule.resolve(
+        resolved = schedule.resolve(
             steps_per_epoch,
             epochs=self.num_train_epochs,
             learning_rate=self.learning_rate,
@@ -81,3 +126,7 @@ class HPTConfig(TrainingArguments):
             decay=self.decay,
             max_steps=self.max_steps,
         )
+        for phase in resolved.phases:
+            if phase.warmup_steps == phase.steps > 1:
+                logger.warning(f"the learning rate's warm-up takes all {phase.steps} steps of {phase.objective.name}")
+        return resolved

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from hpt_hf.attacks.pgd import TrainingAttack
+from hpt_hf.method.objectives import Objective
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.model_card import TRAINED
 from hpt_hf.utils import commit, hardware, read_json, versions
@@ -83,6 +86,16 @@ def check_proxy(student: ZeroShotClassifier, proxy: ZeroShotClassifier) -> None:
         )
 
 
+def check_attack(objectives: Iterable[Objective], attack: TrainingAttack) -> None:
+    """Raise ValueError for an attack that cannot move: from the image itself, where the loss has no gradient."""
+    still = [o.name for o in objectives if o.needs_random_start]
+    if still and not attack.random_start:
+        raise ValueError(
+            f"{still[0]}: got an attack that starts from the image itself, where its gradient is 0. "
+            "Fix: --attack_random_start true"
+        )
+
+
 def training_record(trainer) -> dict:
     """How the model was made, as JSON. `seconds` are this run's: one that was resumed leaves out what came before."""
     args, data, phases = trainer.args, trainer.train_dataset, trainer.schedule.phases
@@ -106,11 +119,16 @@ def training_record(trainer) -> dict:
         "commit": commit(),
         "hardware": hardware(),
         "held_out": {k: v for k, v in measured.items() if k.endswith("accuracy")},
+        "held_out_vanilla": trainer.vanilla,
+        "held_out_images": len(trainer.eval_dataset or ()),
+        "largest_class_share": measured.get("eval_largest_class_share"),
     }
     return record | (trainer.recipe or {})
 
 
 def accuracies(prediction: EvalPrediction) -> dict[str, float]:
-    """Clean and robust accuracy in percent, on the held-out slice of the training data."""
+    """Clean and robust accuracy and the share of the most frequent clean answer, in percent, on the held-out slice."""
     logits: dict = dict(zip(("robust", "clean"), prediction.predictions, strict=True))
-    return {f"{k}_accuracy": 100 * float((v.argmax(1) == prediction.label_ids).mean()) for k, v in logits.items()}
+    found = {f"{k}_accuracy": 100 * float((v.argmax(1) == prediction.label_ids).mean()) for k, v in logits.items()}
+    answers = logits["clean"].argmax(1)
+    return found | {"largest_class_share": 100 * float(np.bincount(answers).max() / len(answers))}

@@ -20,7 +20,8 @@ from hpt_hf.models.fsdp import shard_models
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.training.checkpoints import CheckpointTrainer, VouchForCheckpoint
 from hpt_hf.training.config import HPTConfig
-from hpt_hf.training.record import accuracies, beginning, check_proxy
+from hpt_hf.training.record import accuracies, beginning, check_attack, check_proxy
+from hpt_hf.training.standstill import Standstill
 from hpt_hf.training.timing import Stopwatch
 from hpt_hf.types import Images
 
@@ -70,6 +71,8 @@ class HPTTrainer(CheckpointTrainer):
             check_proxy(student, self.proxy)
         elif "proxy" in needed:
             raise ValueError(f"{schedule.phases[-1].objective.name} learns from a proxy: got none. Fix: --proxy")
+        check_attack((phase.objective for phase in schedule.phases), attack)
+        self.vanilla: dict[str, float] = {}  # what the vanilla student gets on the held-out slice, if it was asked
         self.attack, self.recipe, self.beginning = attack, recipe, beginning(student, self.proxy, attack)
         args = copy.copy(args)
         self.full_schedule = args.resolve(schedule, args.steps_per_epoch(len(kwargs["train_dataset"])))
@@ -94,6 +97,7 @@ class HPTTrainer(CheckpointTrainer):
         self.add_callback(self.gpd)
         self.add_callback(VouchForCheckpoint())
         self.add_callback(self.stopwatch)
+        self.add_callback(Standstill())
         self._told: list[dict[str, torch.Tensor]] = []  # of each micro-batch since the last log
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -185,6 +189,8 @@ class HPTTrainer(CheckpointTrainer):
             done = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json")).global_step
             steps = self.args.steps_per_epoch(len(self.train_dataset))
             self.train_dataset.fast_forward(done // steps, done % steps * self.args.gradient_accumulation_steps)
+        # An evaluation before has marked the student as prepared, and so DDP would leave its gradients alone.
+        vars(self.accelerator.unwrap_model(self.model)).pop("_is_accelerate_prepared", None)
         with self.sole_run():
             return super().train(resume_from_checkpoint=resume or None, **kwargs)
 

@@ -158,7 +158,7 @@ def test_a_prediction_knows_the_whole_run_and_leaves_nothing(flags, tmp_path):
         "a step of ga": 40,
         "a step of hpt": 120,
         "a checkpoint": 6,
-        "the held-out slice": 1,
+        "the held-out slice": 2,
         "the export": 1,
     }
     assert all(each > 0 for _, _, each in cost.parts) and cost.processes == 1 and cost.device == "cpu"

@@ -303,7 +303,7 @@ BAD = {
     "eps": ({"eps": "8"}, "Fix: '8/255'"),
     "eps word": ({"eps": "small"}, "eps='small': expected a finite number"),
     "unknown key": ({"learning_rat": "1"}, "did you mean learning_rate"),
-    "rate": ({"learning_rate": "-1"}, "expected a positive number"),
+    "rate": ({"learning_rate": "-1"}, "expected a number of more than 0"),
     "too few": ({"per_device_train_batch_size": "64"}, "16 training images do not fill one batch of 64"),
     "no proxy": ({"proxy": None}, "hpt_gpd learns from a proxy"),
     "held out": ({"held_out": "1.0"}, "held_out=1.0: expected a share of at least 0 and below 1"),

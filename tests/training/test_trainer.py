@@ -186,7 +186,6 @@ def test_the_configs_values_decide_the_schedule_are_recorded_and_not_changed(stu
     ("values", "says"),
     [
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: got 'polynomial', expected one of cosine"),
-        ({"remove_unused_columns": True}, "remove_unused_columns must be false"),
         ({"hub_token": "hf_secret"}, "^hub_token would be stored in clear((?!hf_secret).)*$"),
     ],
 )
