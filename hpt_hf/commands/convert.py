@@ -12,7 +12,7 @@ from hpt_hf.commands.common import load_model
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.publishing.convert_checkpoint import read_checkpoint, write_open_clip
-from hpt_hf.publishing.export import DTYPES, SEAL, export
+from hpt_hf.publishing.export import DTYPES, SEAL, check_apart, export
 from hpt_hf.publishing.model_card import CONVERTED, MIXED, TRAINED, read_record
 from hpt_hf.publishing.vision_tower import export_tower
 from hpt_hf.utils import progress, read_json
@@ -38,8 +38,7 @@ def run(args: ConvertArguments) -> str:
         raise RecipeError(f"--image_size is for --to vision_tower, this is --to {args.to}")
     if args.dtype != "float32" and args.to == "open_clip":
         raise RecipeError("--to open_clip writes float32: open_clip casts on loading (precision=...)")
-    if output.exists() and output.resolve() in (source.resolve(), args.base and Path(args.base).resolve()):
-        raise RecipeError(f"--output_dir {output} is the checkpoint or the base itself: name another folder")
+    check_apart(output, model=source, base=args.base)
     if args.base is None and source.is_file():
         raise RecipeError(f"{source} is a file of weights: name the CLIP that gives all else with --base")
     classifier, records = _complete(args) if args.base is None else _with_base(args)

@@ -20,7 +20,7 @@ from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.evaluation.statistics import mean
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
-from hpt_hf.publishing.export import export
+from hpt_hf.publishing.export import check_apart, export
 from hpt_hf.publishing.hub import open_repo, push
 from hpt_hf.publishing.model_card import MIXED, TRAINED, read_record, write_model_card
 from hpt_hf.utils import markdown, progress, read_json, write_json
@@ -127,6 +127,7 @@ def run(args: InterpolateArguments) -> tuple[list[Point], Point]:
     threat = ThreatModel(args.norm or recipe.get("norm", "linf"), args.eps or recipe.get("eps", "1/255"))
     attack = EvaluationAttack(threat, args.attack, args.attack_steps)
     source, original, robust = _ends(args, trained)
+    check_apart(args.output_dir, model=args.model, origin=source)
     choosing = [_open(p, args, training=True) for p in args.choose_on or ()] or [_held_out(args, recipe)]
     reporting = [_open(p, args, training=False) for p in args.report_on or ()]
     if args.push_to:

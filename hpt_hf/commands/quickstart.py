@@ -127,11 +127,12 @@ def write(output: Path, results: dict[str, list[EvalResult]], summary: dict) -> 
 
 def use(output: Path) -> None:
     """What the reader takes along, as anybody would use it."""
-    image = lab_images("chess pieces", 8, faces="test", seed=3)[4]["image"]
+    images = lab_images("chess pieces", 8, faces="test", seed=3)
+    image, template = images[4]["image"], images.templates[0]
     image.resize((256, 256), 0).save(output / "image.png")
     classify = pipeline("zero-shot-image-classification", model=str(output / "model"))
     print(f'\npipeline("zero-shot-image-classification", model="{output / "model"}") on {output / "image.png"} says:')
-    for answer in classify(str(output / "image.png"), candidate_labels=list(LABELS))[:3]:
+    for answer in classify(str(output / "image.png"), candidate_labels=list(LABELS), hypothesis_template=template)[:3]:
         print(f"  {answer['score']:6.1%}  {answer['label']}")
     print(
         f"\n{output / 'model' / 'README.md'} is its model card; `hpt-hf push {output / 'model'} owner/name` publishes it."

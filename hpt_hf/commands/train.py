@@ -24,6 +24,7 @@ from hpt_hf.evaluation.statistics import wilson
 from hpt_hf.method.objectives import OBJECTIVES, Divergence
 from hpt_hf.method.schedule import Schedule
 from hpt_hf.models.fast_layers import keep_memory
+from hpt_hf.publishing.export import check_apart
 from hpt_hf.publishing.model_card import TRAINED
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.trainer import HPTTrainer
@@ -149,6 +150,7 @@ def build(
     Args:
         shortened: at most so many steps of each phase: enough to see what the run would cost.
     """
+    check_apart(training.output_dir, model=method.model, proxy=method.proxy, dataset=data.dataset)
     set_seed(training.seed)
     keep_memory()
     attack, schedule = build_attack(method), build_schedule(method)

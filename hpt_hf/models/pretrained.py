@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
@@ -24,8 +25,43 @@ def load_pretrained(source: str | Path, **hub) -> tuple[PreTrainedModel, Process
     Raises:
         OSError, ValueError: nothing there, another family, or weights, tokenizer or processor that are not whole.
     """
+    try:
+        model, processor, commit = _load(source, hub)
+        _check(model, processor, source)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # what odd values in its files lead to is of any type
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{source} cannot be used: its config or processor is odd ({reason})") from error
+    return model, processor, commit
+
+
+@torch.no_grad()
+def _check(model: PreTrainedModel, processor: ProcessorMixin, source: str | Path) -> None:
+    """Raise ValueError unless processor and tokenizer make what the model reads."""
+    image, side = processor.image_processor, model.config.vision_config.image_size
+    for name in ("image_mean", "image_std"):
+        numbers = torch.tensor(getattr(image, name), dtype=torch.float64)
+        if numbers.shape != (3,) or not numbers.isfinite().all() or (name == "image_std" and numbers.min() <= 0):
+            raise ValueError(f"{name} of {source}: got {numbers.tolist()}, expected three numbers, deviations above 0")
+    for part in (model.config.vision_config, model.config.text_config):
+        if part.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads of {source}: got {part.num_attention_heads}, expected at least 1")
+    made = image(Image.new("RGB", (2 * side, side + 1)), return_tensors="pt")["pixel_values"].shape[1:]
+    if tuple(made) != (3, side, side):
+        raise ValueError(f"the processor of {source}: got images of {tuple(made)}, expected (3, {side}, {side})")
+    tokens, text = processor.tokenizer(["a"], padding=True, return_tensors="pt"), model.config.text_config
+    largest = max(int(tokens["input_ids"].max()), processor.tokenizer.pad_token_id or 0)
+    if largest >= text.vocab_size:
+        raise ValueError(f"the tokenizer of {source}: got token {largest}, expected one of {text.vocab_size}")
+    if not FAMILIES[model.config.model_type].text_features(model, tokens.to(model.device)).isfinite().all():
+        raise ValueError(f"{source}: the text tower's answers are not finite")
+
+
+def _load(source: str | Path, hub: dict) -> tuple[PreTrainedModel, ProcessorMixin, str | None]:
     family = FAMILIES[_model_type(source, hub)]
-    options = hub | {"dtype": torch.float32}  # a checkpoint's own half precision would weaken every attack
+    # A checkpoint's own half precision would weaken every attack, and its own attention may name code to download.
+    options = hub | {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
     try:
         model, report = family.model_class.from_pretrained(source, output_loading_info=True, **options)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError, OSError) as error:
@@ -54,6 +90,8 @@ def _model_type(source: str | Path, hub: dict) -> str:
     except OSError as error:  # offline, transformers' own message does not say what it looked for
         raise OSError(f"no model could be loaded from {source}: {error}") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
+    if "auto_map" in config:
+        raise ValueError(f"the config.json of {source} asks to run code of its own (auto_map): that is never done")
     if kind not in FAMILIES:  # transformers would only warn, and fill a whole CLIP with random weights
         known = " or ".join(map(repr, FAMILIES))
         raise ValueError(f"the config.json of {source} names a model of type {kind!r}: expected {known}")
@@ -63,7 +101,7 @@ def _model_type(source: str | Path, hub: dict) -> str:
 def _load_processor(source: str | Path, hub: dict) -> ProcessorMixin:
     try:
         # backend: torchvision's bicubic differs from Pillow's by up to 2/255, more than some threat models.
-        processor = AutoProcessor.from_pretrained(source, backend="pil", **hub)
+        processor = AutoProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **hub)
     except OSError as error:
         raise OSError(f"{source} has weights but no processor that can be read ({error}). {CONVERT}") from error
     except (ValueError, KeyError) as error:

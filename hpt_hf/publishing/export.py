@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from transformers import AutoImageProcessor, pipeline
 
 from hpt_hf.data.collator import Collator
 from hpt_hf.models.zero_shot import TEMPLATE, ZeroShotClassifier, build_zero_shot_head, digest, fingerprint
-from hpt_hf.publishing.model_card import RECORDS, SEAL, card, read_results_of
+from hpt_hf.publishing.model_card import RECORDS, SEAL, card, for_pipeline, read_results_of
 from hpt_hf.utils import read_json, write_json, write_text
 
 TOLERANCE = 1e-4  # of a logit, which is about a hundred cosines
 TOLERANCE_ELSEWHERE = 1e-3  # on another machine, whose kernels add up in another order
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*")  # what from_pretrained would open
+# What from_pretrained would open: other files of weights are the user's.
+WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 LABELS = ("a cat", "a dog", "a tall house", "two red cars", "the letter q", "a white king")
 SEALED = ("fingerprint", "mean", "std", "vocabulary")  # what must not change, beside the logits
 FIX = "Fix: export it again, or take it through `hpt-hf convert` if the change was meant"
@@ -76,8 +78,8 @@ def export(classifier, folder: str | Path, *, records=None, dtype: str = "float3
         written = {file.name for file in stage.iterdir()}
         for name in sorted(written, key=lambda name: name == SEAL):  # the seal last: it vouches for the others
             os.replace(stage / name, folder / name)
-        for pattern in (*WEIGHTS, *RECORDS):
-            for old in [f for f in folder.glob(pattern) if f.name not in written]:
+        for old in [f for f in folder.iterdir() if f.name in RECORDS or WEIGHTS.fullmatch(f.name)]:
+            if old.name not in written:
                 old.unlink()
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -94,20 +96,20 @@ def _checked_seal(classifier: ZeroShotClassifier, stored: ZeroShotClassifier, fo
             raise ValueError(f"the model normalises with {name} {ours} and its processor says {saved}")
     if fingerprint(opened) != digest({k: v.float() for k, v in stored.model.state_dict().items()}):
         raise ValueError("opened afresh it holds other weights than the model in memory")
-    seal = _seal(opened, folder)
+    seal = _seal(opened, folder, classifier.templates[0] if classifier.templates else TEMPLATE)
     seal |= {"dtype": dtype, "difference_as_stored": seal["difference"]}
     if dtype != "float32":
-        as_stored = pipeline_logits(folder, "auto") - torch.tensor(seal["logits"])
+        as_stored = pipeline_logits(folder, seal["template"], "auto") - torch.tensor(seal["logits"])
         seal["difference_as_stored"] = float(as_stored.abs().max())
     if not seal["difference"] <= TOLERANCE:  # also NaN
         raise ValueError(f"its logits differ by {seal['difference']:.2g} between the evaluator and `pipeline`")
     return seal
 
 
-def _seal(opened: ZeroShotClassifier, folder: str | Path) -> dict:
-    """What is sealed of a folder that was opened afresh."""
+def _seal(opened: ZeroShotClassifier, folder: str | Path, template: str) -> dict:
+    """What is sealed of a folder that was opened afresh: answers through the prompt that its card tells to use."""
     try:
-        expected, found = logits(opened), pipeline_logits(folder)
+        expected, found = logits(opened, template), pipeline_logits(folder, template)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"its processor makes images that the model cannot read ({error})") from None
     tokens = json.dumps(sorted(opened.processor.tokenizer.get_vocab().items()))
@@ -118,7 +120,7 @@ def _seal(opened: ZeroShotClassifier, folder: str | Path) -> dict:
         "image_size": opened.image_size,
         "vocabulary": hashlib.sha256(tokens.encode()).hexdigest()[:16],
         "labels": LABELS,
-        "template": TEMPLATE,
+        "template": template,
         "logits": expected.tolist(),
         "difference": float((expected - found).abs().max()),
     }
@@ -139,7 +141,7 @@ def check(folder: str | Path) -> dict:
     if missing := {*SEALED, "logits"} - seal.keys():
         raise ValueError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}. {FIX}")
     try:
-        now = _seal(ZeroShotClassifier.from_pretrained(folder), folder)
+        now = _seal(ZeroShotClassifier.from_pretrained(folder), folder, seal.get("template", TEMPLATE))
     except ValueError as error:
         raise ValueError(f"{folder} is not what was checked: {error}. {FIX}") from error
     for key in SEALED:
@@ -171,16 +173,16 @@ def probe_images(side: int) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def logits(classifier: ZeroShotClassifier) -> torch.Tensor:
+def logits(classifier: ZeroShotClassifier, template: str = TEMPLATE) -> torch.Tensor:
     """(probe images, labels): what the evaluator computes, in float32."""
     collate, images = Collator(classifier.processor), probe_images(classifier.image_size)
     batches = [collate([{"image": i.convert("RGB"), "label": None}])["images"] for i in images]
     embeds = torch.cat([classifier.embed_images(b.to(classifier.device)) for b in batches])
-    head = build_zero_shot_head(classifier.model, classifier.processor.tokenizer, LABELS, [TEMPLATE])
+    head = build_zero_shot_head(classifier.model, classifier.processor.tokenizer, LABELS, [template])
     return (classifier.family.scale(classifier.model) * F.normalize(embeds, dim=-1) @ head.T).cpu()
 
 
-def pipeline_logits(folder: str | Path, dtype: str = "float32") -> torch.Tensor:
+def pipeline_logits(folder: str | Path, template: str = TEMPLATE, dtype: str = "float32") -> torch.Tensor:
     """(probe images, labels): what transformers' pipeline computes, with its resize, crop, tokenizer and prompt.
 
     Its processor is Pillow's on every machine: torchvision's bicubic differs by up to 2/255 where that is installed.
@@ -188,15 +190,24 @@ def pipeline_logits(folder: str | Path, dtype: str = "float32") -> torch.Tensor:
     classify = pipeline(
         "zero-shot-image-classification",
         model=str(folder),
-        image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False),
+        trust_remote_code=False,
         dtype=dtype,
         device="cpu",
     )
     rows = []
     for image in probe_images(classify.model.config.vision_config.image_size):
-        inputs = classify.preprocess(image, candidate_labels=list(LABELS), hypothesis_template=TEMPLATE)
+        inputs = classify.preprocess(image, candidate_labels=list(LABELS), hypothesis_template=for_pipeline(template))
         rows.append(classify.forward(inputs)["logits"][0].float())
     return torch.stack(rows)
+
+
+def check_apart(output: str | Path, **sources: str | Path | None) -> None:
+    """Raise ValueError for an output in the place of, or inside, a folder that is read: `sources`, by flag."""
+    place = Path(output).resolve()
+    for flag, source in sources.items():
+        if source and Path(source).exists() and Path(source).resolve() in (place, *place.parents):
+            raise ValueError(f"--output_dir {output} lies in --{flag} {source}, which is read. Fix: another folder")
 
 
 def _numbers(values: torch.Tensor) -> list[float]:

@@ -25,7 +25,7 @@ from hpt_hf.utils import progress, read_json, write_json, write_text
 # What may leave this machine, as patterns of names in the folder; and the results that were measured on its weights.
 SENT = (
     *("README.md", SEAL, *RECORDS, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS),
-    *("config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("processor_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
 )
@@ -127,7 +127,12 @@ def push_checkpoint(
 
 def _stage(folder: Path, stage: Path, patterns: tuple[str, ...], repo_id: str, revision: str | None) -> set[str]:
     """Lay out what is sent: links to files, records and results without this machine's folders, the card."""
+    inside = folder.resolve()
+    if inside.parent.name == "snapshots":  # the Hub's cache: links to its own blobs
+        inside = inside.parent.parent
     for file in sorted(f for pattern in patterns for f in folder.glob(pattern)):
+        if not (real := file.resolve()).is_relative_to(inside) or not real.is_file():
+            raise ValueError(f"{file} is a link to {real}, outside of what is pushed. Fix: a copy of the file")
         if file.name in (*RECORDS, "trainer_state.json"):
             write_json(stage / file.name, _without_folders(read_json(file)))
         elif file.name == OPEN_CLIP_CONFIG:

@@ -29,6 +29,30 @@ _NEEDED = {"method", "student", "proxy", "dataset", "images", "phases", "attack"
 _MARK = "<!-- written by hpt_hf, "
 
 
+# Method -> title and arXiv id of the paper that it comes from.
+_HPT = ("Proxy Robustness in Vision Language Models is Effortlessly Transferable", "2601.12865")
+PAPERS = {"hpt": _HPT, "ga": _HPT, "hpt_gpd": _HPT}
+PAPERS["tecoa"] = ("Understanding Zero-Shot Adversarial Robustness for Large-Scale Models", "2212.07016")
+PAPERS["pmg_aft"] = ("Pre-trained Model Guided Fine-Tuning for Zero-Shot Adversarial Robustness", "2401.04350")
+PAPERS["fare"] = (
+    "Robust CLIP: Unsupervised Adversarial Fine-Tuning of Vision Embeddings for Robust Large Vision-Language Models",
+    "2402.12336",
+)
+
+
+def prompts(trained: dict, results: Sequence[EvalResult], seal: dict) -> tuple[str, ...]:
+    """The templates that the figures were measured with, else those of training, else the checked one."""
+    measured = {r.templates for r in results}
+    if len(measured) == 1:
+        return measured.pop()
+    return tuple(trained.get("decided_by", {}).get("templates", ())) or (seal.get("template"),)
+
+
+def for_pipeline(template: str) -> str:
+    """A template as `hypothesis_template` takes it, which is `str.format`'s: other braces are doubled."""
+    return template.replace("{", "{{").replace("}", "}}").replace("{{}}", "{}")
+
+
 def card(folder: str | Path, *, results=None, repo_id: str | None = None, revision: str | None = None) -> str:
     """README.md of a folder, from its records and results (None: its `own_results`); one edited by hand as it is.
 
@@ -48,12 +72,15 @@ def card(folder: str | Path, *, results=None, repo_id: str | None = None, revisi
     tables: dict[str, list[EvalResult]] = {}
     for result in results:
         tables.setdefault(str(result.question), []).append(dataclasses.replace(result, model="this model"))
+    seal = read_json(folder / SEAL)
+    templates = prompts(trained, results, seal)
     text = ModelCard.from_template(
         _metadata(trained, converted, results, name.split("/")[-1]),
         Path(__file__).with_name("model_card.md.j2"),
         **{"name": name, "revision": revision, "results": results, "plain": _plain},
         **{"trained": trained, "recipe": trained.get("recipe", {}), "converted": converted, "mixed": mixed},
-        seal=read_json(folder / SEAL),
+        **{"seal": seal, "prompts": templates, "prompt": json.dumps(for_pipeline(templates[0]))},
+        paper=PAPERS.get(trained.get("method")),
         vision=read_json(folder / "config.json")["vision_config"],
         tables={question: result_table(part) for question, part in tables.items()},
     ).content.rstrip()

@@ -73,7 +73,10 @@ def export_tower(
 def compare_tower(classifier: ZeroShotClassifier, folder: str | Path, dtype=torch.float32) -> tuple[float, int]:
     """(largest difference relative to the layer's largest value, hidden states compared) of a folder and the model."""
     opened = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
-    processor, size = AutoImageProcessor.from_pretrained(folder, backend="pil"), opened.config.image_size
+    processor, size = (
+        AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False),
+        opened.config.image_size,
+    )
     # Rounded weights are what was asked for, and all that may differ.
     own = vision_tower(classifier) if dtype == torch.float32 else vision_tower(classifier, size).to(dtype).float()
     differences = []

@@ -65,7 +65,8 @@ def beginning(student: ZeroShotClassifier, proxy: ZeroShotClassifier | None, att
         and {"source": model.model.name_or_path, "revision": model.revision, "fingerprint": fingerprint(model)}
         for name, model in (("student", student), ("proxy", proxy))
     }
-    settings = {name: getattr(attack, name) for name in ("steps", "step_size", "random_start")}
+    settings = {name: getattr(attack, name, None) for name in ("steps", "step_size", "random_start")}
+    settings["name"] = type(attack).__name__
     return models | {"attack": asdict(attack.threat) | settings}
 
 

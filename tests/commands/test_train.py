@@ -112,6 +112,14 @@ def test_what_would_fail_behind_the_last_step_is_refused_before_the_first(flags,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("inside", ["model", "proxy", "dataset"])
+def test_an_output_in_what_is_read_is_refused(flags, tmp_path, paths, inside):
+    source = {"model": paths[0], "proxy": paths[1], "dataset": str(tmp_path / "data")}[inside]
+    for output in (source, f"{source}/robust"):
+        with pytest.raises(ValueError, match=f"lies in --{inside} .*, which is read"):
+            run(flags("--method", "hpt", "--proxy", paths[1], "--output_dir", output))
+
+
 def test_the_model_stands_before_it_is_measured(flags, tmp_path, monkeypatch, capsys):
     evaluate = HPTTrainer.evaluate
 

@@ -412,6 +412,75 @@ def test_a_folder_that_does_not_hold_a_whole_clip_is_refused(folder, what):
     assert str(folder) in str(raised.value)
 
 
+def edited(file, *keys, value):
+    """Spoils one value of a JSON file."""
+
+    def spoil(folder):
+        content = json.loads((folder / file).read_text())
+        inner = content
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        (folder / file).write_text(json.dumps(content))
+
+    return spoil
+
+
+ODD = {
+    f"{part} {key} {value}": edited("config.json", part, key, value=value)
+    for part, keys in {
+        "vision_config": ("hidden_size", "patch_size", "num_attention_heads", "num_channels", "hidden_act"),
+        "text_config": ("vocab_size", "max_position_embeddings", "hidden_size", "num_attention_heads"),
+    }.items()
+    for key in keys
+    for value in ("x", -1, 0, None, [])
+}
+ODD |= {
+    f"image {key} {value}": edited("processor_config.json", "image_processor", key, value=value)
+    for key, values in {
+        "image_mean": ("x", None, [0.5], [0.5, 0.5, None]),
+        "image_std": ("x", [], [0.0, 0.0, 0.0], [0.2, -0.2, 0.2]),
+        "crop_size": (0, None, [], {"height": 64, "width": 64}, {"shortest_edge": 8}),
+        "size": ([], "x"),
+        "do_center_crop": (False,),
+    }.items()
+    for value in values
+}
+ODD["pad token beyond the vocabulary"] = edited("config.json", "text_config", "vocab_size", value=3)
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_values_of_a_config_are_one_clear_error(folder, what):
+    ODD[what](folder)
+    with pytest.raises((ValueError, OSError)):
+        ZeroShotClassifier.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "tokenizer_config.json"])
+def test_code_in_a_model_folder_is_never_run_nor_asked_about(folder, file, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("it asked"))
+    (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'it-ran')!r}).touch()\nX = object")
+    names = {
+        "AutoConfig": "own.X",
+        "AutoModel": "own.X",
+        "AutoProcessor": "own.X",
+        "AutoTokenizer": ["own.X", "own.X"],
+    }
+    edited(file, "auto_map", value=names | {"AutoImageProcessor": "own.X"})(folder)
+    if file == "config.json":
+        with pytest.raises(ValueError, match="asks to run code of its own"):
+            ZeroShotClassifier.from_pretrained(folder)
+    else:  # a known class opens it
+        ZeroShotClassifier.from_pretrained(folder)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_the_attention_is_ours_whatever_the_config_names(folder):
+    edited("config.json", "_attn_implementation", value="somebody/kernel")(folder)
+    edited("config.json", "attn_implementation", value="somebody/kernel")(folder)
+    assert ZeroShotClassifier.from_pretrained(folder).config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "some/where/else", "nobody/nothing"])
 def test_a_model_that_is_nowhere_is_named(source):
     with pytest.raises(OSError if source == "nobody/nothing" else ValueError, match=f"no model .*{source}"):

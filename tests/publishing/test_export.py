@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,42 @@ def test_pipeline_gives_the_evaluators_probabilities_on_any_image(sealed, size, 
     assert ours.max() - ours.min() > 0.01, "or equality would mean little"
     classify = pipeline("zero-shot-image-classification", model=str(sealed))
     assert torch.allclose(ours, answered(classify, shown), atol=1e-5)
+
+
+@pytest.mark.parametrize("template", ["a {} in the wild", "{x} {}: {{y}}", TEMPLATE])
+def test_the_cards_own_lines_give_the_evaluators_answers(student_path, tmp_path, monkeypatch, template):
+    """The prompt that was trained travels with the model: another one would be another classifier."""
+    classifier = ZeroShotClassifier.from_pretrained(student_path).set_classes(CLASSES, (template, "the {}"))
+    folder = export(classifier, tmp_path / "robust")
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    image((50, 40)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    *lines, call = code.strip().splitlines()
+    names: dict = {}
+    exec("\n".join(lines), names)
+    said = {a["label"]: a["score"] for a in eval(call, names)}
+    labels = ["a cat", "a dog"]
+    batch = Collator(classifier.processor)([{"image": image((50, 40)), "label": None}])
+    expected = classifier.set_classes(labels, (template,)).classify(batch["images"]).logits.softmax(1)[0]
+    assert [said[n] for n in labels] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert json.loads((folder / SEAL).read_text())["template"] == template and check(folder)
+
+
+def test_only_what_would_be_opened_in_its_place_goes(folder, student_path):
+    goes = ("pytorch_model.bin", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "dial.json")
+    stays = ("model_backup.safetensors", "my_model.safetensors", "pytorch_model_old.bin", "model.safetensors.bak")
+    for name in (*goes, *stays):
+        (folder / name).write_text("mine")
+    export(ZeroShotClassifier.from_pretrained(student_path), folder)
+    left = {f.name for f in folder.iterdir()}
+    assert left >= set(stays) and not left & set(goes)
+
+
+def test_a_seal_of_the_version_before_says_no_template(folder):
+    seal = json.loads((folder / SEAL).read_text())
+    del seal["template"]
+    (folder / SEAL).write_text(json.dumps(seal))
+    assert check(folder)["fingerprint"] == seal["fingerprint"]
 
 
 OPENED = {AutoModelForZeroShotImageClassification: CLIPModel}

@@ -71,6 +71,22 @@ def test_what_is_sent_is_what_may_be_sent(hub, folder, tmp_path):
     assert len(hub.repos[NAME].messages) == 1
 
 
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_not_followed(hub, folder, tmp_path, name):
+    secret = tmp_path / "secret"
+    (folder / name).rename(secret)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"{name}.* is a link to .*, outside of what is pushed"):
+        push(folder, NAME)
+    assert not hub.files(NAME).keys() - {".gitattributes"}
+
+
+def test_other_weights_of_the_users_are_not_sent(hub, folder):
+    (folder / "model_backup.safetensors").write_bytes(b"hf_a_secret")
+    push(folder, NAME)
+    assert "model_backup.safetensors" not in hub.files(NAME)
+
+
 def test_a_push_can_be_repeated_and_told_anew_and_results_of_others_stay(hub, folder, student):
     push(folder, "robust")  # a name of one's own
     put_results(folder, make_result(fingerprint=fingerprint(student), dataset="dogs"))
