@@ -14,7 +14,8 @@ from hpt_hf.commands.common import load_model, on_device, reopen
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import EvalResult, read_results, read_results_of
-from hpt_hf.utils import markdown, processes
+from hpt_hf.models.zero_shot import fingerprint
+from hpt_hf.utils import markdown, processes, progress
 
 FIGURES = {"clean": "clean_interval", "robust": "interval"}  # of a result
 SAID = {True: "inside", False: "OUTSIDE", None: "not measured"}
@@ -91,8 +92,11 @@ def run(args: VerifyArguments) -> list[Finding]:
     if not claims:
         raise RecipeError(f"no results in {folder}: nothing is claimed. Fix: name their folder with --results.")
     classifier = on_device(load_model(args.model, args.model_revision))
+    own = [claim for claim in claims if claim.fingerprint == fingerprint(classifier)]
+    if 0 < len(own) < len(claims):
+        progress(f"{len(claims) - len(own)} results of other weights are left out")
     settings = {name: getattr(args, name) for name in ("data_dir", "limit", "seed", "batch_size")}
-    return [finding for claim in claims for finding in verify(classifier, claim, **settings)]
+    return [finding for claim in own or claims for finding in verify(classifier, claim, **settings)]
 
 
 def main(argv: list[str] | None = None) -> None:

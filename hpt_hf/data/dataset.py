@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from hpt_hf.data.class_names import match_classes, read_classes
 from hpt_hf.data.collator import encoded, to_rgb
-from hpt_hf.data.layout import files_below, parquet_files, split_folder, visible
+from hpt_hf.data.layout import files_below, parquet_files, split_folder, split_of, visible
 from hpt_hf.models.zero_shot import TEMPLATE, check_templates
 from hpt_hf.utils import did_you_mean
 
@@ -176,14 +176,16 @@ def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labell
     spec = DatasetSpec(spec) if isinstance(spec, str) else spec
     path, label, names, templates = Path(spec.path), spec.label, None, (TEMPLATE,)
     check_templates(spec.templates or templates)
-    name = path.name
+    name = path.stem if path.is_file() else path.name
+    if split_of(name):  # many sets have a folder or file called "val"
+        name = f"{path.absolute().parent.name}/{name}"
     if path.is_dir() and (list(path.glob("*.tar")) or list(path.glob("*/*.tar"))):
         data, names, templates = _shards(path, spec.split)
         label = label or "cls"
     elif path.is_dir() and not files_below(path, [".parquet"]):
         data = _image_folder(path, spec.split)
     elif path.exists():
-        data, name = _parquet(path, spec.split), path.stem
+        data = _parquet(path, spec.split)
     else:
         check_hub_id(spec.path)
         data = datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision)

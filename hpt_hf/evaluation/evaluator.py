@@ -23,7 +23,7 @@ from hpt_hf.evaluation.metric import RobustAccuracy
 from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.evaluation.resume import Findings
 from hpt_hf.evaluation.sanity_checks import CHECKS, PROBE, Probe
-from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
+from hpt_hf.models.zero_shot import ZeroShotClassifier, digest, fingerprint
 from hpt_hf.types import ImageIds
 from hpt_hf.utils import hardware, processes, versions, write_json
 
@@ -180,6 +180,7 @@ def evaluate(
     question = {
         "model": [weights, classifier.config.to_json_string(), classifier.mean.tolist(), classifier.std.tolist()],
         "baseline": baseline and fingerprint(baseline),
+        "heads": [digest({"head": (1e4 * m.head).round().short()}) for m in (classifier, baseline) if m],
         "data": [images.name, *images.classes, *images.templates],
         "attack": asdict(attack),
         "sample": [len(images), limit, batch_size, probe],

@@ -10,13 +10,19 @@ from pathlib import Path
 import jinja2
 
 from hpt_hf.attacks.threat_model import parse_eps
-from hpt_hf.evaluation.result import EvalResult, read_results_of
+from hpt_hf.evaluation.result import EvalResult, read_results_of, told_apart
 from hpt_hf.evaluation.statistics import mean
 from hpt_hf.evaluation.tables import result_table
 from hpt_hf.utils import write_text
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 EXAMPLES = 12  # attacked images that are shown at most
+
+
+VERDICTS = (
+    "Verdicts: *clear*: no sanity check raised anything; *remark*: the set-up says little (few images or classes, a ball "
+    "in which an undefended model stands as well); *suspicious*: the figure itself is in doubt; *unchecked*: not checked."
+)
 
 
 def write_html_report(folder: str | Path) -> Path:
@@ -29,7 +35,7 @@ def write_html_report(folder: str | Path) -> Path:
         raise ValueError(f"{folder} holds no results/*.json and no transfer.json: nothing to report")
     names = short_names(results)
     examples = gallery(folder, results, names)
-    results = [replace(r, model=names[r.model, r.fingerprint]) for r in results]
+    results = told_apart([replace(r, model=names[r.model, r.fingerprint]) for r in results])
     tables = [(str(part[0].question), part) for part in _grouped(results, lambda r: r.question)]
     models = list(dict.fromkeys(r.model for r in results))
     skipped = sum(len(r.skipped) for r in results)
@@ -73,7 +79,7 @@ def summary(results: Sequence[EvalResult]) -> list[dict]:
     rows = []
     for part in _grouped(results, lambda r: (r.question, r.model)):
         verdicts = [r.verdict for r in part]
-        worst = next((v for v in ("suspicious", "unchecked") if v in verdicts), "clear")
+        worst = next((v for v in ("suspicious", "remark", "unchecked") if v in verdicts), "clear")
         row = {"question": part[0].question, "model": part[0].model, "n": sum(r.n for r in part), **mean(part)}
         row["data"] = tuple(sorted((r.dataset, r.n) for r in part))
         rows.append(row | {"verdict": worst, "doubted": verdicts.count("suspicious")})
@@ -82,7 +88,10 @@ def summary(results: Sequence[EvalResult]) -> list[dict]:
 
 def gallery(folder: Path, results: Sequence[EvalResult], names: dict[tuple[str, str], str]) -> list[dict]:
     """Broken images to show, of each model and set under its widest ball; every first one before any second."""
-    widest = {(r.fingerprint, r.dataset, r.protocol): r for r in sorted(results, key=lambda r: parse_eps(r.eps))}
+    widest = {
+        (r.fingerprint, r.dataset, r.protocol, r.images_digest, r.templates): r
+        for r in sorted(results, key=lambda r: parse_eps(r.eps))
+    }
     shown = [
         (place, one | {"model": names[r.model, r.fingerprint], "dataset": r.dataset, "title": str(r.question)})
         for r in widest.values()

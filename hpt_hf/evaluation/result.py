@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from hpt_hf.evaluation.statistics import percent, wilson
 from hpt_hf.utils import slug
 
 FORMAT = 3  # of a result's file
+REMARKS = ("few_images", "baseline")  # checks that speak of the set-up: of few images, of a ball that is small
 
 
 class Question(NamedTuple):
@@ -69,10 +71,12 @@ class EvalResult:
 
     @property
     def verdict(self) -> str:
-        """`unchecked`, `suspicious` or `clear`."""
-        if not self.sanity_checks:
+        """`suspicious`: the figure is in doubt; `remark`: the set-up says little; `clear`; or `unchecked`."""
+        if all(check["raised"] is None for check in self.sanity_checks):
             return "unchecked"
-        return "suspicious" if self.raised else "clear"
+        if any(check["name"] not in REMARKS for check in self.raised):
+            return "suspicious"
+        return "remark" if self.raised else "clear"
 
     @property
     def robust_is(self) -> str:
@@ -93,7 +97,8 @@ class EvalResult:
     def file_name(self) -> str:
         """One name for each model, data set and question: slugs to read, and a digest, since they are cut short."""
         parts = (Path(self.model).name or self.model, self.dataset, self.attack, self.norm, self.eps, self.protocol)
-        digest = hashlib.sha256(json.dumps([self.fingerprint, *parts, *self.question]).encode()).hexdigest()
+        asked = [self.fingerprint, *parts, *self.question, self.target, self.templates, list(self.per_class)]
+        digest = hashlib.sha256(json.dumps([*asked, self.images_digest, self.source.get("split")]).encode()).hexdigest()
         return "--".join(slug(p)[:40] or "x" for p in parts) + f"--{digest[:8]}.json"
 
     def to_json(self) -> dict:
@@ -140,6 +145,26 @@ def _tuples(value):
     if isinstance(value, dict):
         return {k: _tuples(v) for k, v in value.items()}
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def told_apart(results: Sequence[EvalResult]) -> list[EvalResult]:
+    """The same results; sets of one name under one question are named by what differs: split, prompts, classes, images."""
+    told = list(results)
+    keys = [(r.dataset, r.model, r.fingerprint, r.question, r.target) for r in told]
+    for key in {k for k in keys if keys.count(k) > 1}:
+        places = [i for i, k in enumerate(keys) if k == key]
+        for what in (
+            lambda r: str(r.source.get("split")),
+            lambda r: " · ".join(r.templates),
+            lambda r: ", ".join(r.per_class),
+            lambda r: r.images_digest[:8],
+        ):
+            names = [what(told[i]) for i in places]
+            if len(set(names)) == len(names):
+                break
+        for i, name in zip(places, names, strict=True):
+            told[i] = replace(told[i], dataset=f"{told[i].dataset} ({name if len(name) <= 60 else name[:59] + '…'})")
+    return told
 
 
 def read_results(folder: str | Path) -> list[EvalResult]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hpt_hf.evaluation.result import EvalResult
+from hpt_hf.evaluation.result import EvalResult, told_apart
 from hpt_hf.evaluation.statistics import mean
 from hpt_hf.utils import markdown
 
@@ -19,7 +19,7 @@ def result_table(results: Sequence[EvalResult]) -> str:
         raise ValueError("no results: there is nothing to make a table of")
     if len(questions := {str(r.question) for r in results}) > 1:
         raise ValueError(f"one table holds one protocol, attack and threat model, these are {sorted(questions)}")
-    rows = []
+    results, rows = told_apart(results), []
     for r in results:
         clean, robust = ("{:.1f}–{:.1f}".format(*interval) for interval in (r.clean_interval, r.interval))
         rows.append((r.dataset, r.model, r.n, r.classes, r.clean, clean, r.robust, robust, r.verdict))

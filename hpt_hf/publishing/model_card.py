@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult as HubEvalResult
 from huggingface_hub import ModelCard, ModelCardData
 
-from hpt_hf.evaluation.result import EvalResult, read_results_of
+from hpt_hf.evaluation.result import EvalResult, read_results_of, told_apart
 from hpt_hf.evaluation.tables import result_table
 from hpt_hf.utils import progress, read_json, slug, write_text
 
@@ -159,7 +159,7 @@ def _metadata(trained: dict, converted: dict, results: Sequence[EvalResult], nam
 def _figures(results: Sequence[EvalResult]) -> list[HubEvalResult]:
     """Clean and robust accuracy of every result; a clean figure that two attacks share stands once."""
     figures: dict[str, HubEvalResult] = {}
-    for r in results:
+    for r in told_apart(results):
         where = {
             "dataset_type": _hub_id(r.source.get("repository") or r.source.get("path")) or slug(r.dataset) or "images",
             "dataset_name": r.dataset,

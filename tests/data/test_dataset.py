@@ -445,3 +445,11 @@ def test_a_file_that_changed_is_read_anew_and_its_folder_left_as_it_was(tmp_path
         os.utime(file, ns=(0, label * 10**6))
         files = sorted(folder.rglob("*"))
         assert rows(load_images(spec)) == [(label, RGB[2 * label])] and sorted(folder.rglob("*")) == files
+
+
+def test_sets_in_folders_and_files_called_like_splits_keep_their_own_names(tmp_path):
+    for place in ("birds/val", "flowers/val", "plain"):
+        write_folder(tmp_path / place, cat=[RED], dog=[GREEN])
+    write_parquet(tmp_path / "birds2" / "test.parquet", THREE, [0, 1, 2])
+    names = [load_images(str(tmp_path / p)).name for p in ("birds/val", "flowers/val", "plain", "birds2/test.parquet")]
+    assert names == ["birds/val", "flowers/val", "plain", "birds2/test"]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from conftest import make_result
 
-from hpt_hf.evaluation.result import EvalResult, read_results, read_results_of
+from hpt_hf.evaluation.result import EvalResult, read_results, read_results_of, told_apart
 from hpt_hf.evaluation.statistics import mean, percent, wilson
+from hpt_hf.evaluation.tables import result_table
 from hpt_hf.utils import slug, write_json
 
 CHECK = {"name": "few_images", "raised": True, "detail": "7 images"}
@@ -66,20 +67,42 @@ def test_accuracies_intervals_and_verdict_follow_from_counts():
     assert (one.clean, one.robust, one.accuracy_after) == (75.0, 47.5, {"apgd-ce": 62.5, "square": 47.5})
     assert (one.clean_interval, one.interval) == (wilson(30, 40), wilson(19, 40))
     passed, unknown = {**CHECK, "raised": False}, {**CHECK, "raised": None}
-    for checks, verdict in (((), "unchecked"), ((passed, unknown), "clear"), ((passed, CHECK), "suspicious")):
+    doubt = {**CHECK, "name": "more_steps"}
+    for checks, verdict in (
+        ((), "unchecked"),
+        ((unknown,), "unchecked"),
+        ((passed, unknown), "clear"),
+        ((passed, CHECK), "remark"),
+        ((passed, CHECK, {**CHECK, "name": "baseline"}), "remark"),
+        ((CHECK, doubt), "suspicious"),
+    ):
         judged = make_result(sanity_checks=checks)
-        assert judged.verdict == verdict and judged.raised == tuple(c for c in checks if c is CHECK)
+        assert judged.verdict == verdict and judged.raised == tuple(c for c in checks if c["raised"])
     assert "never taken for 'cat'" in make_result(target="cat").robust_is and "every query" in make_result().robust_is
+
+
+APART = {
+    "split": ({"source": {"path": "p", "split": "a"}}, {"source": {"path": "p", "split": "b"}}, "cats (a)"),
+    "prompts": ({"templates": ("a {}",)}, {"templates": ("the {}",)}, "cats (a {})"),
+    "classes": ({"per_class": {"x": (9, 5, 1)}}, {"per_class": {"y": (9, 5, 1)}}, "cats (x)"),
+    "images": ({"images_digest": "1" * 16}, {"images_digest": "2" * 16}, "cats (11111111)"),
+}
+
+
+@pytest.mark.parametrize("what", APART)
+def test_results_of_one_name_are_told_apart_and_none_overwrites_another(what):
+    first, second, name = APART[what]
+    results = [make_result(**change) for change in (first, second)]
+    told = told_apart(results)
+    assert told[0].dataset == name != told[1].dataset and len({r.file_name for r in results}) == 2
+    assert name in result_table(results)
+    others = [make_result(), make_result(dataset="dogs"), make_result(eps="2/255")]
+    assert told_apart(others) == others
 
 
 def test_the_file_tells_its_reader_the_figures_which_are_not_read(tmp_path):
     told = make_result(sanity_checks=(CHECK,)).to_json()
-    assert (told["clean"], told["robust"], told["verdict"], told["raised"]) == (
-        60.0,
-        40.0,
-        "suspicious",
-        ["few_images"],
-    )
+    assert (told["clean"], told["robust"], told["verdict"], told["raised"]) == (60.0, 40.0, "remark", ["few_images"])
     assert told["interval"] == wilson(40, 100) and told["accuracy_after"] == {"pgd": 40.0} and told["format"] == 3
     edited = told | {"robust": 99.0, "interval": [98.0, 100.0], "verdict": "clear", "raised": []}
     assert EvalResult.read(write_json(tmp_path / "one.json", edited)) == make_result(sanity_checks=(CHECK,))

@@ -23,6 +23,7 @@ from hpt_hf.evaluation import evaluator as evaluation
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import read_results
 from hpt_hf.evaluation.resume import Findings
+from hpt_hf.models import zero_shot
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 
 ROOT = Path(__file__).parent.parent.parent
@@ -315,3 +316,15 @@ def test_a_killed_evaluation_ends_like_one_left_alone(times, trained_path, data,
         names = [json.loads(line)["name"] for line in file.read_text().splitlines()]
         assert len(names) == len(set(names)) == PER_ATTACK, "nothing was found twice"
     assert not list(killed.rglob("*.part"))
+
+
+def test_another_tokenizer_is_another_question(trained, tmp_path, monkeypatch):
+    """Equal weights, configuration and names: only the class embeddings tell that the prompts were read otherwise."""
+    images, attack = make_images(20), EvaluationAttack(ThreatModel("linf", EPS), "pgd", 2)
+    first = evaluate(trained, images, attack, name="m", probe=0, folder=tmp_path)
+    build = zero_shot.build_zero_shot_head
+    monkeypatch.setattr(zero_shot, "build_zero_shot_head", lambda *a, **k: build(*a, **k).roll(1, 0))
+    cached = evaluate(trained, images, attack, name="m", probe=0, folder=tmp_path)
+    afresh = evaluate(trained, images, attack, name="m", probe=0)
+    assert (cached.n_clean, cached.n_robust) == (afresh.n_clean, afresh.n_robust)
+    assert cached.n_clean != first.n_clean

@@ -285,7 +285,7 @@ def test_an_honest_evaluation_is_clear_and_every_check_has_its_say(name, trained
 
 
 def test_the_checks_look_and_change_nothing(trained):
-    sizes = ((50, 0, "unchecked"), (50, 6, "clear"), (20, 6, "suspicious"), (20, 0, "unchecked"))
+    sizes = ((50, 0, "unchecked"), (50, 6, "clear"), (20, 6, "remark"), (20, 0, "unchecked"))
     results = [evaluate(trained, make_images(n), attack("pgd", 3), name="m", probe=p) for n, p, _ in sizes]
     assert [r.verdict for r in results] == [verdict for _, _, verdict in sizes]
     assert [c["name"] for c in results[2].raised] == ["few_images"] and results[0].sanity_checks == ()
