@@ -1,7 +1,7 @@
 """Recipes: a flat YAML file becomes a command line, the real command line is appended, and one parser checks it all.
 
-Read as typed text every value is validated (YAML alone keeps `2e-5` a string and lets a typo in a choice through); an unknown key is an
-error that names the nearest one. The seam to yaml and argparse.
+Every value is read as the text that it is written as, and validated as a flag's; an unknown key is an error that names the nearest one.
+The seam to yaml and argparse.
 """
 
 from __future__ import annotations
@@ -66,6 +66,16 @@ def parse(types: tuple[type, ...], argv: list[str] | None = None, *, positional:
     return parsed[:-1]
 
 
+class _AsWritten(yaml.BaseLoader):
+    """All values stay text: a class called `no`, `007` or `1:30` is no boolean and no number. A key stands once."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise RecipeError(f"{self.name}: {', '.join(sorted(map(repr, twice)))} stands more than once")
+        return super().construct_mapping(node, deep)
+
+
 def _fail(message: str):
     raise RecipeError(message)
 
@@ -81,8 +91,9 @@ def _recipe_to_argv(name: str, known: set[str]) -> list[str]:
             f"no recipe at {name}{did_you_mean(name, recipe_names(), 'see hpt-hf train --help for those there are')}"
         )
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        with path.open("rb") as file:
+            recipe = yaml.load(file, _AsWritten)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path} must be a flat list of `key: value` lines, it is a {type(recipe).__name__}")
@@ -90,9 +101,12 @@ def _recipe_to_argv(name: str, known: set[str]) -> list[str]:
     for key, value in recipe.items():
         if key not in known:
             raise RecipeError(_unknown(f"{key!r} in {path}", str(key), known))
-        if value is None:
+        if value in ("", "null", "~"):
             continue
+        values = value if isinstance(value, list) else [value]
         if isinstance(value, dict):
             raise RecipeError(f"{key!r} in {path} is nested: recipes are flat")
-        argv += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+        if odd := [v for v in values if not isinstance(v, str)]:
+            raise RecipeError(f"{key!r} in {path}: got {odd[0]}, expected text. Fix: quotes around what holds a colon")
+        argv += [f"--{key}", *values]
     return argv

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 from PIL import Image
 from transformers.utils import logging
 
@@ -206,6 +207,14 @@ def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labell
 
 def read_files(kind: str, files: Sequence[Path], **options):
     """Local files, in order, by a loader of `datasets`, which copies them into its cache, and again when their time changes."""
+    if kind == "parquet":
+        features = (
+            {pyarrow.parquet.read_schema(f).metadata.get(b"huggingface") for f in files} if len(files) > 1 else {}
+        )
+        if len(features) > 1:
+            raise ValueError(
+                f"{files[0].parent}: its parquet files name their columns or classes otherwise. Fix: one form"
+            )
     names = [glob.escape(str(f)) for f in files]
     try:
         return datasets.load_dataset(kind, data_files=names, split="train", **options)
@@ -230,7 +239,9 @@ def _image_folder(path: Path, split: str) -> datasets.Dataset:
     columns: dict[str, list] = {"image": [str(f) for f in files]}
     features = datasets.Features(image=datasets.Image())
     parts = [f.relative_to(path).parts for f in files]
-    if folders := sorted({p[0] for p in parts if len(p) > 1}):
+    if folders := sorted(
+        {p[0] for p in parts if len(p) > 1}, key=lambda name: (int(name) if name.isdecimal() else -1, name)
+    ):
         if loose := [p[0] for p in parts if len(p) == 1]:
             raise ValueError(f"{path} has images beside its class folders {folders[:4]}: which class is {loose[0]}?")
         columns["label"] = [folders.index(p[0]) for p in parts]

@@ -98,7 +98,9 @@ class EvalResult:
         """One name for each model, data set and question: slugs to read, and a digest, since they are cut short."""
         parts = (Path(self.model).name or self.model, self.dataset, self.attack, self.norm, self.eps, self.protocol)
         asked = [self.fingerprint, *parts, *self.question, self.target, self.templates, list(self.per_class)]
-        digest = hashlib.sha256(json.dumps([*asked, self.images_digest, self.source.get("split")]).encode()).hexdigest()
+        digest = hashlib.sha256(
+            json.dumps([*asked, self.images_digest, self.source.get("split")]).encode()
+        ).hexdigest()
         return "--".join(slug(p)[:40] or "x" for p in parts) + f"--{digest[:8]}.json"
 
     def to_json(self) -> dict:

@@ -64,7 +64,16 @@ def build_zero_shot_head(
         chunks = [{k: v[i : i + 256] for k, v in tokens.items()} for i in range(0, len(prompts), 256)]
         with torch.autocast(model.device.type, enabled=False):
             total += F.normalize(torch.cat([family.text_features(model, chunk) for chunk in chunks]), dim=-1)
-    return F.normalize(total, dim=-1)
+    head = F.normalize(total, dim=-1)
+    for start in range(0, len(head), 256):
+        same = torch.cdist(head[start : start + 256], head, p=torch.inf) < 1e-6
+        if (pairs := same.triu(start + 1).nonzero()).numel():
+            first, second = (classes[i] for i in (pairs[0] + torch.tensor([start, 0], device=pairs.device)).tolist())
+            raise ValueError(
+                f"the classes {first!r} and {second!r} have equal embeddings: they cannot be told apart. Fix: other "
+                "names; or the tokenizer, or eos_token_id of the text tower, is not the model's own"
+            )
+    return head
 
 
 class ZeroShotClassifier(torch.nn.Module):

@@ -125,14 +125,22 @@ def test_a_flag_that_does_not_fit_is_refused(flags, says, tmp_path):
         ("", "it is a NoneType"),
         ("method: [hpt\n", "{path} is not YAML: "),
         ("method: hpt\n", "the following arguments are required: --dataset, --model"),
-        (RECIPE + "3: 4\n", "unknown key 3 in {path}"),
+        (RECIPE + "3: 4\n", "unknown key '3' in {path}"),
+        (RECIPE + "eps: 2/255\neps: 4/255\n", "{path}: 'eps' stands more than once"),
+        (RECIPE + "templates:\n- a photo: {}\n", "'templates' in {path}: got "),
     ],
-    ids=["typo", "nested", "choice", "list", "words", "empty", "not_yaml", "incomplete", "number"],
+    ids=["typo", "nested", "choice", "list", "words", "empty", "not_yaml", "incomplete", "number", "twice", "map"],
 )
 def test_a_recipe_that_does_not_fit_is_refused(text, says, tmp_path):
     with pytest.raises(RecipeError) as error:
         read(tmp_path, text=text)
     assert says.format(path=tmp_path / "recipe.yaml") in str(error.value)
+
+
+def test_text_of_a_recipe_stays_as_it_is_written(tmp_path):
+    names = ["no", "yes", "on", "007", "1:30", "null", "1e3", "0x1F", "2024-01-01", "~", ".5", "1_000"]
+    data, *_ = read(tmp_path, text=RECIPE.replace("[cat, red car, 7]", f"[{', '.join(names)}]"))
+    assert data.classes == names
 
 
 def test_a_recipe_that_is_not_there_is_refused(tmp_path):

@@ -33,6 +33,8 @@ def test_a_map_is_read_and_an_empty_line_never_moves_the_names_after_it(tmp_path
         (None, NAMES, NAMES, [0, 1, 2]),
         (NAMES, ("house", "cat", "dog"), ("house", "cat", "dog"), [1, 2, 0]),  # matched by name
         (("dog", "house"), NAMES, NAMES, [1, 2]),  # an empty class folder
+        (("red_car", "Te\u0302te"), ("t\u00eate", "Red car"), ("t\u00eate", "Red car"), [1, 0]),  # other spellings
+        (("0", "1"), ("cat", "dog"), ("cat", "dog"), [0, 1]),
         (NAMES, ("feline", "hound", "home"), ("feline", "hound", "home"), [0, 1, 2]),  # renamed in order
         (("n2", "n1"), {"n1": "cat", "n2": "dog", "n3": "x"}, ("dog", "cat"), [0, 1]),
         (("cat", "cat"), ("cat", "tom"), ("cat", "tom"), [0, 1]),  # two of one name cannot be matched by it
@@ -55,6 +57,9 @@ def test_the_users_names_are_matched_by_name_or_else_in_order(own, given, classe
         (("cat", "cat"), None, "classes 0 and 1 are both called 'cat'"),
         (("n1", "n2"), {"n1": "cat", "n2": "cat"}, "classes 0 and 1 are both called 'cat'"),
         (("cat", "dog"), ("cat", "dog", "cat"), "classes 0 and 2 are both called 'cat'"),
+        (("cat", "dog", "house"), ("house", "dgo", "cat"), "1 of 3 classes of set are not in the list: .'dog'.*dgo"),
+        (("Cat", "cat "), None, "got the classes 'Cat' and 'cat ', expected names that differ"),
+        (("a", "b"), ("red_car", "Red  car"), "got the classes 'red_car' and 'Red  car'"),
         (None, ("cat",), "at least two"),
         (None, (), "at least two"),
     ],
@@ -62,3 +67,13 @@ def test_the_users_names_are_matched_by_name_or_else_in_order(own, given, classe
 def test_names_that_do_not_fit_or_cannot_be_told_apart_are_refused(own, given, message):
     with pytest.raises(ValueError, match=message):
         match_classes(own, given, "set")
+
+
+@pytest.mark.parametrize("text", ['"cat dog"', '[{"id": 0, "name": "cat"}]', "[1, 2]", "{", '{"a": 1}', "3"])
+def test_json_that_is_no_list_of_names_is_refused_by_its_files_name(tmp_path, text):
+    (tmp_path / "names.json").write_text(text)
+    with pytest.raises(ValueError, match="names.json: got "):
+        read_classes(tmp_path / "names.json")
+    (tmp_path / "names.txt").write_text("cat\ndog\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="names.txt: got .*UTF-8"):
+        read_classes(tmp_path / "names.txt")

@@ -62,11 +62,11 @@ def test_a_parquet_file_brings_images_labels_and_names(tmp_path):
 
 
 def test_an_image_folder_has_a_class_a_folder_in_alphabetical_order(tmp_path):
-    folder = write_folder(tmp_path / "set", zebra=[RED], Ant=[BLUE], ant=[GREEN, BLUE])
+    folder = write_folder(tmp_path / "set", zebra=[RED], Aardvark=[BLUE], ant=[GREEN, BLUE])
     (tmp_path / "set" / "ant" / "deeper").mkdir()
     (tmp_path / "set" / "ant" / "deeper" / "a.png").write_bytes(RED)
     images = load_images(folder)
-    assert images.classes == ("Ant", "ant", "zebra") and images.name == "set"
+    assert images.classes == ("Aardvark", "ant", "zebra") and images.name == "set"
     assert rows(images) == [(0, RGB[2]), (1, RGB[1]), (1, RGB[2]), (1, RGB[0]), (2, RGB[0])]
 
 
@@ -453,3 +453,14 @@ def test_sets_in_folders_and_files_called_like_splits_keep_their_own_names(tmp_p
     write_parquet(tmp_path / "birds2" / "test.parquet", THREE, [0, 1, 2])
     names = [load_images(str(tmp_path / p)).name for p in ("birds/val", "flowers/val", "plain", "birds2/test.parquet")]
     assert names == ["birds/val", "flowers/val", "plain", "birds2/test"]
+
+
+def test_numbers_sort_as_numbers_and_files_of_other_class_orders_are_not_mixed(tmp_path):
+    folder = write_folder(tmp_path / "numbers", **{str(n): [RED] for n in range(12)})
+    names = tuple(f"thing {n}" for n in range(12))
+    assert load_images(folder).classes == tuple(map(str, range(12)))
+    assert load_images(DatasetSpec(folder, classes=names)).classes == names
+    for part, order in enumerate((NAMES, NAMES[::-1])):
+        write_parquet(tmp_path / "set" / f"train-0000{part}-of-00002.parquet", THREE, [0, 1, 2], names=order)
+    with pytest.raises(ValueError, match="its parquet files name their columns or classes otherwise"):
+        load_images(str(tmp_path / "set"))

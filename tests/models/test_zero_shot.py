@@ -136,6 +136,16 @@ def test_a_prompt_too_long_for_the_text_tower_is_named(student):
         student.set_classes(("dog", fits + " cat"), ("{}",))
 
 
+def test_classes_whose_embeddings_are_equal_are_refused_by_name(student):
+    """A tokenizer that lowers letters, or a wrong eos_token_id: half of the answers would be a draw of lots."""
+    with pytest.raises(ValueError, match="the classes 'dog' and ' dog ' have equal embeddings"):
+        student.set_classes(["cat", *(f"cat {'dog ' * i}cat" for i in range(3)), "dog", " dog "])
+    student.model.text_model.eos_token_id = 999_999
+    student.model.config.text_config.eos_token_id = 999_999
+    with pytest.raises(ValueError, match="'cat' and 'dog' have equal embeddings"):
+        student.set_classes(["cat", "dog"])
+
+
 def test_no_classes_are_a_clear_error(student_path):
     with pytest.raises(RuntimeError, match="set_classes"):
         ZeroShotClassifier.from_pretrained(student_path)(torch.rand(1, 3, 32, 32))
