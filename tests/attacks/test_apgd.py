@@ -72,7 +72,7 @@ def test_apgd_asks_about_the_points_of_the_written_out_algorithm(steps, turns):
             ThreatModel(norm, radius),
         )
         queries = Recorder(lambda x, top=top: -(bend * (x.flatten(1) - top) ** 2).sum(1, keepdim=True))
-        run_attack(queries, images, APGD(threat, steps), noise=Noise(torch.arange(count)), criterion=CLIMB)
+        run_attack(queries, images, APGD(threat, steps), noise=Noise(torch.arange(count), round=2), criterion=CLIMB)
         for i in range(count):
             centre, peak, weight = (t[i].double().flatten().tolist() for t in (images, top, bend))
 

@@ -197,3 +197,13 @@ def test_random_start_fills_the_ball_evenly():
     assert abs(delta.mean()) < 0.01 and abs(delta.var() - 1 / 3) < 0.01 and delta.abs().max() > 0.999
     inner = (threat.distance(threat.random_start(grey, Noise(ids)), grey) / 0.3) ** 12  # the share of the ball inside
     assert abs(inner.mean() - 1 / 2) < 0.03 and abs(inner.var() - 1 / 12) < 0.01
+
+
+def test_length_and_direction_of_an_l2_start_are_independent():
+    """Drawn from one random number, long starts would all lie on one side of the first pixel."""
+    images = torch.full((4000, 3, 1, 1), 0.5)
+    delta = ThreatModel("l2", 0.4).random_start(images, Noise(torch.arange(4000))) - images
+    length, first = delta.flatten(1).norm(dim=1), delta[:, 0, 0, 0] / delta.flatten(1).norm(dim=1)
+    assert abs(torch.corrcoef(torch.stack([length, first.abs()]))[0, 1]) < 0.06
+    # Uniform in three dimensions: an eighth of all points lies within half of eps.
+    assert (length < 0.2).double().mean() == pytest.approx(1 / 8, abs=0.02)
