@@ -119,11 +119,14 @@ def progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def escaped(name: str) -> str:
+    """A name in Markdown: no end of a cell, and no HTML."""
+    return name.replace("|", "\\|").replace("<", "&lt;")
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; numbers are right-aligned and shown with one decimal."""
-    rows = [
-        [f"{cell:.1f}" if isinstance(cell, float) else str(cell).replace("|", "\\|") for cell in row] for row in rows
-    ]
+    rows = [[f"{cell:.1f}" if isinstance(cell, float) else escaped(str(cell)) for cell in row] for row in rows]
     widths = [max(len(str(h)), *(len(r[i]) for r in rows), 3) for i, h in enumerate(header)]
     lines = ["| " + " | ".join(str(h).ljust(w) for h, w in zip(header, widths, strict=True)) + " |"]
     lines += ["|" + "|".join(("-" * (w + 1) + ":") if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"]

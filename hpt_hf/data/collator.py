@@ -6,6 +6,7 @@ import base64
 import functools
 import hashlib
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ from PIL import Image, ImageOps
 
 from hpt_hf.types import Images
 
+# What may be opened, whatever a file is called: some of Pillow's other readers start programs.
+Image.init()
+FORMATS = {"PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF", "PPM", "TGA"} & Image.OPEN.keys()
+MAX_PIXELS, MAX_ASPECT = 100_000_000, 200  # a header of a few bytes can claim any size
+
 
 def encoded(cell: dict) -> bytes:
     """What a cell of an image column that is not decoded holds, or points to."""
@@ -25,9 +31,7 @@ def encoded(cell: dict) -> bytes:
 def to_rgb(image: Image.Image | bytes) -> Image.Image:
     """Any image -> 8-bit RGB, upright. Transparency is laid on white, 16 bits are scaled to 8, not cut off."""
     if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
-        image.load()  # decode now: a truncated file fails here and not in the middle of a batch
-        image = ImageOps.exif_transpose(image)
+        image = _opened(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         # Integers are 16 bits, however dark the image; floats say by their range whether 1 or 255 is white.
@@ -37,6 +41,20 @@ def to_rgb(image: Image.Image | bytes) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _opened(content: bytes) -> Image.Image:
+    with warnings.catch_warnings():  # of sizes that are refused here, and of damaged EXIF
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(content), formats=list(FORMATS))
+        width, height = image.size
+        if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+            raise ValueError(f"{width} × {height} pixels, expected at most {MAX_PIXELS:,}, and 1 to {MAX_ASPECT}")
+        image.load()  # decode now: a truncated file fails here and not in the middle of a batch
+        try:
+            return ImageOps.exif_transpose(image)
+        except Exception:  # damaged EXIF says nothing about the pixels; Pillow raises many types on it
+            return image
 
 
 def image_id(pixels: np.ndarray) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet
 from PIL import Image
 from transformers.utils import logging
@@ -175,7 +176,7 @@ def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labell
     if on_corrupt not in ("error", "skip"):
         raise ValueError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'")
     spec = DatasetSpec(spec) if isinstance(spec, str) else spec
-    path, label, names, templates = Path(spec.path), spec.label, None, (TEMPLATE,)
+    path, label, names, templates, local = Path(spec.path), spec.label, None, (TEMPLATE,), False
     check_templates(spec.templates or templates)
     name = path.stem if path.is_file() else path.name
     if split_of(name):  # many sets have a folder or file called "val"
@@ -186,7 +187,7 @@ def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labell
     elif path.is_dir() and not files_below(path, [".parquet"]):
         data = _image_folder(path, spec.split)
     elif path.exists():
-        data = _parquet(path, spec.split)
+        data, local = _parquet(path, spec.split), True
     else:
         check_hub_id(spec.path)
         data = datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision)
@@ -200,6 +201,8 @@ def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labell
     _check_labels(labels, len(places), spec.path)
     labels = [None if v is None else places[v] for v in labels]
     data = data.select_columns(image).rename_columns({image: "image"})
+    if local:
+        check_cells(data, spec.path)
     source = {k: v for k, v in asdict(spec).items() if v is not None}
     images = LabelledImages.from_images(data, labels, classes, spec.templates or templates, name, source)
     return images.without_unreadable() if on_corrupt == "skip" else images
@@ -250,7 +253,7 @@ def _image_folder(path: Path, split: str) -> datasets.Dataset:
 
 
 def _parquet(path: Path, split: str) -> datasets.Dataset:
-    if path.is_file() and path.suffix != ".parquet":
+    if not path.is_dir() and (not path.is_file() or path.suffix != ".parquet"):
         raise ValueError(f"{path} is not a parquet file. Fix: give one, a folder of them or of images, or a Hub id.")
     if path.is_file():
         return read_files("parquet", [path])
@@ -301,6 +304,16 @@ def check_hub_id(path: str) -> None:
     """Raise FileNotFoundError for what is not there and cannot be a Hub id either."""
     if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
         raise FileNotFoundError(f"no data at {path}: neither a file nor a folder, nor a Hub id of the form owner/name")
+
+
+def check_cells(data: datasets.Dataset, path: str) -> None:
+    """Raise ValueError for cells of a parquet file that point to files: whoever made it knows none of this machine."""
+    cells = data.cast_column("image", datasets.Image(decode=False)).with_format("arrow")[:]["image"]
+    paths = pc.and_(pc.is_null(pc.struct_field(cells, "bytes")), pc.is_valid(pc.struct_field(cells, "path")))
+    if row := pc.index(paths, True).as_py() + 1:
+        raise ValueError(
+            f"row {row - 1} of {path} holds the path of a file. Fix: a parquet file with the images in it"
+        )
 
 
 def find_columns(data, image: str | None, label: str | None, path: str) -> tuple[str, str | None]:

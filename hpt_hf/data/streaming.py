@@ -91,6 +91,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
     def _row(self, cell: dict | None, label: int | None, where: str) -> dict:
         if cell is None:
             raise ValueError(f"{where} has no image")
+        if cell["bytes"] is None:
+            raise ValueError(f"{where} holds a path, not an image")
         if self.labelled:
             if label is None or not 0 <= label < len(self.places):
                 raise ValueError(f"{where} has the label {label!r}, and there are {len(self.places)} classes")

@@ -13,7 +13,7 @@ from hpt_hf.attacks.threat_model import parse_eps
 from hpt_hf.evaluation.result import EvalResult, read_results_of, told_apart
 from hpt_hf.evaluation.statistics import mean
 from hpt_hf.evaluation.tables import result_table
-from hpt_hf.utils import write_text
+from hpt_hf.utils import escaped, write_text
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 EXAMPLES = 12  # attacked images that are shown at most
@@ -39,10 +39,13 @@ def write_html_report(folder: str | Path) -> Path:
     tables = [(str(part[0].question), part) for part in _grouped(results, lambda r: r.question)]
     models = list(dict.fromkeys(r.model for r in results))
     skipped = sum(len(r.skipped) for r in results)
-    text = [f"# {', '.join(models) or 'Transfer'}", "95% intervals: Wilson. Means: unweighted over data sets."]
+    text = [
+        escaped(f"# {', '.join(models) or 'Transfer'}"),
+        "95% intervals: Wilson. Means: unweighted over data sets.",
+    ]
     for heading, part in tables:
         text += [f"## {heading}", result_table(part)]
-        text += [f"- {r.dataset} ({r.model}): {c['name']}: {c['detail']}" for r in part for c in r.raised]
+        text += [escaped(f"- {r.dataset} ({r.model}): {c['name']}: {c['detail']}") for r in part for c in r.raised]
     if skipped:
         text.append(f"{skipped} unreadable images were left out; the files of the results list them.")
     if transfer:

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hpt_hf.evaluation.result import EvalResult, read_results_of, told_apart
 from hpt_hf.evaluation.tables import result_table
-from hpt_hf.utils import progress, read_json, slug, write_text
+from hpt_hf.utils import escaped, progress, read_json, slug, write_text
 
 SEAL = "parity.json"  # what `hpt_hf.publishing.export` checked
 TRAINED, CONVERTED, MIXED = "train.json", "convert.json", "interpolate.json"  # how a model was made
@@ -192,4 +192,4 @@ def _hub_id(name: str | None) -> str | None:
 def _plain(name: str) -> str:
     """A Hub id or a name as it is, of a local path its last part alone; in a cell of a table."""
     name = Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
-    return name.replace("|", "\\|")
+    return escaped(name)

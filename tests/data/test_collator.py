@@ -2,6 +2,8 @@
 
 import base64
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -155,3 +157,37 @@ def test_an_image_as_png_is_the_pixels_it_shows():
     image = Image.open(io.BytesIO(base64.b64decode(to_png(pixels + 0.4 / 255))))
     assert np.array_equal(np.asarray(image), (pixels * 255).round().byte().permute(1, 2, 0).numpy())
     assert Image.open(io.BytesIO(base64.b64decode(to_png(pixels - 1)))).getextrema() == ((0, 0),) * 3
+
+
+def bomb(width, height):
+    """A PNG of a few bytes whose header claims any size."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    parts = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+MALICIOUS = {
+    "a page that Ghostscript would run": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+    "pixels": bomb(50_000, 50_000),
+    "aspect": bomb(1, 90_000),
+    "a PDF": b"%PDF-1.4\n",
+    "a format that is not named": encode(plain((1, 2, 3)), "PCX"),
+}
+
+
+@pytest.mark.parametrize("what", MALICIOUS)
+def test_only_named_formats_of_sane_sizes_are_opened(what, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *a, **k: pytest.fail("a program was started"))
+    with pytest.raises((ValueError, OSError, Image.DecompressionBombError)):
+        to_rgb(MALICIOUS[what])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF", "PPM", "TGA"])
+def test_the_named_formats_are_read(kind):
+    assert to_rgb(encode(plain((10, 200, 30), size=(16, 16)), kind)).size == (16, 16)
+
+
+def test_damaged_exif_refuses_no_image():
+    content = encode(plain((10, 200, 30), size=(16, 16)), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    assert to_rgb(content).size == (16, 16)

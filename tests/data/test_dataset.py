@@ -4,6 +4,8 @@ import os
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import CLASSES, encode, make_images, samples, write_parquet, write_tar
 from PIL import Image
@@ -464,3 +466,20 @@ def test_numbers_sort_as_numbers_and_files_of_other_class_orders_are_not_mixed(t
         write_parquet(tmp_path / "set" / f"train-0000{part}-of-00002.parquet", THREE, [0, 1, 2], names=order)
     with pytest.raises(ValueError, match="its parquet files name their columns or classes otherwise"):
         load_images(str(tmp_path / "set"))
+
+
+def test_a_parquet_file_cannot_name_files_of_this_machine_and_a_pipe_is_no_image(tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(RED)
+    cells = [{"bytes": RED, "path": "a.png"}, {"bytes": None, "path": str(secret)}]
+    table = pyarrow.table({"image": cells, "label": [0, 1]})
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    table = table.replace_schema_metadata(features.arrow_schema.metadata)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="row 1 of .*rows.parquet holds the path of a file"):
+        load_images(str(tmp_path / "rows.parquet"))
+    folder = write_folder(tmp_path / "set", cat=[RED], dog=[GREEN])
+    os.mkfifo(tmp_path / "set" / "cat" / "pipe.png")
+    assert len(load_images(folder)) == 2
+    with pytest.raises(ValueError, match="pipe.png"):
+        load_images(str(tmp_path / "set" / "cat" / "pipe.png"))
