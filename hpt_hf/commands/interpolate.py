@@ -128,7 +128,7 @@ def run(args: InterpolateArguments) -> tuple[list[Point], Point]:
     attack = EvaluationAttack(threat, args.attack, args.attack_steps)
     source, original, robust = _ends(args, trained)
     check_apart(args.output_dir, model=args.model, origin=source)
-    choosing = [_open(p, args, training=True) for p in args.choose_on or ()] or [_held_out(args, recipe)]
+    choosing = [_open(p, args, training=True) for p in args.choose_on or ()] or [_held_out(args, trained)]
     reporting = [_open(p, args, training=False) for p in args.report_on or ()]
     if args.push_to:
         open_repo(args.push_to, private=args.private)  # what cannot be pushed should not cost the hours before it
@@ -207,8 +207,9 @@ def place(output: str | Path, weight: float) -> Path:
     return Path(output) / (f"w{weight:.2f}" if round(weight, 2) == weight else f"w{weight}")
 
 
-def _held_out(args: InterpolateArguments, recipe: dict) -> LabelledImages:
+def _held_out(args: InterpolateArguments, trained: dict) -> LabelledImages:
     """The images that the model's own training held out."""
+    recipe = trained.get("recipe", {})
     if not recipe.get("held_out"):
         raise RecipeError(
             f"{args.model} held nothing out of its training data, or its {TRAINED} does not say: choosing on what it has "
@@ -217,7 +218,13 @@ def _held_out(args: InterpolateArguments, recipe: dict) -> LabelledImages:
     data = DataArguments(**{f.name: recipe[f.name] for f in fields(DataArguments) if f.name in recipe})
     spec = dataset_spec(data, data.dataset, data.split, revision=data.dataset_revision)
     images = open_images(spec, training=True, data_dir=args.data_dir or data.data_dir, on_corrupt=data.on_corrupt)
-    return held_out(images, recipe["held_out"], seed=0)[1]
+    seen, aside = held_out(images, recipe["held_out"], seed=0)
+    if (digest := trained.get("decided_by", {}).get("data")) and seen.digest != digest:
+        raise RecipeError(
+            f"{data.dataset} is not what {args.model} was trained on: images that it has seen would be among those held "
+            "out. Fix: the data as they were, or --choose_on other training images"
+        )
+    return aside
 
 
 def _open(path: str, args: InterpolateArguments, *, training: bool) -> LabelledImages:

@@ -176,9 +176,9 @@ def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labell
     if on_corrupt not in ("error", "skip"):
         raise ValueError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'")
     spec = DatasetSpec(spec) if isinstance(spec, str) else spec
-    path, label, names, templates, local = Path(spec.path), spec.label, None, (TEMPLATE,), False
+    path, label, names, templates, local = Path(spec.path).expanduser(), spec.label, None, (TEMPLATE,), False
     check_templates(spec.templates or templates)
-    name = path.stem if path.is_file() else path.name
+    name = path.stem if path.is_file() else path.absolute().name
     if split_of(name):  # many sets have a folder or file called "val"
         name = f"{path.absolute().parent.name}/{name}"
     if path.is_dir() and (list(path.glob("*.tar")) or list(path.glob("*/*.tar"))):
@@ -190,7 +190,7 @@ def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labell
         data, local = _parquet(path, spec.split), True
     else:
         check_hub_id(spec.path)
-        data = datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision)
+        data = load_from_hub(spec)
         name = f"{spec.path}:{spec.split}"
     if not len(data):
         raise ValueError(f"{spec.path} (split {spec.split}) holds no images")
@@ -316,13 +316,21 @@ def check_cells(data: datasets.Dataset, path: str) -> None:
         )
 
 
+def load_from_hub(spec: DatasetSpec, **options):
+    try:
+        return datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision, **options)
+    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise OSError(f"no data at {spec.path}: no file or folder, nor to be had from the Hub ({error})") from error
+
+
 def find_columns(data, image: str | None, label: str | None, path: str) -> tuple[str, str | None]:
     """(image column, label column if any): as given, else by name and type, else the only one of its type."""
     found = []
     for what, given, kind in (("image", image, datasets.Image), ("label", label, datasets.ClassLabel)):
         fits = [given] if given else [n for n, feature in data.features.items() if isinstance(feature, kind)]
-        if not given and (what in fits or what == "label" and not fits):
-            fits = [what] if what in data.features else []  # the labels may be plain numbers or words
+        if not given:  # labels may be plain numbers or words
+            named = [n for n in (what, f"{what}s") if n in data.features and (n in fits or what == "label")]
+            fits = named[:1] or fits
         if len(fits) > 1 or (fits or [what])[0] not in data.features and (fits or what == "image"):
             there = ", ".join(data.features)
             raise ValueError(
@@ -339,6 +347,10 @@ def _read_labels(
     if column is None:
         return [None] * len(data), names
     values, feature = data[column][:], data.features[column]
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
+        raise ValueError(
+            f"the labels in column {column!r}: got {type(feature).__name__}, expected one number or word each"
+        )
     if isinstance(feature, datasets.ClassLabel):
         names = feature.names
     elif feature.dtype in ("string", "large_string"):
@@ -346,6 +358,8 @@ def _read_labels(
         number = {n: i for i, n in enumerate(names)}
         values = [number.get(v) for v in values]
     # -1 is how the Hub writes "no label" in hidden test splits.
+    if odd := [(i, v) for i, v in enumerate(values) if isinstance(v, float) and not v.is_integer()]:  # NaN, too
+        raise ValueError(f"the labels in column {column!r}: row {odd[0][0]} has {odd[0][1]}, expected a whole number")
     return [None if v is None or v == -1 else int(v) for v in values], names
 
 
@@ -363,6 +377,8 @@ def held_out(images: LabelledImages, share: float, seed: int) -> tuple[LabelledI
     if not 0 <= share < 1:
         raise ValueError(f"held_out={share}: expected a share of at least 0 and below 1")
     count = round(share * len(images))
+    if count == 0 and share > 0:
+        raise ValueError(f"held_out={share} keeps none of the {len(images)} images. Fix: a larger share, or 0")
     if count == 0:
         return images, None
     if count >= len(images):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from hpt_hf.data.class_names import match_classes
 from hpt_hf.data.collator import encoded
-from hpt_hf.data.dataset import DatasetSpec, check_hub_id, find_columns, read_files
+from hpt_hf.data.dataset import DatasetSpec, check_hub_id, find_columns, load_from_hub, read_files
 from hpt_hf.data.layout import parquet_files
 from hpt_hf.models.zero_shot import TEMPLATE, check_templates
 
@@ -110,14 +110,14 @@ def open_stream(spec: DatasetSpec, *, length: int | None = None, batch: int = 1,
     Raises:
         FileNotFoundError, ValueError: nothing there, nothing that can be streamed, no classes, or no length.
     """
-    path, templates = Path(spec.path), tuple(spec.templates or (TEMPLATE,))
+    path, templates = Path(spec.path).expanduser(), tuple(spec.templates or (TEMPLATE,))
     check_templates(templates)
     if path.exists():
         data, known = _open_files(path, spec.split)
-        name = path.stem
+        name = path.stem or path.absolute().name
     else:
         check_hub_id(spec.path)
-        data = datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision, streaming=True)
+        data = load_from_hub(spec, streaming=True)
         known = data.info.splits[spec.split].num_examples if spec.split in (data.info.splits or {}) else None
         name = f"{spec.path}:{spec.split}"
     if length is not None and not 1 <= length <= (known or length):

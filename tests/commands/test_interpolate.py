@@ -311,6 +311,16 @@ def test_the_slice_is_asked_about_as_in_training(learned, folder, tmp_path, monk
     assert images.classes == tuple(SPOKEN.values() if how in ("classes", "map") else SPOKEN)
 
 
+def test_data_that_changed_since_training_are_refused(learned, folder, tmp_path):
+    """One image more, and the random slice would hold images that the model was trained on."""
+    shutil.copytree(learned.data, tmp_path / "images")
+    (first, *_) = sorted((tmp_path / "images").rglob("*.png"))
+    shutil.copy(first, first.with_name("zzz.png"))
+    change(folder, dataset=str(tmp_path / "images"))
+    with pytest.raises(ValueError, match="is not what .* was trained on"):
+        command.run(arguments(folder, tmp_path / "out"))
+
+
 @pytest.mark.parametrize(("save", "best"), [([0.501, 0.504], 1), ([0.25, 0.5], 3)])
 def test_saved_points_join_the_grid_each_in_a_folder_of_its_own(folder, tmp_path, monkeypatch, save, best):
     asked = pretend(monkeypatch, lambda i: (95, 90 if i == best else 10))

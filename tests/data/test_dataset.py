@@ -1,6 +1,7 @@
 """Every image arrives with the right label, or as an error that names its row; the same rows in the same order wherever they lie."""
 
 import os
+import shutil
 
 import datasets
 import numpy as np
@@ -297,7 +298,12 @@ def test_the_held_out_slice_is_fixed_by_its_seed_and_disjoint(share):
 def test_nothing_held_out_and_everything_held_out():
     images = make_images(10)
     assert held_out(images, 0.0, seed=0) == (images, None)
-    for share, message in ((0.99, "none of the 10 images"), (-0.1, "at least 0 and below 1"), (1.0, "below 1")):
+    for share, message in (
+        (0.99, "none of the 10 images"),
+        (0.01, "keeps none of the 10 images"),
+        (-0.1, "at least 0 and below 1"),
+        (1.0, "below 1"),
+    ):
         with pytest.raises(ValueError, match=message):
             held_out(images, share, seed=0)
 
@@ -483,3 +489,55 @@ def test_a_parquet_file_cannot_name_files_of_this_machine_and_a_pipe_is_no_image
     assert len(load_images(folder)) == 2
     with pytest.raises(ValueError, match="pipe.png"):
         load_images(str(tmp_path / "set" / "cat" / "pipe.png"))
+
+
+def parquet(path, **columns):
+    """Columns as they are, images beside them."""
+    features = {k: datasets.ClassLabel(names=["a", "b", "c"]) for k in columns if k == "sex"}
+    data = datasets.Dataset.from_dict({"image": [{"bytes": b, "path": None} for b in THREE], **columns})
+    for name, feature in {"image": datasets.Image(), **features}.items():
+        data = data.cast_column(name, feature)
+    data.to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "labels"),
+    [
+        ({"labels": [2, 0, 1]}, [2, 0, 1]),
+        ({"sex": [0, 0, 1], "label": [2, 0, 1]}, [2, 0, 1]),
+        ({"sex": [0, 0, 1], "label": ["c", "a", "b"]}, [2, 0, 1]),
+        ({"label": [2.0, 0.0, 1.0]}, [2, 0, 1]),
+        ({"label": [2.0, float("nan"), 1.0]}, "row 1 has nan, expected a whole number"),
+        ({"label": [[2], [0], [1]]}, "expected one number or word each"),
+    ],
+)
+def test_which_column_holds_the_labels_and_what_may_stand_in_it(tmp_path, columns, labels):
+    spec = DatasetSpec(parquet(tmp_path / "set.parquet", **columns), classes=("a", "b", "c"))
+    if isinstance(labels, str):
+        with pytest.raises(ValueError, match=labels):
+            load_images(spec)
+    else:
+        assert load_images(spec).labels == labels
+
+
+ODD_PATHS = {"~/nothing/here": "no data at", "nothing/here": "no data at nothing/here", "a/b/c": "no data at a/b/c"}
+
+
+@pytest.mark.parametrize("path", ODD_PATHS)
+def test_what_is_not_there_is_said_so(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((OSError, ValueError), match=ODD_PATHS[path]):
+        load_images(path)
+
+
+@pytest.mark.parametrize("name", ["a [1] set", "a*b", "ä ö"])
+def test_folders_of_any_name_and_the_folder_one_stands_in_are_read(name, monkeypatch, tmp_path):
+    folder = write_folder(tmp_path / name, cat=[RED], dog=[GREEN])
+    write_parquet(tmp_path / name / "files" / "rows.parquet", THREE, [0, 1, 2], names=NAMES)
+    assert len(load_images(str(tmp_path / name / "files"))) == 3
+    shutil.rmtree(tmp_path / name / "files")
+    assert len(load_images(folder)) == 2
+    monkeypatch.chdir(folder)
+    images = load_images(".")
+    assert len(images) == 2 and images.name == name
