@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.parser import RecipeError
 from hpt_hf.data.class_names import read_classes
 from hpt_hf.data.dataset import DatasetSpec, LabelledImages, load_images
@@ -75,6 +76,14 @@ def on_device(model: ZeroShotClassifier) -> ZeroShotClassifier:
     device = processes().device
     model.model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
     return model.to(device)
+
+
+def ball(norm: str, eps: str) -> ThreatModel:
+    """What a recipe attacks within. Raises RecipeError for a radius of 0, in which nothing is attacked."""
+    threat = ThreatModel(norm, eps)
+    if threat.radius == 0:
+        raise RecipeError(f"--eps: got {eps}, expected more than 0: without a ball there is no attack")
+    return threat
 
 
 def check_sizes(args) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpt_hf.attacks.suite import EvaluationAttack
-from hpt_hf.attacks.threat_model import ThreatModel
-from hpt_hf.commands.common import ImageArguments, load_model, on_device, open_sets
+from hpt_hf.commands.common import ImageArguments, ball, load_model, on_device, open_sets
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.html_report import write_html_report
@@ -50,7 +49,7 @@ def run(args: EvaluateArguments) -> list[EvalResult]:
     # What fails after the first attack would cost its hours: an old result, a target that the last set lacks.
     read_results_of(args.output_dir)
     attacks = [
-        EvaluationAttack(ThreatModel(args.norm, eps), name, args.attack_steps, args.protocol, args.seed, args.target)
+        EvaluationAttack(ball(args.norm, eps), name, args.attack_steps, args.protocol, args.seed, args.target)
         for name in dict.fromkeys(args.attack)
         for eps in dict.fromkeys(args.eps)
     ]

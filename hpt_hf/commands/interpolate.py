@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from hpt_hf.attacks.suite import EvaluationAttack
-from hpt_hf.attacks.threat_model import ThreatModel
-from hpt_hf.commands.common import check_sizes, dataset_spec, load_model, on_device, open_images
+from hpt_hf.commands.common import ball, check_sizes, dataset_spec, load_model, on_device, open_images
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.commands.train import DataArguments
 from hpt_hf.data.dataset import DatasetSpec, LabelledImages, held_out
@@ -124,7 +123,7 @@ def run(args: InterpolateArguments) -> tuple[list[Point], Point]:
         raise RecipeError(
             f"--norm {args.norm}: the radius of training is for {recipe.get('norm', 'linf')}. Fix: --eps"
         )
-    threat = ThreatModel(args.norm or recipe.get("norm", "linf"), args.eps or recipe.get("eps", "1/255"))
+    threat = ball(args.norm or recipe.get("norm", "linf"), args.eps or recipe.get("eps", "1/255"))
     attack = EvaluationAttack(threat, args.attack, args.attack_steps)
     source, original, robust = _ends(args, trained)
     check_apart(args.output_dir, model=args.model, origin=source)

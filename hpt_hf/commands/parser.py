@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hpt_hf.commands.recipes import find_recipe, recipe_names
-from hpt_hf.utils import did_you_mean
+from hpt_hf.utils import did_you_mean, no_space
 
 
 class RecipeError(ValueError):
@@ -26,8 +26,22 @@ def exit_on_user_error(script: str) -> Iterator[None]:
     """Exit 1 with one line for a mistake in recipe, data or model; everything else is a traceback. OSError: also the Hub's client."""
     try:
         yield
+    except KeyboardInterrupt:
+        print(
+            f"\n{script}: interrupted. The same command goes on (train: with --resume_from_checkpoint true)",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{script}: {' '.join(str(error).split())}")
+    except Exception as error:
+        if isinstance(error, (ImportError, RuntimeError)) and "install" in str(
+            error
+        ):  # of a package that a flag asks for
+            sys.exit(f"{script}: {' '.join(str(error).split())}")
+        if no_space(error):
+            sys.exit(f"{script}: no space left on the disk. Fix: make room, then the same command")
+        raise
 
 
 def parse(types: tuple[type, ...], argv: list[str] | None = None, *, positional: tuple[str, ...] = ()):

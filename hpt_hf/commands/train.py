@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,8 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from hpt_hf.attacks.pgd import TrainingAttack
-from hpt_hf.attacks.threat_model import ThreatModel, parse_eps
-from hpt_hf.commands.common import dataset_spec, load_model, open_images
+from hpt_hf.attacks.threat_model import parse_eps
+from hpt_hf.commands.common import ball, dataset_spec, load_model, open_images
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import held_out
@@ -100,6 +101,8 @@ RECIPE = (DataArguments, MethodArguments, HPTConfig)
 def build_schedule(args: MethodArguments) -> Schedule:
     """The method as phases; what is left open is the Trainer's."""
     divergence = Divergence(args.kl_direction, args.temperature)
+    if not 0 < args.ga_epochs < math.inf:
+        raise RecipeError(f"ga_epochs: got {args.ga_epochs}, expected more than 0")
 
     def objective(name: str):
         return dataclasses.replace(OBJECTIVES[name], divergence=divergence, attack_on=args.attack_on)
@@ -124,7 +127,7 @@ def build_attack(args: MethodArguments) -> TrainingAttack:
     Raises:
         RecipeError, ValueError: an attack that would not move, or a number that is none.
     """
-    threat, size = ThreatModel(args.norm, args.eps), None
+    threat, size = ball(args.norm, args.eps), None
     if args.attack_steps < 1:
         raise RecipeError(f"attack_steps: got {args.attack_steps}, expected at least 1")
     if args.attack_step_size is not None:
@@ -135,7 +138,7 @@ def build_attack(args: MethodArguments) -> TrainingAttack:
             raise RecipeError(
                 f"attack_step_size: got {given!r}, expected a fraction as '2/255' or '1.25 eps'"
             ) from None
-        if size == 0 and threat.radius > 0:
+        if size == 0:
             raise RecipeError(f"attack_step_size: got {given!r}, expected more than 0")
         if threat.norm == "linf" and size > 1:
             raise RecipeError(f"attack_step_size: got {given!r}, expected at most 1; did you mean '{given}/255'?")

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from hpt_hf.attacks.suite import EvaluationAttack
-from hpt_hf.attacks.threat_model import ThreatModel
-from hpt_hf.commands.common import ImageArguments, load_model, on_device, open_sets
+from hpt_hf.commands.common import ImageArguments, ball, load_model, on_device, open_sets
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages
@@ -115,7 +114,7 @@ def run(args: TransferArguments) -> dict:
     names = list(dict.fromkeys([student, *args.proxies] if student else args.models))
     if len(names) < 2:
         raise RecipeError(f"transfer is between models: got {names[0]} alone, expected at least two")
-    attack = EvaluationAttack(ThreatModel(args.norm, args.eps), "pgd", args.attack_steps, args.protocol, args.seed)
+    attack = EvaluationAttack(ball(args.norm, args.eps), "pgd", args.attack_steps, args.protocol, args.seed)
     sets = open_sets(args)
     models = {name: on_device(load_model(name)) for name in names}
     sources = [student] if student else names

@@ -48,6 +48,7 @@ def split_folder(path: Path, split: str) -> Path:
     folders = [f for f in visible(path) if f.is_dir()]
     splits = [f for f in folders if f.name.lower() in SPLIT_OF]
     if not splits:
+        _check_known(path, split)
         return path
     if others := [f.name for f in folders if f not in splits]:
         if len(splits) == 1 and not any(f.is_dir() for f in visible(splits[0])):
@@ -64,6 +65,12 @@ def split_folder(path: Path, split: str) -> Path:
 
 def canon(split: str) -> str:
     return SPLIT_OF.get(split.lower(), split)
+
+
+def _check_known(path: Path, split: str) -> None:
+    """What has no splits may be asked for as the one it is; a name that no split has is a slip."""
+    if canon(split) not in ALIASES:
+        raise ValueError(f"{path} has no split {split!r}: it has none at all. Fix: leave --split out")
 
 
 def _no_split(path: Path, split: str, there: Sequence[str]) -> ValueError:
@@ -83,6 +90,7 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
         found = [shard["split"]] if shard else [s for s in map(split_of, (file.stem, *parts[::-1])) if s]
         named[file] = found[0] if found else None
     if not any(named.values()):
+        _check_known(folder, split)
         return list(named)
     if unnamed := [f.name for f, s in named.items() if s is None]:
         raise ValueError(f"{folder}: which split is {unnamed[0]} of? Fix: give files by name, or move it away")

@@ -33,6 +33,7 @@ KEPT = {
     "eval_use_gather_object": (False, "leave it out: logits are tensors"),
     "bf16_full_eval": (False, "leave it out: attacks run in float32, half precision would weaken them"),
     "fp16_full_eval": (False, "leave it out: attacks run in float32, half precision would weaken them"),
+    "deepspeed": (None, "FSDP2: recipes/accelerate/fsdp2.yaml"),
     "parallelism_config": (None, "FSDP2: recipes/accelerate/fsdp2.yaml"),
     "remove_unused_columns": (False, "leave it out: batches carry images that the model's signature does not name"),
     "label_names": (["labels"], "leave it out: the evaluation looks for them"),
@@ -100,6 +101,8 @@ class HPTConfig(TrainingArguments):
                 f"max_steps: got {self.max_steps}, expected at least 1, or -1: --num_train_epochs decides"
             )
         super().__post_init__()
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ValueError("load_best_model_at_end: got no evaluations. Fix: --eval_strategy, --held_out")
         if self.decay not in DECAYS:
             raise ValueError(f"lr_scheduler_type: got {self.decay!r}, expected one of {', '.join(DECAYS)}")
         if self.dataloader_pin_memory and self.device.type != "cpu":

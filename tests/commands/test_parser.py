@@ -200,7 +200,6 @@ def test_options_of_the_method_reach_every_phase(tmp_path):
         (["--attack_step_size", "1/4eps"], 2, 2 / 255),
         (["--attack_step_size", "300", "--norm", "l2"], 2, 300),
         (["--attack_random_start", "false"], 2, 8 / 255),
-        (["--attack_step_size", "1 eps", "--eps", "0"], 2, 0),
     ],
 )
 def test_a_step_of_the_attack_is_a_fraction_of_the_pixels_or_of_the_radius(flags, steps, size, tmp_path):

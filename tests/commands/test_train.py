@@ -31,7 +31,13 @@ def run(argv):
     return train.run(*parse(train.RECIPE, argv))
 
 
-OTHER = {"do_train": False, "optim_target_modules": "x", "parallelism_config": object(), "label_names": ["y"]}
+OTHER = {
+    "deepspeed": "x.json",
+    "do_train": False,
+    "optim_target_modules": "x",
+    "parallelism_config": object(),
+    "label_names": ["y"],
+}
 OTHER |= {"lr_scheduler_kwargs": {"a": 1}, "neftune_noise_alpha": 5.0, "length_column_name": "x"}
 OTHER |= {"train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1}
 

@@ -94,7 +94,7 @@ KINDS = {
     "own steps": ["--attack", "apgd-ce", "cw", "--attack_steps", "4", "--seed", "7"],
     "l2": ["--norm", "l2", "--eps", "1.5"],
     "limited": ["--limit", "15"],
-    "names": ["--classes", "puss", "hound", "house", "tree", "red car", "--templates", "{}", "a {}"],
+    "names": ["--classes", "puss", "hound", "home", "red motor", "oak", "--templates", "{}", "a {}"],
 }
 
 
