@@ -47,6 +47,12 @@ def _check(model: PreTrainedModel, processor: ProcessorMixin, source: str | Path
     for part in (model.config.vision_config, model.config.text_config):
         if part.num_attention_heads < 1:
             raise ValueError(f"num_attention_heads of {source}: got {part.num_attention_heads}, expected at least 1")
+    scaled = image.do_rescale and abs(image.rescale_factor * 255 - 1) < 1e-6
+    if not (scaled and image.do_normalize and image.do_resize and int(image.resample) in (2, 3)):
+        expected = "one that resizes (bilinear or bicubic), scales by 1/255 and normalises"
+        raise ValueError(f"the processor of {source}: got {image.to_dict()}, expected {expected}")
+    if image.do_center_crop and 0 < (image.size.get("shortest_edge") or side) < side:
+        raise ValueError(f"the processor of {source}: got a crop of {side} px from {image.size}, expected no less")
     made = image(Image.new("RGB", (2 * side, side + 1)), return_tensors="pt")["pixel_values"].shape[1:]
     if tuple(made) != (3, side, side):
         raise ValueError(f"the processor of {source}: got images of {tuple(made)}, expected (3, {side}, {side})")

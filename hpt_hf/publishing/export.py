@@ -111,7 +111,7 @@ def _seal(opened: ZeroShotClassifier, folder: str | Path, template: str) -> dict
     try:
         expected, found = logits(opened, template), pipeline_logits(folder, template)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"its processor makes images that the model cannot read ({error})") from None
+        raise ValueError(f"it cannot answer ({error})") from None
     tokens = json.dumps(sorted(opened.processor.tokenizer.get_vocab().items()))
     return {
         "fingerprint": fingerprint(opened),
