@@ -22,7 +22,7 @@ from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation.metric import RobustAccuracy
 from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.evaluation.resume import Findings
-from hpt_hf.evaluation.sanity_checks import CHECKS, PROBE, Probe
+from hpt_hf.evaluation.sanity_checks import CHECKS, PROBE, Probe, run_check
 from hpt_hf.models.zero_shot import ZeroShotClassifier, digest, fingerprint
 from hpt_hf.types import ImageIds
 from hpt_hf.utils import hardware, processes, versions, write_json
@@ -230,21 +230,33 @@ def sanity_checks(
     """Findings of all checks on about `count` images. The processes of a launch share the checks."""
     collate = Collator(classifier.processor, native=outcomes.attack.native)
 
-    def batch(mask: torch.Tensor, count: int) -> Batch:
-        """At most `count` of those chosen, at random, the same ones every time."""
-        chosen = outcomes.indices[mask].numpy()
-        rows = [images[i] for i in np.random.default_rng(1).permutation(chosen)[:count]]
-        # At native resolution one batch holds one size: that of the first.
-        rows = [r for r in rows if not collate.native or r["image"].size == rows[0]["image"].size]
-        return {k: v[: len(rows)].to(classifier.device) for k, v in collate(rows or [images[0]]).items()}
+    def by_size(mask: torch.Tensor, count: int) -> dict[tuple[int, int] | None, Batch]:
+        """At most `count` of those chosen, at random, the same ones every time: a batch for each size."""
+        rows: dict = {}
+        for index in np.random.default_rng(1).permutation(outcomes.indices[mask].numpy())[:count]:
+            row = images[index]
+            rows.setdefault(row["image"].size if collate.native else None, []).append(row)
+        return {size: {k: v.to(classifier.device) for k, v in collate(part).items()} for size, part in rows.items()}
 
-    clean, robust = (batch(mask, count) for mask in (outcomes.ends != WRONG, outcomes.ends == ROBUST))
-    probe = Probe(classifier, outcomes.attack, result, clean, robust, baseline)
-    if baseline is not None:
-        probe = replace(probe, baseline_images=batch(outcomes.ends >= WRONG, 2 * count))
+    clean, robust = (by_size(mask, count) for mask in (outcomes.ends != WRONG, outcomes.ends == ROBUST))
+    known_to = by_size(outcomes.ends >= WRONG, 2 * count) if baseline is not None else {}
+    none = {k: v[:0].to(classifier.device) for k, v in collate([images[0]]).items()}
+    sizes = {**clean, **robust, **known_to} or {None: none}
+    probes = [
+        Probe(
+            classifier,
+            outcomes.attack,
+            result,
+            clean.get(s, none),
+            robust.get(s, none),
+            baseline,
+            known_to.get(s, none),
+        )
+        for s in sizes
+    ]
 
     def run(check) -> dict:
-        raised, detail = check(probe)
+        raised, detail = run_check(check, probes)
         return {"name": check.__name__, "raised": raised, "detail": detail}
 
     data = f"{result.images_digest} {images_digest(outcomes.labels)}"

@@ -5,8 +5,9 @@ What to look for: Athalye et al. 2018 (arXiv 1802.00420), Carlini et al. 2019 (1
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook
@@ -28,6 +29,15 @@ BASELINE = 0.25  # of its right answers that an undefended model may keep
 
 Batch = dict[str, torch.Tensor]  # images, image_ids and labels, of one size
 Finding = tuple[bool | None, str]  # raised, not raised, or (None) not run; and what was seen
+LEAST = 8  # images; fewer prove nothing
+
+
+class Seen(NamedTuple):
+    """What a check saw on images of one size: which of them behaved oddly, and how many may."""
+
+    odd: torch.Tensor  # (batch,) bool
+    what: str
+    tolerated: float | None = TOLERATED_FRACTION  # share of them; None: until the robust accuracy is doubted by much
 
 
 @dataclass(frozen=True)
@@ -57,17 +67,21 @@ class Probe:
         with frozen(self.classifier):
             return attacks[name][0](self.logits, batch["images"], goals, self.attack.threat, steps, noise)[1]
 
-    def gap(self, broken: torch.Tensor, what: str) -> Finding:
-        """Raised if so many robust images broke that the robust accuracy is too high by `MIN_GAP_POINTS` or more."""
-        count, n = int(broken.sum()), len(broken)
-        points = self.result.robust * count / max(n, 1)
-        seen = f"{count} of {n} robust images {what}: the accuracy may be {points:.1f} points too high"
-        return count >= 2 and points >= MIN_GAP_POINTS, seen
 
-
-def _share(odd: torch.Tensor, what: str) -> Finding:
+def run_check(check: Check, probes: Sequence[Probe]) -> Finding:
+    """A check over images of all sizes, added up: `probes` hold one size each."""
+    first = check(probes[0])
+    if not isinstance(first, Seen):
+        return first
+    odd = torch.cat([first.odd, *(check(probe).odd for probe in probes[1:])])
     count, n = int(odd.sum()), len(odd)
-    return count > TOLERATED_FRACTION * n, f"{count} of {n} images {what}"
+    if n < LEAST:
+        return None, f"{n} images to look at, expected at least {LEAST}"
+    if first.tolerated is not None:
+        return count > first.tolerated * n, f"{count} of {n} images {first.what}"
+    points = probes[0].result.robust * count / n
+    seen = f"{count} of {n} robust images {first.what}: the accuracy may be {points:.1f} points too high"
+    return count >= 2 and points >= MIN_GAP_POINTS, seen
 
 
 def half_precision(probe: Probe) -> Finding:
@@ -89,39 +103,39 @@ def half_precision(probe: Probe) -> Finding:
     return bool(seen), ", ".join(seen) or "everything is computed in float32"
 
 
-def stochastic(probe: Probe) -> Finding:
+def stochastic(probe: Probe) -> Seen:
     """Two calls, two answers: a random defence, or dropout left on; one gradient shows where one draw points."""
     first, second = (probe.logits(probe.clean_images["images"]) for _ in range(2))
-    return _share(_differ(first, second, 1e-4), "get other logits when asked twice")
+    return Seen(_differ(first, second, 1e-4), "get other logits when asked twice")
 
 
-def batch_size(probe: Probe) -> Finding:
+def batch_size(probe: Probe) -> Seen:
     """Logits hang on the images beside: batch statistics, or a mean over the batch somewhere."""
     together = probe.logits(probe.clean_images["images"])
     alone = torch.cat([together[:0], *(probe.logits(image[None]) for image in probe.clean_images["images"])])
-    return _share(_differ(together, alone, 1e-3), "get other logits alone than in a batch")
+    return Seen(_differ(together, alone, 1e-3), "get other logits alone than in a batch")
 
 
-def quantised(probe: Probe) -> Finding:
+def quantised(probe: Probe) -> Seen:
     """A hair's breadth changes nothing and a large change does: a staircase, whose slope is 0 wherever one stands."""
     images, noise = probe.clean_images["images"], Noise(probe.clean_images["image_ids"], probe.attack.seed)
     signs = torch.where(noise.uniform(tuple(images.shape[1:])) < 0.5, -1.0, 1.0)
     at, near, far = (probe.logits((images + size * signs).clamp(0, 1)) for size in (0, 1e-5, 0.2))
     odd = (at == near).all(1) & (at != far).any(1)
-    return _share(odd, "get the same logits to the last bit after a change of 1e-5")
+    return Seen(odd, "get the same logits to the last bit after a change of 1e-5")
 
 
-def detached(probe: Probe) -> Finding:
+def detached(probe: Probe) -> Seen:
     """Logits follow the pixels, the gradient does not: a step outside autograd, such as a conversion to bytes."""
     images = probe.clean_images["images"].detach().requires_grad_(True)
     with torch.enable_grad(), frozen(probe.classifier):
         logits = probe.logits(images)
         gradient = pixel_gradient(logits.square().sum(1), images)  # of the logits: no loss that could saturate
     moved = (probe.logits((images + 0.1).clamp(0, 1)) != logits).any(1)  # by more than a byte's step would hide
-    return _share(moved & ~gradient.flatten(1).any(1), "have logits that follow the pixels and no gradient")
+    return Seen(moved & ~gradient.flatten(1).any(1), "have logits that follow the pixels and no gradient")
 
 
-def zero_gradient(probe: Probe) -> Finding:
+def zero_gradient(probe: Probe) -> Seen:
     """The cross-entropy rounds to 0, as with logits of too large a scale, or has no gradient at most pixels."""
     images = probe.clean_images["images"].detach().requires_grad_(True)
     with torch.enable_grad(), frozen(probe.classifier):
@@ -131,32 +145,32 @@ def zero_gradient(probe: Probe) -> Finding:
     top, left = ((length - min(images.shape[-2:])) // 2 for length in images.shape[-2:])
     read = gradient[..., top : images.shape[-2] - top, left : images.shape[-1] - left].flatten(1)
     odd = (loss < 1e-6) | ((read == 0).float().mean(1) > 0.5)
-    return _share(odd, "have a cross-entropy of 0, or none of its gradient at more than half of their pixels")
+    return Seen(odd, "have a cross-entropy of 0, or none of its gradient at more than half of their pixels")
 
 
-def more_steps(probe: Probe) -> Finding:
+def more_steps(probe: Probe) -> Seen:
     """PGD with a hundred steps from another start breaks what the evaluation's attack left: it had not arrived."""
-    return probe.gap(probe.attack_success(probe.robust_images, "pgd", 100, round=1), "fall to PGD-100")
+    return Seen(probe.attack_success(probe.robust_images, "pgd", 100, round=1), "fall to PGD-100", None)
 
 
-def other_loss(probe: Probe) -> Finding:
+def other_loss(probe: Probe) -> Seen:
     """The gradient that the attack followed is weak, or points past the nearest boundary."""
     broken, what = probe.attack_success(probe.robust_images, "cw", 50), "fall to CW-50"
     if not probe.attack.target and "apgd-t" not in probe.attack.stages:  # robust images have withstood it
         broken, what = broken | probe.attack_success(probe.robust_images, "apgd-t", 30), "fall to CW-50 or APGD-T-30"
-    return probe.gap(broken, what)
+    return Seen(broken, what, None)
 
 
-def large_ball(probe: Probe) -> Finding:
+def large_ball(probe: Probe) -> Seen:
     """In a ball that holds a grey image nothing can stay right; what does was not really attacked."""
     norm, pixels = probe.attack.threat.norm, probe.robust_images["images"][:1].numel()
     grey = ThreatModel(norm, 0.5 if norm == "linf" else 0.5 * pixels**0.5)
     anywhere = replace(probe, attack=replace(probe.attack, threat=grey, target=None))
     robust = ~anywhere.attack_success(probe.robust_images, "pgd", 100)
-    return _share(robust, f"withstand PGD-100 at eps {grey.eps:.3g}")
+    return Seen(robust, f"withstand PGD-100 at eps {grey.eps:.3g}")
 
 
-def black_box(probe: Probe) -> Finding:
+def black_box(probe: Probe) -> Finding | Seen:
     """Random search breaks what gradients left: the gradients lie."""
     if probe.attack.stages == ("square",):
         return None, "the attack is Square itself"
@@ -164,7 +178,7 @@ def black_box(probe: Probe) -> Finding:
         *_, before, after = probe.result.accuracy_after.values()
         points = before - after
         return points >= MIN_GAP_POINTS, f"Square broke {points:.1f} points of what the white-box attacks had left"
-    return probe.gap(probe.attack_success(probe.robust_images, "square", 300), "fall to 300 queries of Square")
+    return Seen(probe.attack_success(probe.robust_images, "square", 300), "fall to 300 queries of Square", None)
 
 
 def few_images(probe: Probe) -> Finding:
@@ -174,25 +188,37 @@ def few_images(probe: Probe) -> Finding:
     return n < FEW_IMAGES or classes < FEW_CLASSES, seen
 
 
-def baseline(probe: Probe) -> Finding:
+def collapsed(probe: Probe) -> Finding:
+    """The model is at chance, or right on images of one class alone: a figure of it compares with nothing."""
+    result, chance = probe.result, 100 / probe.result.classes
+    right = [name for name, (_, clean, _) in result.per_class.items() if clean]
+    seen = (
+        f"clean {result.clean:.1f}% (chance {chance:.1f}%), right in {len(right)} of {len(result.per_class)} classes"
+    )
+    return result.clean_interval[0] <= chance or len(right) == 1 < len(result.per_class), seen
+
+
+def baseline(probe: Probe) -> Finding | Seen:
     """An undefended model withstands the same attack: the attack is weak, or the ball too small."""
     if probe.baseline is None:
         return None, "no undefended model was given (--baseline)"
-    answers = probe.baseline.classify(probe.baseline_images["images"]).logits.argmax(1)
-    known = answers == probe.baseline_images["labels"]
+    labels = probe.baseline_images["labels"]
+    known = labels < 0  # none, of no images: vision towers take no empty batch
+    if len(labels):
+        known = probe.baseline.classify(probe.baseline_images["images"]).logits.argmax(1) == labels
     batch = [probe.baseline_images[k][known] for k in ("images", "image_ids", "labels")]
-    attacked, robust = int(known.sum()), int(known.sum())
+    robust = torch.ones(len(batch[0]), dtype=torch.bool, device=known.device)
     # The first stage is often enough: then the rest of `standard` would be of no use.
     for attack in (replace(probe.attack, name=probe.attack.stages[0]), probe.attack):
-        if robust > BASELINE * attacked:
-            robust = int((attack.run(probe.baseline, *batch)[1] < 0).sum())
-    seen = f"{robust} of {attacked} images that the undefended model knows withstand the attack on it"
-    return robust > BASELINE * attacked if attacked else None, seen
+        if len(robust) and robust.sum() > BASELINE * len(robust):
+            robust = attack.run(probe.baseline, *batch)[1] < 0
+    return Seen(robust, "that the undefended model knows withstand the attack on it", BASELINE)
 
 
-CHECKS: tuple[Callable[[Probe], Finding], ...]
+Check = Callable[[Probe], Finding | Seen]
+CHECKS: tuple[Check, ...]
 CHECKS = (half_precision, stochastic, batch_size, quantised, detached, zero_gradient, more_steps, other_loss)
-CHECKS += (large_ball, black_box, few_images, baseline)
+CHECKS += (large_ball, black_box, few_images, collapsed, baseline)
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation import evaluator as evaluation
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import EvalResult
-from hpt_hf.evaluation.sanity_checks import CHECKS, FEW_CLASSES, FEW_IMAGES, Probe
+from hpt_hf.evaluation.sanity_checks import CHECKS, FEW_CLASSES, FEW_IMAGES, Probe, Seen, collapsed, run_check
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.types import ZeroShotOutput
 
@@ -230,7 +231,8 @@ def test_what_a_stronger_attack_breaks_is_weighed_by_how_far_the_figure_would_fa
     """Three of 24 robust images are much of a high figure and little of a low one; one image alone is chance."""
     result = make_result(clean=100.0, robust=robust)
     probe = Probe(classifier=None, attack=attack(), result=result, clean_images={}, robust_images={})
-    found, detail = probe.gap(torch.arange(n) < count, "fall")
+    parts = iter((torch.arange(n) < count).split(5))  # of images of several sizes, added up
+    found, detail = run_check(lambda probe: Seen(next(parts), "fall", None), [probe] * math.ceil(n / 5))
     assert found is raises and f"{count} of {n} robust images fall" in detail and f"{points:.1f} points" in detail
 
 
@@ -304,7 +306,7 @@ def resized(*sizes, count: int = 12) -> LabelledImages:
 EDGES = {
     "none right": (wrong(make_images(6)), attack()),
     "none robust": (make_images(6), attack(eps=0.5)),
-    "all robust": (make_images(6), attack(eps=0)),
+    "all robust": (make_images(20), attack(eps=0)),
     "one image": (make_images(1), attack()),
     "two classes, all attacks": (only(lambda label: label < 2, CLASSES[:2]), attack("standard", 3)),
     "native sizes": (resized((32, 32), (48, 40), (40, 64)), attack(protocol="native")),
@@ -320,10 +322,36 @@ EDGES = {
 @pytest.mark.parametrize("edge", EDGES)
 def test_at_the_edges_an_honest_model_raises_only_what_is_true(edge, trained, undefended):
     images, chosen = EDGES[edge]
-    found = look(trained, images=images, chosen=chosen, baseline=undefended, probe=6)
+    found = look(trained, images=images, chosen=chosen, baseline=undefended, probe=10)
     names = {name for name, check in found.items() if check["raised"]}
     assert list(found) == NAMES
+    assert ("collapsed" in names) == ("none right" in edge)
+    names -= {"collapsed"}
     assert names == {"few_images", *(["baseline"] if edge == "all robust" else [])}, {n: found[n] for n in names}
+
+
+def test_at_native_sizes_the_checks_add_up_what_they_see_and_fewer_than_eight_images_prove_nothing(trained):
+    """A weak attack is as weak on images of their own sizes as on the same ones at one size."""
+    weak = attack(eps=48 / 255, kind=Idle, protocol="native")
+    for sizes in (((40, 40),), ((40, 40), (48, 40), (40, 64), (56, 56), (40, 48))):
+        found = look(trained, "more_steps", images=resized(*sizes, count=40), chosen=weak, probe=24)["more_steps"]
+        assert found["raised"] and " of 24 robust images" in found["detail"]
+    few = look(trained, "more_steps", "stochastic", images=make_images(5), chosen=attack(eps=48 / 255, kind=Idle))
+    assert all(check["raised"] is None and "expected at least 8" in check["detail"] for check in few.values())
+
+
+@pytest.mark.parametrize(
+    ("per_class", "raises"),
+    [
+        ({"a": (20, 20, 20), "b": (20, 0, 0), "c": (20, 0, 0), "d": (20, 0, 0)}, True),
+        ({"a": (20, 6, 1), "b": (20, 4, 1), "c": (20, 5, 1), "d": (20, 6, 1)}, True),
+        ({"a": (20, 12, 1), "b": (20, 14, 1), "c": (20, 15, 1), "d": (20, 16, 1)}, False),
+    ],
+)
+def test_a_collapsed_model_is_called_so(per_class, raises):
+    result = make_result(per_class=per_class)
+    found, seen = collapsed(Probe(None, attack(), result, {}, {}))
+    assert found is raises and "chance 25.0%" in seen and make_result(sanity_checks=()).verdict == "unchecked"
 
 
 def test_what_stands_towards_a_target_need_not_withstand_every_other_attack(trained):
