@@ -21,13 +21,13 @@ WORDNET_IDS = ("n01443537", "n02129165", "n02190166", "n02206856", "n02395406") 
 def test_the_recipes_that_were_asked_for_are_there():
     names = {str(p.relative_to(ROOT / "recipes")) for p in RECIPES}
     methods = ("hpt", "hpt_gpd", "tecoa", "fare", "pmg_aft", "anchor_clean")
-    wanted = {"quickstart.yaml", *(f"lab/{m}.yaml" for m in methods), *(f"real/{m}.yaml" for m in methods)}
+    wanted = {"quickstart.yaml", "own_images.yaml", *(f"lab/{m}.yaml" for m in methods), *(f"real/{m}.yaml" for m in methods)}
     wanted |= {f"tiny_imagenet/hpt_gpd_vit_b32_eps{e}.yaml" for e in (1, 2, 4)} | {
         "tiny_imagenet/hpt_gpd_vit_l14_eps1.yaml"
     }
     wanted |= {f"tiny_imagenet/{m}_vit_b32_eps1.yaml" for m in methods}
     assert wanted <= names
-    assert len(RECIPES) == len(wanted) == 22
+    assert len(RECIPES) == len(wanted) == 23
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -116,8 +116,9 @@ def test_a_preset_lays_an_attack_over_any_recipe_and_touches_nothing_else(preset
     assert len(PRESETS) == 3 and f"--config recipes/attacks/{preset.name}" in preset.read_text()
     made = set()
     for recipe in RECIPES:
+        data = ["--dataset", "my_images"] if recipe.stem == "own_images" else []
         plain, laid = (
-            parse(RECIPE, ["--config", str(recipe), "--output_dir", "out", "--use_cpu", "true", *more])[:2]
+            parse(RECIPE, ["--config", str(recipe), *data, "--output_dir", "out", "--use_cpu", "true", *more])[:2]
             for more in ([], ["--config", str(preset)])
         )
         assert plain[0] == laid[0]

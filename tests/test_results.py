@@ -8,6 +8,7 @@ from pathlib import Path
 import attack_cost
 import compare
 import independent
+import own_images
 import pytest
 import scaling
 import step
@@ -51,6 +52,15 @@ def test_results_show_the_comparisons_own_tables(group, sets):
     assert missing(compare.table(results), "docs/results.md") == []
     assert missing(compare.rate_table(results), "docs/results.md") == []
     assert len(compare.table(results).splitlines()) == 2 + len(results) + 2
+
+
+def test_the_recipe_for_own_images_holds_the_rate_that_its_rule_chooses():
+    rows = json.loads((ROOT / "docs" / "results" / "own_images.json").read_text())["rows"]
+    assert len(rows) == len(own_images.SETS) * len(own_images.RATES) and len(own_images.SETS) >= 4
+    chosen, table = own_images.choose(rows)
+    training = parse(RECIPE, ["--config", "own_images", "--dataset", "x", "--output_dir", "out", "--use_cpu", "true"])[2]
+    assert training.learning_rate == chosen and training.ga_learning_rate == pytest.approx(0.3 * chosen)
+    assert missing(table, "docs/results.md") == []
 
 
 def test_evaluation_shows_the_comparison_with_the_independent_implementation():
