@@ -38,7 +38,14 @@ def folder_of(name: str, place: Path) -> Path:
 def measure(name: str, rate: float, place: Path) -> dict:
     """Clean and robust accuracy on the held-out quarter: of the vanilla student, and after training."""
     flags = ["--config", "own_images", "--dataset", str(folder_of(name, place)), "--held_out", str(HELD_OUT)]
-    flags += ["--learning_rate", str(rate), "--ga_learning_rate", str(0.3 * rate), "--output_dir", str(place / "model")]
+    flags += [
+        "--learning_rate",
+        str(rate),
+        "--ga_learning_rate",
+        str(0.3 * rate),
+        "--output_dir",
+        str(place / "model"),
+    ]
     record = run(*parse(RECIPE, [*flags, "--overwrite", "true", "--use_cpu", "true"]))
     return {"set": name, "rate": rate, "steps": record["steps"], "seconds": record["seconds"]} | {
         k: record[k] for k in ("classes", "held_out", "held_out_vanilla", "held_out_images")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import hashlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,6 +106,46 @@ def write_text(path: str | Path, text: str) -> Path:
             error.errno, f"{path} could not be written ({error.strerror}); what stood there before still does"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def written_whole(folder: str | Path, *, last: str) -> Iterator[Path]:
+    """A place to write files in; afterwards they stand in `folder`, `last` last: it vouches for the others. Or none does.
+
+    Raises:
+        OSError: the disk is full; what stood in `folder` before still does.
+    """
+    folder = Path(folder).absolute()
+    was_there, stage = folder.is_dir(), folder / ".part"  # inside: the folder may be a link to another disk
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        for file in sorted(stage.iterdir(), key=lambda file: file.name == last):
+            file.chmod(stage.stat().st_mode & 0o666)  # safetensors lets nobody else read
+            os.replace(file, folder / file.name)
+    except Exception as error:
+        if no_space(error):
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left for {folder}; what stood there before still does. Fix: make room, then the same command",
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if not was_there and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def file_digests(folder: Path, *, but: Iterable[str]) -> dict[str, str]:
+    """Path in the folder -> sha256, of all files but those named `but`."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in but]
+    return {f.relative_to(folder).as_posix(): sha256(f) for f in files}
 
 
 def no_space(error: BaseException) -> bool:

@@ -21,7 +21,12 @@ WORDNET_IDS = ("n01443537", "n02129165", "n02190166", "n02206856", "n02395406") 
 def test_the_recipes_that_were_asked_for_are_there():
     names = {str(p.relative_to(ROOT / "recipes")) for p in RECIPES}
     methods = ("hpt", "hpt_gpd", "tecoa", "fare", "pmg_aft", "anchor_clean")
-    wanted = {"quickstart.yaml", "own_images.yaml", *(f"lab/{m}.yaml" for m in methods), *(f"real/{m}.yaml" for m in methods)}
+    wanted = {
+        "quickstart.yaml",
+        "own_images.yaml",
+        *(f"lab/{m}.yaml" for m in methods),
+        *(f"real/{m}.yaml" for m in methods),
+    }
     wanted |= {f"tiny_imagenet/hpt_gpd_vit_b32_eps{e}.yaml" for e in (1, 2, 4)} | {
         "tiny_imagenet/hpt_gpd_vit_l14_eps1.yaml"
     }

@@ -58,8 +58,9 @@ def test_the_recipe_for_own_images_holds_the_rate_that_its_rule_chooses():
     rows = json.loads((ROOT / "docs" / "results" / "own_images.json").read_text())["rows"]
     assert len(rows) == len(own_images.SETS) * len(own_images.RATES) and len(own_images.SETS) >= 4
     chosen, table = own_images.choose(rows)
-    training = parse(RECIPE, ["--config", "own_images", "--dataset", "x", "--output_dir", "out", "--use_cpu", "true"])[2]
-    assert training.learning_rate == chosen and training.ga_learning_rate == pytest.approx(0.3 * chosen)
+    flags = ["--config", "own_images", "--dataset", "x", "--output_dir", "out", "--use_cpu", "true"]
+    _, method, training = parse(RECIPE, flags)
+    assert training.learning_rate == chosen and method.ga_learning_rate == pytest.approx(0.3 * chosen)
     assert missing(table, "docs/results.md") == []
 
 

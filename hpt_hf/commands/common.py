@@ -138,7 +138,13 @@ def reopen(source: dict, *, data_dir: str | None = None, on_corrupt: str = "erro
     Raises:
         ValueError, OSError: they are not there any more.
     """
-    source = {k: v for k, v in source.items() if k != "limit"}
+    try:
+        return _reopen({k: v for k, v in source.items() if k != "limit"}, data_dir, on_corrupt)
+    except (KeyError, TypeError, AttributeError) as error:  # a file can say anything
+        raise ValueError(f"the result does not say where its images came from ({error!r} in {source})") from error
+
+
+def _reopen(source: dict, data_dir: str | None, on_corrupt: str) -> LabelledImages:
     if "set" in source:
         return open_set(source["set"], source["protocol"], revision=source["revision"], on_corrupt=on_corrupt)
     if "path" not in source:

@@ -43,10 +43,11 @@ def run(args: ConvertArguments) -> str:
         raise RecipeError(f"{source} is a file of weights: name the CLIP that gives all else with --base")
     classifier, records = _complete(args) if args.base is None else _with_base(args)
     if args.to == "vision_tower":
-        count = export_tower(classifier, output, image_size=args.image_size, dtype=DTYPES[args.dtype])
+        options = {"image_size": args.image_size, "dtype": DTYPES[args.dtype], "records": records}
+        count = export_tower(classifier, output, **options)
         return f"{count} hidden states compared"
     if args.to == "open_clip":
-        return f"{write_open_clip(classifier, output)} tensors written and read back"
+        return f"{write_open_clip(classifier, output, records)} tensors written and read back"
     folder = export(classifier, output, records=records, dtype=args.dtype, max_shard_size=args.max_shard_size)
     return f"logits as the pipeline's within {read_json(folder / SEAL)['difference']:.1g}"
 

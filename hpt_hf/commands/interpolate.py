@@ -233,17 +233,15 @@ def _open(path: str, args: InterpolateArguments, *, training: bool) -> LabelledI
 
 def draw(front: dict, path: Path, attack: str) -> None:
     """Clean against robust accuracy, one panel for each kind of data that was measured; the chosen point is marked in all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which would change the caller's backend
 
     titles = {
         "chosen_on": "training data held out, where the point is chosen",
         "reported": "test sets, which have no say",
     }
     shown = [key for key in titles if front["points"][0][key]]
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.6 * len(shown), 4.6), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(5.6 * len(shown), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)
     for axis, key in zip(axes[0], shown, strict=True):
         parts = [point[key] for point in front["points"]]
         x, y = ([part[name] for part in parts] for name in ("clean", "robust"))
@@ -264,7 +262,6 @@ def draw(front: dict, path: Path, attack: str) -> None:
         axis.grid(alpha=0.3)
     figure.suptitle(f"share of the robust weights; {attack}", fontsize=10)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def table(front: dict) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.result import read_results, read_results_of
-from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
+from hpt_hf.publishing.export import check
 from hpt_hf.publishing.hub import push
 from hpt_hf.publishing.model_card import own_results, write_model_card
 from hpt_hf.utils import write_json
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def adopt(folder: Path, source: Path) -> None:
     """Copy the results of an evaluation that were measured on the folder's weights into it, for its card."""
-    weights = fingerprint(ZeroShotClassifier.from_pretrained(folder))
+    weights = check(folder)["fingerprint"]
     own = [r for r in read_results_of(source) or read_results(source) if r.fingerprint == weights]
     if not own:
         raise RecipeError(

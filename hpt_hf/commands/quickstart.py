@@ -245,12 +245,9 @@ def story(summary: dict, shown: Sequence[tuple], path: str | Path) -> Path:
         summary: what summary.json holds.
         shown: what `examples` gives; images are (height, width, 3) arrays in [0, 1].
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which would change the caller's backend
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(13, 7.6), layout="constrained")
+    figure = Figure(figsize=(13, 7.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     left, right = top.subplots(1, 2, width_ratios=(1, 1.4))
     vanilla, proxy = summary["models"]["vanilla"], summary["proxy_on_student_adversarial"]
@@ -286,5 +283,4 @@ def story(summary: dict, shown: Sequence[tuple], path: str | Path) -> Path:
     axes[0, 0].set_ylabel("clean"), axes[1, 0].set_ylabel("attacked")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return Path(path)

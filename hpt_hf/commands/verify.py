@@ -50,11 +50,12 @@ def verify(classifier, result: EvalResult, *, data_dir=None, limit=None, seed=No
     holds if it lies in the interval of the new figure.
     """
     name = "standard" if len(result.n_after) > 1 else next(iter(result.n_after))
-    threat, seed = ThreatModel(result.norm, result.eps), result.seed if seed is None else seed
-    attack = EvaluationAttack(threat, name, result.steps, result.protocol, seed, result.target)
+    seed = result.seed if seed is None else seed
     own = result.source.get("limit")
     sizes = {"limit": own if limit is None else min(limit, own or limit), "batch_size": batch_size, "probe": 0}
     try:
+        threat = ThreatModel(result.norm, result.eps)
+        attack = EvaluationAttack(threat, name, result.steps, result.protocol, seed, result.target)
         images = reopen(result.source, data_dir=data_dir, on_corrupt="skip" if result.skipped else "error")
         again = evaluate(classifier, images, attack, name=result.model, **sizes)
     except (ValueError, OSError) as error:  # the other results can still be measured

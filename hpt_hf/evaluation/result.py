@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from types import UnionType
+from typing import NamedTuple, get_origin, get_type_hints
 
 from hpt_hf.evaluation.statistics import percent, wilson
 from hpt_hf.utils import slug
@@ -122,6 +123,15 @@ class EvalResult:
                 content = _from_format_2(content)
             known = {f.name for f in fields(cls)}
             result = cls(**{name: _tuples(value) for name, value in content.items() if name in known})
+            for name, hint in get_type_hints(cls).items():
+                kind = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
+                value = getattr(result, name)
+                if not isinstance(value, int | float if kind is float else kind):
+                    raise ValueError(f"{name} is {str(value)[:60]!r}, expected {hint}")
+            if not all({"name", "raised"} <= check.keys() for check in result.sanity_checks):
+                raise ValueError("sanity_checks: expected name and raised of each")
+            if not result.n_after or not all(len(counts) == 3 for counts in result.per_class.values()):
+                raise ValueError("n_after or per_class holds no counts")
             if not 0 <= result.n_robust <= result.n_clean <= result.n != 0:
                 raise ValueError(f"it claims {result.n_robust} robust and {result.n_clean} right of {result.n} images")
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hpt_hf.models.zero_shot import ZeroShotClassifier
-from hpt_hf.utils import read_json, write_json
+from hpt_hf.publishing.export import seal_and_card, seal_of_files
+from hpt_hf.utils import read_json, write_json, written_whole
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 NAMES = {  # transformers' part of a name -> OpenAI's and open_clip's
@@ -65,6 +66,7 @@ MAY_SAY = re.compile(
 MAY_BE = {"pool_type": ("tok", "argmax", "eos"), "proj_type": ("linear",)}
 # A prompt, its ids in OpenAI's vocabulary, and the size of that.
 OPENAI_VOCABULARY = ("a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407], 49408)
+NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that weights may be
 HIGHEST = 2  # an eos_token_id that means whatever id is the highest in a text (transformers#24773)
 # numpy's numbers, as best_acc1 in TeCoA's files: data, yet a pickle calls their maker by a name that numpy 2 changed.
 NUMPY = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -100,7 +102,7 @@ def read_checkpoint(source: str | Path, base: ZeroShotClassifier) -> tuple[ZeroS
     form, prefix, names = _locate(entries, source)
     state, used = _translate({short: entries[name] for short, name in names.items()}, form, own, source)
     read = {names[name] for name in used}
-    left = {n: v for n, v in entries.items() if n not in read and isinstance(v, torch.Tensor) and v.numel()}
+    left = {n: v for n, v in entries.items() if n not in read and _is_plain(v) and v.numel()}
     for name in [n for n in left if _norm(n) in ("mean", "std") and left[n].numel() == 3]:
         pixels.setdefault(_norm(name), []).append(left.pop(name).flatten().tolist())
     config, notes = _reconcile_config(theirs, base)
@@ -164,20 +166,27 @@ def _load(file: Path) -> dict[str, object]:
         raise ValueError(f"{file} {why}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} holds a {type(content).__name__}: expected a state dict, names to tensors")
-    return dict(_flat(content))
+    return dict(_flat(content, file))
 
 
-def _flat(content: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+def _flat(content: Mapping, file: Path, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
+    if depth > 20:
+        raise ValueError(f"{file} holds dicts in dicts without end: expected a state dict, names to tensors")
     for key, value in content.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flat(value, file, f"{prefix}{key}.", depth + 1)
         else:
             yield f"{prefix}{key}", value
 
 
+def _is_plain(value: object) -> bool:
+    """Is it a tensor that stands in memory number by number, not sparse?"""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
+
+
 def _locate(entries: dict[str, object], source: Path) -> tuple[str, str, dict[str, str]]:
     """(whose names, their prefix, {name without it: name in the file}) of the tensors around the one vision tower."""
-    tensors = [name for name, value in entries.items() if isinstance(value, torch.Tensor)]
+    tensors = [name for name, value in entries.items() if _is_plain(value)]
     towers = [name for name in tensors if name.split(".")[-1] == "class_embedding"]
     if len(towers) != 1:
         found = towers[:3] or f"{len(tensors)} tensors among {list(entries)[:3]}"
@@ -220,8 +229,10 @@ def _translate(found: dict, form: str, own: Mapping[str, torch.Tensor], source: 
             shape.reverse()
         if list(tensor.shape) != shape and not (name == "logit_scale" and tensor.numel() == 1):
             raise ValueError(f"{name} in {source} has the shape {tuple(tensor.shape)}, expected {tuple(shape)}. {fix}")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{name} in {source} holds {tensor.dtype}, not all finite: no weights to use")
+        if tensor.dtype not in NUMBERS or not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} in {source} holds {tensor.dtype}, expected finite {', '.join(map(str, NUMBERS))}"
+            )
         tensor = tensor.T if turned else tensor
         state.update(zip(ours, tensor.chunk(3) if len(ours) == 3 else (tensor,), strict=True))
     begun = tuple({name[:3] for name in state} - {"log"})
@@ -319,8 +330,10 @@ def _reconcile_processor(pixels: dict[str, list], base: ZeroShotClassifier) -> t
     return processor, notes
 
 
-def write_open_clip(classifier: ZeroShotClassifier, folder: str | Path) -> int:
+def write_open_clip(classifier: ZeroShotClassifier, folder: str | Path, records: dict | None = None) -> int:
     """Write for `open_clip.create_model_and_transforms("local-dir:FOLDER")`; how many tensors came back bit for bit.
+
+    Beside the same model in transformers' form, that one's seal, records and card stand for both.
 
     Raises:
         ValueError: it is something that open_clip cannot express, and nothing was written.
@@ -335,13 +348,17 @@ def write_open_clip(classifier: ZeroShotClassifier, folder: str | Path) -> int:
     for theirs, ours in _table(state).items():
         tensor = torch.cat([state[name] for name in ours]) if len(ours) == 3 else state[ours[0]]
         tensors[theirs] = (tensor.T if theirs in TRANSPOSED else tensor).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    if own_vocabulary:
-        tokenizer.save_pretrained(folder)
-    save_file(tensors, folder / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / OPEN_CLIP_CONFIG, content)
-    again, reading = read_checkpoint(folder, classifier)
-    assert not reading.from_base and all(torch.equal(t, state[n]) for n, t in again.model.state_dict().items())
+    with written_whole(folder, last=OPEN_CLIP_CONFIG) as stage:
+        if own_vocabulary:
+            tokenizer.save_pretrained(stage)
+        save_file(tensors, stage / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
+        write_json(stage / OPEN_CLIP_CONFIG, content)
+        again, reading = read_checkpoint(stage, classifier)
+        assert not reading.from_base and all(torch.equal(t, state[n]) for n, t in again.model.state_dict().items())
+        if not (folder / "config.json").is_file():
+            for name, record in (records or {}).items():
+                write_json(stage / name, record)
+            seal_and_card(stage, seal_of_files(stage, "open_clip", classifier))
     return reading.read
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import AutoImageProcessor, pipeline
 from hpt_hf.data.collator import Collator
 from hpt_hf.models.zero_shot import TEMPLATE, ZeroShotClassifier, build_zero_shot_head, digest, fingerprint
 from hpt_hf.publishing.model_card import RECORDS, SEAL, card, for_pipeline, read_results_of
-from hpt_hf.utils import read_json, write_json, write_text
+from hpt_hf.utils import file_digests, read_json, sha256, write_json, write_text, written_whole
 
 TOLERANCE = 1e-4  # of a logit, which is about a hundred cosines
 TOLERANCE_ELSEWHERE = 1e-3  # on another machine, whose kernels add up in another order
@@ -51,15 +50,12 @@ def export(classifier, folder: str | Path, *, records=None, dtype: str = "float3
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     folder = Path(folder).absolute()
-    was_there, stage = folder.is_dir(), folder / ".export.part"  # inside: the folder may be a link to another disk
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    try:
-        stored = classifier
-        if classifier.model.dtype != DTYPES[dtype]:
-            stored = copy.deepcopy(classifier).to(DTYPES[dtype])
-        for part in (stored.config, stored.config.text_config, stored.config.vision_config):
-            part.dtype = stored.model.dtype  # each tower's own is what CLIPVisionModel opens it in
+    stored = classifier
+    if classifier.model.dtype != DTYPES[dtype]:
+        stored = copy.deepcopy(classifier).to(DTYPES[dtype])
+    for part in (stored.config, stored.config.text_config, stored.config.vision_config):
+        part.dtype = stored.model.dtype  # each tower's own is what CLIPVisionModel opens it in
+    with written_whole(folder, last=SEAL) as stage:
         stored.save_pretrained(stage, max_shard_size=max_shard_size)
         for name, content in (records or {}).items():
             write_json(stage / name, content)
@@ -68,24 +64,34 @@ def export(classifier, folder: str | Path, *, records=None, dtype: str = "float3
         except ValueError as error:
             refused = folder.with_name(f"{folder.name}-refused")
             shutil.rmtree(refused, ignore_errors=True)
-            shutil.move(stage, refused)
+            shutil.copytree(stage, refused)
             raise ValueError(f"{folder} was not written: {error}. What would have been lies in {refused}") from error
-        write_json(stage / SEAL, seal)
-        if (folder / "README.md").is_file():  # for whoever edited it
-            shutil.copy(folder / "README.md", stage)
-        results = [r for r in read_results_of(folder) if r.fingerprint == seal["fingerprint"]]
-        write_text(stage / "README.md", card(stage, results=results, repo_id=folder.name))
+        seal_and_card(stage, seal)
         written = {file.name for file in stage.iterdir()}
-        for name in sorted(written, key=lambda name: name == SEAL):  # the seal last: it vouches for the others
-            os.replace(stage / name, folder / name)
-        for old in [f for f in folder.iterdir() if f.name in RECORDS or WEIGHTS.fullmatch(f.name)]:
-            if old.name not in written:
-                old.unlink()
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        if not was_there and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    for old in [f for f in folder.iterdir() if f.name in RECORDS or WEIGHTS.fullmatch(f.name)]:
+        if old.name not in written:
+            old.unlink()
     return folder
+
+
+def seal_and_card(stage: Path, seal: dict) -> None:
+    """The last two files of a folder of any form, into its `written_whole` stage. A card that was edited is kept."""
+    folder = stage.parent
+    write_json(stage / SEAL, seal)
+    if (folder / "README.md").is_file():
+        shutil.copy(folder / "README.md", stage)
+    results = [r for r in read_results_of(folder) if r.fingerprint == seal["fingerprint"]]
+    write_text(stage / "README.md", card(stage, results=results, repo_id=folder.name))
+
+
+def seal_of_files(stage: Path, form: str, classifier: ZeroShotClassifier, **facts) -> dict:
+    """The seal of a form that `pipeline` does not open: digests of files that were read back and compared."""
+    files = file_digests(stage, but=(SEAL, "README.md"))
+    vision = classifier.config.vision_config.to_dict()
+    return {"form": form, "fingerprint": fingerprint(classifier), "files": files, "vision": vision, **facts} | {
+        "template": classifier.templates[0] if classifier.templates else TEMPLATE,
+        "image_size": classifier.image_size,
+    }
 
 
 def _checked_seal(classifier: ZeroShotClassifier, stored: ZeroShotClassifier, folder: Path, dtype: str) -> dict:
@@ -138,6 +144,13 @@ def check(folder: str | Path) -> dict:
             f"{folder} has no {SEAL}: it was never checked. Fix: `hpt-hf convert` writes a folder that is"
         )
     seal = read_json(file)
+    if files := seal.get("files"):
+        odd = [
+            n for n, digest in files.items() if not (Path(folder) / n).is_file() or sha256(Path(folder) / n) != digest
+        ]
+        if odd:
+            raise ValueError(f"{folder} is not what was checked: {', '.join(odd)} changed. {FIX}")
+        return seal
     if missing := {*SEALED, "logits"} - seal.keys():
         raise ValueError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}. {FIX}")
     try:

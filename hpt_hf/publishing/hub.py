@@ -6,7 +6,6 @@ A pickle, a log or `training_args.bin`, in which the Trainer stores tokens in cl
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -20,7 +19,7 @@ from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.convert_checkpoint import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, read_checkpoint
 from hpt_hf.publishing.export import check
 from hpt_hf.publishing.model_card import RECORDS, SEAL, card, check_figures, own_results
-from hpt_hf.utils import progress, read_json, write_json, write_text
+from hpt_hf.utils import progress, read_json, sha256, write_json, write_text
 
 # What may leave this machine, as patterns of names in the folder; and the results that were measured on its weights.
 SENT = (
@@ -57,12 +56,12 @@ def push(
         PermissionError: no token, or none that may write there. ConnectionError: no Hub to be reached.
     """
     folder = Path(folder)
-    if not list(folder.glob("model*.safetensors")):
+    if not [*folder.glob("model*.safetensors"), *folder.glob(OPEN_CLIP_WEIGHTS)]:
         raise ValueError(f"{folder} holds no model*.safetensors. Fix: `hpt-hf convert` writes them, from pickles too")
-    weights = check(folder)["fingerprint"]
-    if (folder / OPEN_CLIP_CONFIG).is_file():
+    seal = check(folder)
+    if (folder / OPEN_CLIP_CONFIG).is_file() and "files" not in seal:
         twin, _ = read_checkpoint(folder / OPEN_CLIP_WEIGHTS, ZeroShotClassifier.from_pretrained(folder))
-        if fingerprint(twin) != weights:
+        if fingerprint(twin) != seal["fingerprint"]:
             raise ValueError(f"{folder / OPEN_CLIP_WEIGHTS} holds other weights. Fix: hpt-hf convert --to open_clip")
     check_figures(card(folder), own_results(folder))
     repo_id, api = open_repo(repo_id, private=private, token=token), HfApi(token=token, library_name="hpt_hf")
@@ -72,7 +71,7 @@ def push(
             first = api.list_repo_commits(repo_id)[-1].commit_id
             api.create_branch(repo_id, branch=revision, revision=first, exist_ok=True)
         there = _files(api, repo_id, revision)
-        ours = {p: _sha256(folder / p) for p in sent if p.endswith(".safetensors")}
+        ours = {p: sha256(folder / p) for p in sent if p.endswith(".safetensors")}
         same = ours == {p: sha256 for p, sha256 in there.items() if p.endswith(WEIGHTS[:-1]) and "/" not in p}
         other = [
             p for p in there if p not in sent and p.startswith("results/") or not same and (p in sent or _weights(p))
@@ -154,11 +153,6 @@ def _files(api: HfApi, repo_id: str, revision: str | None) -> dict[str, str | No
     """Path -> SHA-256 if it is a large file, of what a repository holds."""
     tree = api.list_repo_tree(repo_id, revision=revision, recursive=True)
     return {f.path: f.lfs.sha256 if f.lfs else None for f in tree if isinstance(f, RepoFile)}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _weights(path: str) -> bool:

@@ -74,14 +74,15 @@ def card(folder: str | Path, *, results=None, repo_id: str | None = None, revisi
         tables.setdefault(str(result.question), []).append(dataclasses.replace(result, model="this model"))
     seal = read_json(folder / SEAL)
     templates = prompts(trained, results, seal)
+    form = seal.get("form", "transformers")
     text = ModelCard.from_template(
-        _metadata(trained, converted, results, name.split("/")[-1]),
-        Path(__file__).with_name("model_card.md.j2"),
+        _metadata(trained, converted, results, name.split("/")[-1], form),
+        Path(__file__).with_name("vision_tower.md.j2" if form == "vision_tower" else "model_card.md.j2"),
         **{"name": name, "revision": revision, "results": results, "plain": _plain},
         **{"trained": trained, "recipe": trained.get("recipe", {}), "converted": converted, "mixed": mixed},
         **{"seal": seal, "prompts": templates, "prompt": json.dumps(for_pipeline(templates[0]))},
         paper=PAPERS.get(trained.get("method")),
-        vision=read_json(folder / "config.json")["vision_config"],
+        vision=seal.get("vision") or read_json(folder / "config.json")["vision_config"],
         tables={question: result_table(part) for question, part in tables.items()},
     ).content.rstrip()
     return f"{text}\n\n{_MARK}{_digest(text)} -->\n"
@@ -136,16 +137,21 @@ def read_record(folder: str | Path, name: str) -> dict:
     return record
 
 
-def _metadata(trained: dict, converted: dict, results: Sequence[EvalResult], name: str) -> ModelCardData:
+def _metadata(trained: dict, converted: dict, results: Sequence[EvalResult], name: str, form: str) -> ModelCardData:
     recipe, base = trained.get("recipe", {}), _hub_id(converted.get("base"))
     if trained:  # what came from the Hub came at a commit; a folder can be called as a repository is
         origin = trained["student"]
         base = _hub_id(recipe.get("model") or origin["source"]) if origin["revision"] else None
     dataset = _hub_id(recipe.get("dataset"))
     return ModelCardData(
-        library_name="transformers",
-        pipeline_tag=TASK,
-        tags=["clip", "adversarial-robustness", *([trained["method"].replace("_", "-")] if trained else [])],
+        library_name="open_clip" if form == "open_clip" else "transformers",
+        pipeline_tag="image-feature-extraction" if form == "vision_tower" else TASK,
+        tags=[
+            "clip",
+            "adversarial-robustness",
+            *(["vision-tower"] if form == "vision_tower" else []),
+            *([trained["method"].replace("_", "-")] if trained else []),
+        ],
         base_model=base,
         base_model_relation="finetune" if base and trained else None,
         datasets=[dataset] if dataset else None,

@@ -6,16 +6,14 @@ A LLaVA-style model reads the hidden states of all patches, so all of them are c
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoImageProcessor, CLIPVisionModel
 
 from hpt_hf.models.zero_shot import ZeroShotClassifier
-from hpt_hf.publishing.export import TOLERANCE, probe_images
-from hpt_hf.utils import write_text
+from hpt_hf.publishing.export import SEAL, TOLERANCE, probe_images, seal_and_card, seal_of_files
+from hpt_hf.utils import write_json, written_whole
 
 
 def vision_tower(classifier: ZeroShotClassifier, image_size: int | None = None) -> CLIPVisionModel:
@@ -39,7 +37,12 @@ def vision_tower(classifier: ZeroShotClassifier, image_size: int | None = None) 
 
 
 def export_tower(
-    classifier: ZeroShotClassifier, folder: str | Path, *, image_size: int | None = None, dtype=torch.float32
+    classifier: ZeroShotClassifier,
+    folder: str | Path,
+    *,
+    image_size: int | None = None,
+    dtype=torch.float32,
+    records: dict | None = None,
 ) -> int:
     """Write tower, image processor and card, and open them afresh. Returns how many hidden states were compared.
 
@@ -55,17 +58,15 @@ def export_tower(
         for side in ("shortest_edge", "height", "width"):
             if asked and asked.get(side):
                 asked[side] = round(asked[side] * size / own)
-    tower.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    tags = ["clip", "adversarial-robustness", "vision-tower"]
-    data = ModelCardData(library_name="transformers", pipeline_tag="image-feature-extraction", tags=tags)
-    facts = {"name": folder.resolve().name, "size": size, "own": own}
-    template = Path(__file__).with_name("vision_tower.md.j2")
-    write_text(folder / "README.md", ModelCard.from_template(data, template, **facts).content)
-    worst, count = compare_tower(classifier, folder, dtype)
-    if not worst <= TOLERANCE:
-        shutil.rmtree(folder)
-        raise ValueError(f"opened afresh, the tower's hidden states differ by {worst:.2g}: nothing was written")
+    with written_whole(folder, last=SEAL) as stage:
+        tower.save_pretrained(stage)
+        processor.save_pretrained(stage)
+        worst, count = compare_tower(classifier, stage, dtype)
+        if not worst <= TOLERANCE:
+            raise ValueError(f"opened afresh, the tower's hidden states differ by {worst:.2g}: nothing was written")
+        for name, record in (records or {}).items():
+            write_json(stage / name, record)
+        seal_and_card(stage, seal_of_files(stage, "vision_tower", classifier, size=size))
     return count
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,21 +20,11 @@ from hpt_hf.publishing.hub import holds_model, open_repo, push, push_checkpoint
 from hpt_hf.publishing.model_card import TRAINED, write_model_card
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.record import decided_by, differences, training_record
-from hpt_hf.utils import no_space, processes, read_json, write_json
+from hpt_hf.utils import file_digests, no_space, processes, read_json, write_json
 
 DIGESTS = "digests.json"
+UNSEALED = (DIGESTS, "README.md")  # a person may edit the card
 logger = logging.get_logger(__name__)
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of all files of a checkpoint but the card, which a person may edit."""
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in (DIGESTS, "README.md")]
-    return {f.relative_to(folder).as_posix(): _sha256(f) for f in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class VouchForCheckpoint(TrainerCallback):
@@ -45,7 +34,7 @@ class VouchForCheckpoint(TrainerCallback):
         processes().wait_for_everyone()  # each writes its own random state
         if args.should_save:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            write_json(folder / DIGESTS, file_digests(folder))
+            write_json(folder / DIGESTS, file_digests(folder, but=UNSEALED))
 
 
 class CheckpointTrainer(Trainer):
@@ -94,7 +83,7 @@ class CheckpointTrainer(Trainer):
             expected = read_json(file) if (file := Path(checkpoint, DIGESTS)).is_file() else {}
         except ValueError as error:
             return f"cannot be used ({error})"
-        found = file_digests(Path(checkpoint))
+        found = file_digests(Path(checkpoint), but=UNSEALED)
         odd = [name for name, digest in expected.items() if found.get(name) != digest]
         return f"is damaged: {', '.join(odd)} {'is' if len(odd) == 1 else 'are'} not what was saved" if odd else None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,11 +14,13 @@ import torch
 from conftest import CLASSES, contents, make_trainer, single_schedule
 from loopback_hub import card_data
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPVisionModel
+from transformers import CLIPModel, CLIPVisionModel, PreTrainedModel
 
 from hpt_hf.commands import convert
 from hpt_hf.commands.convert import ConvertArguments
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
+from hpt_hf.publishing import convert_checkpoint
+from hpt_hf.publishing import export as export_module
 from hpt_hf.publishing.convert_checkpoint import read_checkpoint
 from hpt_hf.publishing.export import check, export
 from hpt_hf.publishing.model_card import CONVERTED, MIXED, TRAINED, read_record
@@ -110,6 +114,43 @@ def test_a_vision_tower_at_its_own_and_at_another_size(robust, tmp_path, size):
     tower = CLIPVisionModel.from_pretrained(tmp_path / "out")
     assert said == "20 hidden states compared" and tower.config.image_size == (size or 32)
     assert tower.dtype == torch.bfloat16
+
+
+def no_room(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+WRITERS = {  # what of a form fails on a full disk
+    "transformers": [(PreTrainedModel, "save_pretrained"), (export_module, "write_json"), (os, "replace")],
+    "open_clip": [(convert_checkpoint, "save_file"), (convert_checkpoint, "write_json"), (os, "replace")],
+    "vision_tower": [(PreTrainedModel, "save_pretrained"), (export_module, "write_json"), (os, "replace")],
+}
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(("to", "place", "name"), [(to, *w) for to, writers in WRITERS.items() for w in writers])
+def test_on_a_full_disk_one_line_and_the_same_command_works_after(
+    robust, tmp_path, monkeypatch, to, place, name, there
+):
+    out = tmp_path / "out"
+    if there and to != "vision_tower":  # which goes into a folder of its own
+        run(robust, out, to=to)
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, no_room)
+        said = error_of(robust, out, "--to", to)
+    assert "no space left for" in said and "what stood there before still does" in said
+    assert contents(tmp_path) == before
+    run(robust, out, to=to)
+    assert check(out)["fingerprint"] == fingerprint(ZeroShotClassifier.from_pretrained(robust))
+
+
+@pytest.mark.parametrize("to", WRITERS)
+def test_whoever_may_read_other_files_may_read_all_of_a_form(robust, tmp_path, to):
+    run(robust, tmp_path / "out", to=to)
+    (tmp_path / "plain").touch()
+    modes = {f.name: f.stat().st_mode for f in (tmp_path / "out").iterdir()}
+    assert len(modes) >= 4 and set(modes.values()) == {(tmp_path / "plain").stat().st_mode}, modes
 
 
 # --- with a base
@@ -239,7 +280,7 @@ DAMAGED = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.*--base"),
     "no processor": (lambda f: (f / "processor_config.json").unlink(), "no processor.*--base"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
-    "a processor that pipeline reads otherwise": (rescaled, "out was not written: .*logits differ by"),
+    "a processor that pipeline reads otherwise": (rescaled, "the processor of .*model.*scales by 1/255"),
     "a record of another version": (lambda f: (f / TRAINED).write_text('{"method": "x"}'), "train.json lacks"),
     "a damaged record": (lambda f: (f / CONVERTED).write_text("{"), "convert.json is damaged"),
 }

@@ -273,6 +273,28 @@ def test_a_file_that_is_no_result_is_refused_and_one_of_the_future_is_not(text, 
     assert "odd.json is no result that can be read" in error_of(model)
 
 
+MALFORMED = {
+    "n": "20", "eps": None, "n_after": {}, "per_class": {"cat": [1]}, "source": None, "templates": "a {}",
+    "sanity_checks": [{"name": "x"}], "versions": [], "seed": "0", "steps": "ten", "classes": None, "skipped": {},
+}  # fmt: skip
+UNMEASURABLE = {"eps": "-1", "norm": "l7", "protocol": "x", "source": {"path": 3}, "n_after": {"x": 3}}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_result_is_one_line_with_the_fields_name(name, model):
+    edit(model, **{name: MALFORMED[name]})
+    said = error_of(model)
+    assert "is no result that can be read" in said and name in said
+
+
+@pytest.mark.parametrize("name", UNMEASURABLE)
+def test_a_result_of_what_there_is_not_is_not_measured(name, model, capsys):
+    edit(model, **{name: UNMEASURABLE[name]})
+    code, rows, last = run(capsys, model)
+    assert code == 1 and len(rows) == 2 and all(row[-1].startswith("not measured (") for row in rows)
+    assert last == "0 of 2 figures inside, 0 outside, 2 not measured."
+
+
 def test_a_model_that_is_not_there_is_an_error(model, tmp_path):
     shutil.copytree(model / "results", tmp_path / "results")
     assert "no model at" in error_of(tmp_path / "gone", "--results", tmp_path / "results")

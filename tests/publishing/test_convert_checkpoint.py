@@ -575,6 +575,13 @@ def test_a_truncated_file_or_one_of_something_else_is_named(base, theirs, tmp_pa
 
 
 LAYER = "visual.transformer.resblocks.0."
+
+
+def holds_itself(content: dict) -> dict:
+    content["model"] = content
+    return content
+
+
 BROKEN = {  # what is in the file: what the message says
     "nothing": (lambda sd: {}, "holds 0 CLIP vision transformers, expected one: found 0 tensors"),
     "a list": (lambda sd: list(sd.values()), "holds a list: expected a state dict"),
@@ -591,7 +598,13 @@ BROKEN = {  # what is in the file: what the message says
     "a scalar": (lambda sd: sd | {LAYER + "attn.in_proj_weight": torch.tensor(1.0)}, r"shape \(\), expected \(96, 32\)"),
     "odd proj": (lambda sd: sd | {"visual.proj": torch.ones(2, 3, 4)}, r"shape \(2, 3, 4\)"),
     "integers": (lambda sd: sd | {"ln_final.bias": torch.ones(32, dtype=torch.int8)}, "ln_final.bias in .* holds torch.int8"),
-    "a NaN": (lambda sd: sd | {"ln_final.bias": torch.full((32,), float("nan"))}, "ln_final.bias in .* not all finite"),
+    "a NaN": (lambda sd: sd | {"ln_final.bias": torch.full((32,), float("nan"))}, "ln_final.bias in .* expected finite torch.float32"),
+    "float8": (lambda sd: sd | {"visual.proj": sd["visual.proj"].to(torch.float8_e4m3fn)}, "proj in .* holds torch.float8"),
+    "complex": (lambda sd: sd | {"visual.proj": sd["visual.proj"].to(torch.complex64)}, "proj in .* holds torch.complex64"),
+    "sparse": (lambda sd: sd | {"visual.proj": sd["visual.proj"].to_sparse()}, "lacks 1 tensors .*visual_projection"),
+    "stride 0": (lambda sd: sd | {"visual.proj": torch.zeros(1).expand(10**9, 9)}, r"shape \(1000000000, 9\), expected"),
+    "itself": (lambda sd: holds_itself(dict(sd)), "dicts in dicts without end"),
+    "a sparse mean": (lambda sd: without(sd, "ln_final.bias") | {"mean": torch.ones(3).to_sparse()}, "lacks 1 tensors"),
     "more words": (lambda sd: sd | {"token_embedding.weight": torch.ones(700, 32)}, r"token_embedding.weight .*\(700, 32\)"),
 }  # fmt: skip
 

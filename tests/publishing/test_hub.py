@@ -13,8 +13,9 @@ from loopback_hub import FakeHub, card_data
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
+from hpt_hf.commands import convert, train
 from hpt_hf.commands import push as push_command
-from hpt_hf.commands import train
+from hpt_hf.commands.convert import ConvertArguments
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.convert_checkpoint import write_open_clip
 from hpt_hf.publishing.export import export
@@ -148,6 +149,35 @@ def test_open_clips_form_goes_along_if_it_holds_the_same_weights(hub, folder, st
         (other / file).write_bytes((folder / file).read_bytes())
     with pytest.raises(ValueError, match="open_clip_model.safetensors holds other weights"):
         push(other, "alice/other")
+
+
+@pytest.mark.parametrize("form", ["open_clip", "vision_tower"])
+def test_every_form_that_convert_writes_can_be_pushed_with_its_results(hub, folder, tmp_path, form):
+    out = tmp_path / form
+    convert.run(ConvertArguments(str(folder), str(out), to=form))
+    push_command.adopt(out, folder)
+    push(out, NAME)
+    files = hub.files(NAME)
+    sent = {"open_clip": {"open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json"}}
+    sent["vision_tower"] = {"model.safetensors", "config.json", "preprocessor_config.json"}
+    assert {"README.md", "parity.json", "convert.json", *sent[form]} <= files.keys()
+    assert all(files[name] == (out / name).read_bytes() for name in sent[form] if name.endswith("safetensors"))
+    text = files["README.md"].decode()
+    opens = {
+        "open_clip": f'create_model_and_transforms("hf-hub:{NAME}")',
+        "vision_tower": f'from_pretrained("{NAME}")',
+    }
+    assert (
+        opens[form] in text
+        and "pipeline(" not in text
+        and str(tmp_path) not in b"".join(files.values()).decode("latin1")
+    )
+    assert card_data(text)["library_name"] == {"open_clip": "open_clip", "vision_tower": "transformers"}[form]
+    assert len([name for name in files if name.startswith("results/")]) == 2
+    weights = next(out.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=f"is not what was checked: {weights.name} changed"):
+        push(out, NAME)
 
 
 def test_revisions_are_branches_that_do_not_hold_each_others_files(hub, folder, student, tmp_path):

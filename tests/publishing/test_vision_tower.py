@@ -83,7 +83,7 @@ def test_every_hidden_state_is_that_of_the_stock_tower_of_the_whole_checkpoint(m
     own, other = load_file(towers[32] / "model.safetensors"), load_file(towers[size] / "model.safetensors")
     changed = [n for n in own if own[n].shape != other[n].shape or not torch.equal(own[n], other[n])]
     assert [n.split(".")[-2] for n in changed] == ([] if size == 32 else ["position_embedding"])
-    names = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    names = {"README.md", "parity.json", "config.json", "model.safetensors", "preprocessor_config.json"}
     assert {f.name for f in towers[size].iterdir()} == names
     assert json.loads((towers[size] / "config.json").read_text())["model_type"] == "clip_vision_model"
 
