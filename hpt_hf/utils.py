@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import subprocess
@@ -35,6 +36,19 @@ def processes() -> PartialState:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """The random states of Python, numpy and torch are afterwards what they were."""
+    import numpy as np
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
 
 
 def shutdown_distributed() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -191,6 +193,16 @@ def choose(args: DemoArguments) -> tuple[list[str], str]:
     return [args.vanilla, "lab:proxy"], f"There is no robust model in {ROBUST} yet: `hpt-hf quickstart` makes one."
 
 
+def only_hosts(args: DemoArguments) -> dict:
+    """Any page that a visitor has open could ask for this one under a name of its own (DNS rebinding): no."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    hosts = ["*"] if args.host == "0.0.0.0" else ["localhost", "127.0.0.1", args.host]
+    hosts += ["*.gradio.live"] if args.share else []
+    return {"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Serve the page until it is interrupted. Whatever was uploaded goes with it."""
     with exit_on_user_error("hpt-hf demo"), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -198,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder  # left out, all pages of this machine share one that outlives them
         sources, note = choose(args)
         options = {"share": args.share, "max_file_size": FILE, "quiet": True, "prevent_thread_lock": True}
+        options["app_kwargs"] = only_hosts(args)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the with statement, too
         page = build(sources, note)
         _, local, public = page.launch(server_name=args.host, server_port=args.port, **options)
         progress(f"{note}\n{public or local} (Ctrl-C stops it)".strip())

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from transformers import TrainerState
+from transformers import TrainerState, set_seed
 
 from hpt_hf.attacks.engine import frozen
 from hpt_hf.attacks.pgd import TrainingAttack
@@ -24,6 +24,7 @@ from hpt_hf.training.record import accuracies, beginning, check_attack, check_pr
 from hpt_hf.training.standstill import Standstill
 from hpt_hf.training.timing import Stopwatch
 from hpt_hf.types import Images
+from hpt_hf.utils import kept_random_state
 
 
 class HPTTrainer(CheckpointTrainer):
@@ -37,7 +38,8 @@ class HPTTrainer(CheckpointTrainer):
         args: not changed.
         schedule: the phases; what they leave open is taken from `args`.
         attack: how training images are attacked.
-        proxy: a vanilla classifier of another architecture with the same classes, or None if no objective needs one.
+        proxy: a vanilla classifier of another architecture with the same classes, or None if no objective needs one;
+            it is frozen.
         recipe: what train.json tells beside the run's own record.
         shortened: at most so many steps of each phase, to see what the run would cost.
 
@@ -84,7 +86,8 @@ class HPTTrainer(CheckpointTrainer):
         self.gpd = GPDCallback(self.schedule, student.freeze_text())
         self.stopwatch = Stopwatch(self.schedule, args.device)
         kwargs.setdefault("compute_metrics", accuracies)
-        super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
+        with kept_random_state():  # which the Trainer's own would seed
+            super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed: GPD cannot follow its sharding. Fix: FSDP2 (accelerate/fsdp2.yaml)")
         self.anchor = student.with_weights(student.model.state_dict()) if "anchor" in needed else None
@@ -191,7 +194,8 @@ class HPTTrainer(CheckpointTrainer):
             self.train_dataset.fast_forward(done // steps, done % steps * self.args.gradient_accumulation_steps)
         # An evaluation before has marked the student as prepared, and so DDP would leave its gradients alone.
         vars(self.accelerator.unwrap_model(self.model)).pop("_is_accelerate_prepared", None)
-        with self.sole_run():
+        with self.sole_run(), kept_random_state():
+            set_seed(self.args.seed)
             return super().train(resume_from_checkpoint=resume or None, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):

@@ -6,7 +6,12 @@ The core needs no gradio. What does is skipped where it is missing, and the brow
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -140,6 +145,29 @@ def test_the_page_answers_as_the_function_does_and_a_mistake_is_a_message(served
         with pytest.raises(Exception, match="labels: got 1|upstream|pixels|error"):
             client.predict(handle_file(str(tmp_path / file)), *changed, api_name="/attack")
     client.close()
+
+
+def test_other_names_of_this_machine_are_not_answered_and_the_end_takes_the_uploads_along(tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'hpt_hf[demo]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "hpt_hf", "demo", "--models", "lab:student", "--port", str(port)]
+    with subprocess.Popen(
+        command, env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True
+    ) as page:
+        assert next(line for line in page.stderr if "Ctrl-C stops it" in line)
+
+        def status(host: str) -> int:
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+                connection.request("GET", "/", headers={"Host": host})
+                return connection.getresponse().status
+
+        assert (status(f"127.0.0.1:{port}"), status(f"localhost:{port}"), status("evil.example")) == (200, 200, 400)
+        (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
+        (folder / "upload.png").touch()
+        page.terminate()
+        assert page.wait(60) == 143 and not folder.exists()
 
 
 def test_a_stranger_sees_a_model_fooled(served, tmp_path):

@@ -6,7 +6,11 @@ import dataclasses
 import json
 import logging
 import math
+import random
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,6 +196,35 @@ def test_the_configs_values_decide_the_schedule_are_recorded_and_not_changed(stu
 def test_a_value_with_which_the_method_cannot_be_carried_out_is_refused(values, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         HPTConfig(str(tmp_path), use_cpu=True, **values)
+
+
+def test_building_and_training_leave_the_callers_random_states_alone(student, proxy, tmp_path):
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    torch.manual_seed(77)
+    before = states()
+    trainer = make_trainer(tmp_path, student, single_schedule("hpt", steps=2), proxy=proxy)
+    assert states() == before and torch.initial_seed() == 77
+    trainer.train()
+    assert states() == before
+
+
+def test_importing_all_of_it_changes_nothing_of_the_process():
+    code = """
+import importlib, pkgutil, random, sys
+import numpy, torch
+torch.manual_seed(5)
+before = random.getstate(), torch.get_rng_state(), numpy.random.get_state()[1].copy(), torch.get_num_threads()
+import hpt_hf
+names = [m.name for m in pkgutil.walk_packages(hpt_hf.__path__, "hpt_hf.") if not m.name.endswith("__main__")]
+for name in names:
+    importlib.import_module(name)
+assert len(names) > 50 and random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+assert (numpy.random.get_state()[1] == before[2]).all() and torch.get_num_threads() == before[3]
+assert "matplotlib.pyplot" not in sys.modules and not torch.are_deterministic_algorithms_enabled()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_other_arguments_than_an_hptconfig_are_refused(student, tmp_path):
