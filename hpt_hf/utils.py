@@ -130,14 +130,19 @@ def written_whole(folder: str | Path, *, last: str) -> Iterator[Path]:
         OSError: the disk is full; what stood in `folder` before still does.
     """
     folder = Path(folder).absolute()
-    was_there, stage = folder.is_dir(), folder / ".part"  # inside: the folder may be a link to another disk
+    fresh = not folder.exists()
+    # Beside, to be there at one stroke; inside one that exists, which may be a link to another disk.
+    stage = folder.with_name(f".{folder.name}.part") if fresh else folder / ".part"
     shutil.rmtree(stage, ignore_errors=True)
     try:
         stage.mkdir(parents=True)
         yield stage
         for file in sorted(stage.iterdir(), key=lambda file: file.name == last):
             file.chmod(stage.stat().st_mode & 0o666)  # safetensors lets nobody else read
-            os.replace(file, folder / file.name)
+            if not fresh:
+                os.replace(file, folder / file.name)
+        if fresh:
+            os.replace(stage, folder)
     except Exception as error:
         if no_space(error):
             raise OSError(
@@ -147,8 +152,6 @@ def written_whole(folder: str | Path, *, last: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-        if not was_there and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def sha256(file: Path) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -64,3 +67,13 @@ def test_a_document_names_files_that_exist(document):
     named = re.findall(r"(?<![\w/.-])(?:hpt_hf|recipes|tests|benchmarks|docs)/[\w./-]*\w", text)
     named += [f"{document.parent}/{link}" for link in re.findall(r"\]\((?!http)([^)#]+)", text)]
     assert named and [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_page_on_reliability_counts_the_tests_cases():
+    rows = re.findall(r"`(tests/\S+)`.*\| (\d+) \|", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(rows) >= 20
+    files = sorted({name.split("::")[0] for name, _ in rows})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "slow or not slow", *files]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    counted = Counter(line.split("[")[0] for line in found)
+    assert {name: int(count) for name, count in rows} == {name: counted[name] for name, _ in rows}

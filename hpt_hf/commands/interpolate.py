@@ -233,6 +233,7 @@ def _open(path: str, args: InterpolateArguments, *, training: bool) -> LabelledI
 
 def draw(front: dict, path: Path, attack: str) -> None:
     """Clean against robust accuracy, one panel for each kind of data that was measured; the chosen point is marked in all."""
+    import matplotlib
     from matplotlib.figure import Figure  # not pyplot, which would change the caller's backend
 
     titles = {
@@ -261,7 +262,8 @@ def draw(front: dict, path: Path, attack: str) -> None:
         axis.set_title(titles[key], fontsize=10)
         axis.grid(alpha=0.3)
     figure.suptitle(f"share of the robust weights; {attack}", fontsize=10)
-    figure.savefig(path)
+    with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):  # the same front, the same file
+        figure.savefig(path, metadata={"Date": None})
 
 
 def table(front: dict) -> str:

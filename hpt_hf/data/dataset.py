@@ -231,13 +231,19 @@ def _image_folder(path: Path, split: str) -> datasets.Dataset:
     Not `imagefolder`: it takes the innermost folder for the class, and a class called "train" for a split.
     """
     path = split_folder(path, split)
-    files = files_below(path, IMAGE_SUFFIXES)
+    left_out: list[Path] = []
+    files = files_below(path, IMAGE_SUFFIXES, left_out)
     if not files:
         raise ValueError(f"{path} holds no parquet file and no image ({', '.join(IMAGE_SUFFIXES)})")
     folders = [f for f in visible(path) if f.is_dir()]
     if empty := [f.name for f in folders if any(f.rglob("*")) and not files_below(f, IMAGE_SUFFIXES)]:
         raise ValueError(
             f"{path}: the class folders {empty[:4]} hold files, and no image ({', '.join(IMAGE_SUFFIXES)})"
+        )
+    if left_out:
+        some = ", ".join(sorted(f.name for f in left_out)[:4])
+        logger.warning(
+            f"{path}: {len(files)} images; left out as hidden or no image are {len(left_out)} others ({some})"
         )
     columns: dict[str, list] = {"image": [str(f) for f in files]}
     features = datasets.Features(image=datasets.Image())

@@ -25,17 +25,23 @@ def visible(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if not f.name.startswith(".") and f.name != "__MACOSX")
 
 
-def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Visible regular files with one of these suffixes, in order. Links are followed, but not in circles."""
-    found, seen, suffixes = [], set(), set(suffixes)
+def files_below(folder: Path, suffixes: Iterable[str], left_out: list[Path] | None = None) -> list[Path]:
+    """Visible regular files with one of these suffixes, in order. Links are followed, but not in circles.
+
+    What else lies there, hidden files and folders too, is added to `left_out`.
+    """
+    found, seen, suffixes, rest = [], set(), set(suffixes), [] if left_out is None else left_out
     for place, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [f for f in folders if not f.startswith(".") and f != "__MACOSX"]
-        files = (Path(place, n) for n in names if not n.startswith("."))
-        found += [f for f in files if f.suffix.lower() in suffixes and f.is_file()]
+        hidden = {f for f in folders if f.startswith(".") or f == "__MACOSX"}
+        folders[:] = [f for f in folders if f not in hidden]
+        rest += [Path(place, name) for name in hidden]
+        for file in (Path(place, name) for name in names):
+            image = not file.name.startswith(".") and file.suffix.lower() in suffixes and file.is_file()
+            (found if image else rest).append(file)
     return sorted(found)
 
 

@@ -89,7 +89,11 @@ def _model_type(source: str | Path, hub: dict) -> str:
     if path.is_dir() and not (path / "config.json").is_file():
         found = sorted(p.name for p in path.iterdir())[:8]
         raise ValueError(f"{source} holds no config.json: found {found}, expected a folder of save_pretrained")
-    if not path.exists() and (path.is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")):
+    if path.is_file():
+        raise ValueError(
+            f"{source} is a file, expected a folder or Hub id. Fix: hpt-hf convert {source} OUT --base CLIP"
+        )
+    if not path.exists() and (path.is_absolute() or str(source).count("/") > 1 or str(source).startswith((".", "~"))):
         raise ValueError(f"no model at {source}: neither a folder nor a Hub id of the form owner/name")
     try:
         config = PretrainedConfig.get_config_dict(source, **hub)[0]

@@ -358,7 +358,7 @@ def write_open_clip(classifier: ZeroShotClassifier, folder: str | Path, records:
         if not (folder / "config.json").is_file():
             for name, record in (records or {}).items():
                 write_json(stage / name, record)
-            seal_and_card(stage, seal_of_files(stage, "open_clip", classifier))
+            seal_and_card(stage, folder, seal_of_files(stage, "open_clip", classifier))
     return reading.read
 
 

@@ -66,7 +66,7 @@ def export(classifier, folder: str | Path, *, records=None, dtype: str = "float3
             shutil.rmtree(refused, ignore_errors=True)
             shutil.copytree(stage, refused)
             raise ValueError(f"{folder} was not written: {error}. What would have been lies in {refused}") from error
-        seal_and_card(stage, seal)
+        seal_and_card(stage, folder, seal)
         written = {file.name for file in stage.iterdir()}
     for old in [f for f in folder.iterdir() if f.name in RECORDS or WEIGHTS.fullmatch(f.name)]:
         if old.name not in written:
@@ -74,9 +74,8 @@ def export(classifier, folder: str | Path, *, records=None, dtype: str = "float3
     return folder
 
 
-def seal_and_card(stage: Path, seal: dict) -> None:
+def seal_and_card(stage: Path, folder: Path, seal: dict) -> None:
     """The last two files of a folder of any form, into its `written_whole` stage. A card that was edited is kept."""
-    folder = stage.parent
     write_json(stage / SEAL, seal)
     if (folder / "README.md").is_file():
         shutil.copy(folder / "README.md", stage)

@@ -50,7 +50,7 @@ def export_tower(
         ValueError: no such size; or what was written does not give the model's own hidden states, and nothing is left.
     """
     folder, own = Path(folder), classifier.image_size
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(file.name != ".part" for file in folder.iterdir()):
         raise ValueError(f"{folder} is not empty: a vision tower goes into a folder of its own")
     tower = vision_tower(classifier, image_size).to(dtype)
     size, processor = tower.config.image_size, copy.deepcopy(classifier.processor.image_processor)
@@ -66,7 +66,7 @@ def export_tower(
             raise ValueError(f"opened afresh, the tower's hidden states differ by {worst:.2g}: nothing was written")
         for name, record in (records or {}).items():
             write_json(stage / name, record)
-        seal_and_card(stage, seal_of_files(stage, "vision_tower", classifier, size=size))
+        seal_and_card(stage, folder, seal_of_files(stage, "vision_tower", classifier, size=size))
     return count
 
 

@@ -183,11 +183,11 @@ class HPTTrainer(CheckpointTrainer):
         resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
         if resume is True:
             resume = self.last_checkpoint()
-        if resume:
-            if not Path(resume).is_dir():
-                raise FileNotFoundError(f"no checkpoint at {resume}")
-            self.gpd.load(resume)
+        if resume and not Path(resume).is_dir():
+            raise FileNotFoundError(f"no checkpoint at {resume}")
         self.check_run(resume)
+        if resume:
+            self.gpd.load(resume)
         if resume and isinstance(self.train_dataset, StreamedImages):
             done = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json")).global_step
             steps = self.args.steps_per_epoch(len(self.train_dataset))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -80,6 +81,16 @@ def test_splits_of_an_image_folder_are_told_from_classes(tmp_path):
     # A railway among vehicles is no split: PASCAL VOC and COCO have a class called "train".
     vehicles = load_images(write_folder(tmp_path / "vehicles", bus=[RED], train=[GREEN, BLUE]))
     assert vehicles.classes == ("bus", "train") and len(vehicles) == 3
+
+
+def test_what_lies_beside_the_images_is_counted_in_one_line(tmp_path, caplog):
+    folder = write_folder(tmp_path / "set", cat=[RED], dog=[GREEN, BLUE])
+    for name in ("cat/notes.txt", "cat/._0.png", ".ipynb_checkpoints/x.png", "dog/Thumbs.db"):
+        Path(folder, name).parent.mkdir(exist_ok=True)
+        Path(folder, name).write_bytes(b"x")
+    assert len(load_images(folder)) == 3
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert "3 images; left out as hidden or no image are 4 others (._0.png, .ipynb_checkpoints, Thumbs.db, " in said
 
 
 def test_a_split_that_is_not_there_or_cannot_be_told_is_an_error_and_hidden_folders_are_none(tmp_path):

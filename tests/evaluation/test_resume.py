@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-import random
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +16,6 @@ from hpt_hf.commands.evaluate import main
 from hpt_hf.data.dataset import load_images
 from hpt_hf.evaluation import evaluator as evaluation
 from hpt_hf.evaluation.evaluator import evaluate
-from hpt_hf.evaluation.result import read_results
 from hpt_hf.evaluation.resume import Findings
 from hpt_hf.models import zero_shot
 from hpt_hf.models.zero_shot import ZeroShotClassifier
@@ -265,57 +259,6 @@ def test_a_second_run_writes_the_same_files_without_any_attack(trained_path, dat
         files = {f: f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file()}
         found.append((files, capsys.readouterr().out))
     assert len(files) == 8 and found[0] == found[1], "to the last byte, `seconds` too"
-
-
-# --- the real thing
-
-
-def start(model, data, folder) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "recipes" / "evaluate.py"), *command_line(model, data, folder)]
-    with open(f"{folder}.log", "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
-
-
-def lines_in(folder: Path) -> int:
-    return sum(f.read_bytes().count(b"\n") for f in folder.glob("progress/*.jsonl"))
-
-
-def left_by(folder: Path) -> dict[str, str]:
-    """The files an evaluation leaves for its reader, the seconds it took apart."""
-    files = [*folder.glob("results/*"), *folder.glob("gallery/*"), folder / "report.md", folder / "report.html"]
-    return {str(f.relative_to(folder)): re.sub(r'"seconds": [\d.]+|[\d.]+ s on ', "", f.read_text()) for f in files}
-
-
-BATCHES = 5
-PER_ATTACK = BATCHES + len(evaluation.CHECKS)  # lines
-# In the batches of the first of the two attacks, in its checks, the same of the second.
-STAGES = ((1, 4), (6, PER_ATTACK - 2), (PER_ATTACK + 1, PER_ATTACK + 3), (PER_ATTACK + 6, 2 * PER_ATTACK - 4))
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_killed_evaluation_ends_like_one_left_alone(times, trained_path, data, tmp_path):
-    """SIGKILL in every stage, at a number of lines and a breath later, all in one folder."""
-    rng = random.Random(7)
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    left_alone = start(trained_path, data, alone)
-    for moment in sorted(rng.randint(*stage) for stage in STAGES * times):
-        process, deadline = start(trained_path, data, killed), time.time() + 100
-        while lines_in(killed) < moment:
-            assert process.poll() is None and time.time() < deadline, Path(f"{killed}.log").read_text()
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.03))
-        process.kill()
-        assert process.wait() == -9, "killed too late to prove anything"
-    for process, folder in ((left_alone, alone), (start(trained_path, data, killed), killed)):
-        assert process.wait(timeout=200) == 0, Path(f"{folder}.log").read_text()
-    assert left_by(killed) == left_by(alone) and len(left_by(alone)) == 6
-    robust = {r.attack: r.robust for r in read_results(killed / "results")}
-    assert set(robust) == {"apgd-ce-20", "square-20"} and 0 < robust["apgd-ce-20"] < 100
-    for file in (killed / "progress").iterdir():
-        names = [json.loads(line)["name"] for line in file.read_text().splitlines()]
-        assert len(names) == len(set(names)) == PER_ATTACK, "nothing was found twice"
-    assert not list(killed.rglob("*.part"))
 
 
 def test_another_tokenizer_is_another_question(trained, tmp_path, monkeypatch):

@@ -512,10 +512,16 @@ def test_the_attention_is_ours_whatever_the_config_names(folder):
     assert ZeroShotClassifier.from_pretrained(folder).config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "some/where/else", "nobody/nothing"])
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "~/nowhere", "some/where/else", "nobody/nothing"])
 def test_a_model_that_is_nowhere_is_named(source):
     with pytest.raises(OSError if source == "nobody/nothing" else ValueError, match=f"no model .*{source}"):
         ZeroShotClassifier.from_pretrained(source)
+
+
+def test_a_file_of_weights_is_told_how_to_become_a_folder(tmp_path):
+    (tmp_path / "x.pt").touch()
+    with pytest.raises(ValueError, match="x.pt is a file, .*Fix: hpt-hf convert .*x.pt OUT --base"):
+        ZeroShotClassifier.from_pretrained(tmp_path / "x.pt")
 
 
 PICKLES = {

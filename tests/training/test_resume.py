@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,16 +17,12 @@ from conftest import (
     single_schedule,
     trainer_from_disk,
     weights,
-    write_image_folder,
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
-from hpt_hf.attacks.pgd import TrainingAttack
-from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.method.gpd import PIVOT_FILE
-from hpt_hf.method.objectives import Divergence
 
 ROOT = Path(__file__).parent.parent.parent
 SAVE = {"save_strategy": "steps", "save_steps": 1}
@@ -152,53 +143,24 @@ OTHER += [{"decay": "linear"}]
 @pytest.mark.parametrize("why", ["no pivot", "other weights", *OTHER], ids=str)
 def test_what_does_not_belong_to_the_run_is_refused_and_nothing_is_changed(why, stopped, tmp_path, paths):
     checkpoint, student, schedule = stopped(5, 6), paths[0], gpd_schedule()
-    error, says = ValueError, "schedule: got"
+    for name in ("train.json", "digests.json"):  # the version before wrote none; the pivot knows its schedule
+        (checkpoint / name).unlink()
+    says = "schedule: got"
     if why == "no pivot":
         (checkpoint / PIVOT_FILE).unlink()
-        error, says = FileNotFoundError, f"{PIVOT_FILE} is missing"
+        says = "was cut off while being saved"
     elif why == "other weights":  # every shape fits, and only the digest tells
         student, says = save_tiny_clip(tmp_path / "other", patch_size=8, seed=77), "vanilla weights: got .*--model"
     else:
         schedule = gpd_schedule(**why)
     before = contents(tmp_path)
     trainer = trainer_from_disk(tmp_path, (student, paths[1]), schedule, **SAVE)
-    with pytest.raises(error, match=says):
+    with pytest.raises(ValueError, match=says):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert contents(tmp_path) == before and len(before) > 10 and trainer.state.global_step == 0
 
 
 # --- another run's checkpoints
-
-ATTACK = TrainingAttack(ThreatModel("linf", "8/255"))
-MISMATCHES = {
-    "seed": {"seed": 5},
-    "optim_args": {"optim_args": "momentum=0.8"},
-    "weight_decay": {"weight_decay": 0.1},
-    "max_grad_norm": {"max_grad_norm": 1.0},
-    "batch": {"per_device_train_batch_size": 4},
-    "attack eps": {"attack": replace(ATTACK, threat=ThreatModel("linf", "2/255"))},
-    "attack norm": {"attack": replace(ATTACK, threat=ThreatModel("l2", 1.0))},
-    "attack steps": {"attack": replace(ATTACK, steps=7)},
-    "attack step_size": {"attack": replace(ATTACK, step_size=0.001)},
-    "attack random_start": {"attack": replace(ATTACK, random_start=not ATTACK.random_start)},
-    "data": {"data": make_images(seed=9)},
-    "images": {"data": make_images(48)},
-    "phase 1 temperature": {"schedule": gpd_schedule(divergence=Divergence(temperature=2.0))},
-    "phase 2 direction": {"schedule": gpd_schedule(divergence=Divergence("reverse"))},
-    "phase 1 objective": {"schedule": single_schedule("tecoa", steps=10)},
-}
-
-
-@pytest.mark.parametrize("field", MISMATCHES)
-def test_another_runs_checkpoint_is_refused_by_the_field_that_differs(field, stopped, tmp_path, paths):
-    """Resumed, it would end at other weights under this run's name; begun afresh beside it, a kill would mix the two."""
-    stopped(10)
-    before = contents(tmp_path)
-    trainer = trainer_from_disk(tmp_path, paths, **MISMATCHES[field])
-    for resume in (True, None):
-        with pytest.raises(ValueError, match=f"is of another run: .*{field}: got .*, expected "):
-            trainer.train(resume_from_checkpoint=resume)
-    assert contents(tmp_path) == before
 
 
 def test_overwrite_removes_another_runs_checkpoints_and_no_others(stopped, tmp_path, paths):
@@ -307,33 +269,3 @@ def test_a_full_disk_leaves_no_half_checkpoint_and_the_run_goes_on_after_making_
     again = trainer_from_disk(tmp_path, paths, **SAVE)
     again.train(resume_from_checkpoint=True)
     assert largest_difference(weights(again.model), whole[1]) == 0
-
-
-@pytest.mark.multiprocess
-def test_a_killed_run_ends_like_one_left_alone(tmp_path, paths):
-    """SIGKILL at some step of a real `recipes/train.py`, then `--resume_from_checkpoint true`."""
-    flags = f"--method hpt_gpd --dataset {write_image_folder(tmp_path / 'data', make_images())} --max_steps 60"
-    flags += f" --model {paths[0]} --proxy {paths[1]} --use_cpu true --eps 8/255 --per_device_train_batch_size 8"
-    flags += " --interval 7 --learning_rate 0.01 --ga_learning_rate 0.001 --save_strategy steps --save_steps 4"
-    command = [sys.executable, str(ROOT / "recipes" / "train.py"), *flags.split(), "--disable_tqdm", "true"]
-
-    def start(name, *more):
-        options = ["--output_dir", str(tmp_path / name), *more]
-        with open(tmp_path / f"{name}.log", "a") as log:
-            return subprocess.Popen([*command, *options], stdout=log, stderr=log, env=os.environ)
-
-    killed = start("killed")
-    deadline = time.time() + 120
-    # Checkpoint 8 is in the warm-up, 36 behind the switch at 30: whatever the delay, the kill falls in the middle.
-    while not (tmp_path / "killed" / "checkpoint-8" / PIVOT_FILE).exists():
-        assert killed.poll() is None and time.time() < deadline, (tmp_path / "killed.log").read_text()
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
-    assert len(list((tmp_path / "killed").glob("checkpoint-*"))) < 15, "killed too late to prove anything"
-    assert not (tmp_path / "killed" / "model.safetensors").exists()
-    for name, more in (("killed", ["--resume_from_checkpoint", "true"]), ("alone", [])):
-        assert start(name, *more).wait(timeout=200) == 0, (tmp_path / f"{name}.log").read_text()
-    folders = (tmp_path / "killed", tmp_path / "alone", Path(paths[0]))
-    ours, theirs, vanilla = (load_file(folder / "model.safetensors") for folder in folders)
-    assert largest_difference(ours, theirs) == 0 and largest_difference(ours, vanilla) > 0
