@@ -13,7 +13,7 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 # The same at the size that the vision tower reads.
-InputImages = Float[Tensor, "batch 3 side side"]
+InputImages = Float[Tensor, "batch 3 tall wide"]
 
 
 # logit_scale * cosine similarity to each class's prompt.

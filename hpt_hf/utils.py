@@ -130,19 +130,21 @@ def written_whole(folder: str | Path, *, last: str) -> Iterator[Path]:
         OSError: the disk is full; what stood in `folder` before still does.
     """
     folder = Path(folder).absolute()
-    fresh = not folder.exists()
     # Beside, to be there at one stroke; inside one that exists, which may be a link to another disk.
-    stage = folder.with_name(f".{folder.name}.part") if fresh else folder / ".part"
+    stage = folder / ".part" if folder.exists() else folder.with_name(f".{folder.name}.part")
     shutil.rmtree(stage, ignore_errors=True)
     try:
         stage.mkdir(parents=True)
         yield stage
-        for file in sorted(stage.iterdir(), key=lambda file: file.name == last):
+        for file in stage.iterdir():
             file.chmod(stage.stat().st_mode & 0o666)  # safetensors lets nobody else read
-            if not fresh:
+        try:
+            stage.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # the last: of a link
+                raise
+            for file in sorted(stage.iterdir(), key=lambda file: file.name == last):
                 os.replace(file, folder / file.name)
-        if fresh:
-            os.replace(stage, folder)
     except Exception as error:
         if no_space(error):
             raise OSError(

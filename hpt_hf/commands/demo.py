@@ -210,9 +210,9 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder  # left out, all pages of this machine share one that outlives them
         sources, note = choose(args)
         options = {"share": args.share, "max_file_size": FILE, "quiet": True, "prevent_thread_lock": True}
-        options["app_kwargs"] = only_hosts(args)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the with statement, too
         page = build(sources, note)
-        _, local, public = page.launch(server_name=args.host, server_port=args.port, **options)
+        options |= {"server_name": args.host, "server_port": args.port, "app_kwargs": only_hosts(args)}
+        _, local, public = page.launch(**options)
         progress(f"{note}\n{public or local} (Ctrl-C stops it)".strip())
         page.block_thread()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import AutoModel, CLIPTokenizer
 
 from hpt_hf.commands.parser import exit_on_user_error, parse
 from hpt_hf.lab.datasets import captioned_rows
@@ -29,7 +29,7 @@ from hpt_hf.utils import read_json, write_json
 class PretrainArguments:
     """Which model, on what, how long."""
 
-    architecture: Literal["student", "proxy"]
+    architecture: Literal["student", "proxy", "convolution"]
     output_dir: str = field(metadata={"help": "folder for the model, its processor and pretrain.json"})
     data_dir: str | None = field(default=None, metadata={"help": "captioned parquet files; left out: the glyph world"})
     start: str | None = field(default=None, metadata={"help": "go on from this folder instead of random weights"})
@@ -62,7 +62,7 @@ def run(args: PretrainArguments) -> None:
         tokenizer = train_tokenizer(captions, vocab_size=args.vocab_size, max_length=args.context)
         model = new_clip(tokenizer, **ARCHITECTURES[args.architecture])
     else:
-        model, tokenizer = CLIPModel.from_pretrained(args.start), CLIPTokenizer.from_pretrained(args.start)
+        model, tokenizer = AutoModel.from_pretrained(args.start), CLIPTokenizer.from_pretrained(args.start)
     processor, start = new_processor(tokenizer), time.time()
     options = {"steps": args.max_steps, "learning_rate": args.learning_rate, "seed": args.seed, "bf16": args.bf16}
     log = pretrain(model, processor, batches, **options)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from hpt_hf.models.preprocessing import Preprocessing
 from hpt_hf.types import Images
 
 # What may be opened, whatever a file is called: some of Pillow's other readers start programs.
@@ -75,27 +76,22 @@ class Collator:
     native: bool = False
 
     @functools.cached_property
-    def _side(self) -> int | None:
-        """Side of the square images that the processor leaves as they are, found out on noise; None if it changes them."""
-        if not self.processor.image_processor.do_center_crop:
-            return None
-        side = int(self.processor.image_processor.crop_size["height"])
-        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-        return side if np.array_equal(self._cut([Image.fromarray(noise)])[0], noise) else None
-
-    def _cut(self, images: list[Image.Image]) -> np.ndarray:
-        """(batch, height, width, 3), resized and cropped by the processor."""
-        cut = self.processor.image_processor(images, do_normalize=False, do_rescale=False)["pixel_values"]
-        return np.stack([np.asarray(p).transpose(1, 2, 0) for p in cut])
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing.of(self.processor.image_processor)
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         images = [_decoded(r) for r in rows]
-        if self.native or all(i.size == (self._side, self._side) for i in images):
-            pixels = np.stack([np.asarray(i) for i in images])
-        else:
-            pixels = self._cut(images)
-        if pixels.dtype != np.uint8:
-            pixels = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+        # Of an own size that the model would take for cut already, no one could tell.
+        images = [
+            self.preprocessing.cut(i) if not self.native or self.preprocessing.reads(i.height, i.width) else i
+            for i in images
+        ]
+        if len(sizes := {i.size for i in images}) > 1:
+            raise ValueError(
+                f"this model keeps the aspect of images: got a batch of {len(sizes)} sizes, expected one. "
+                "Fix: --protocol native, or square images"
+            )
+        pixels = np.stack([np.asarray(i) for i in images])
         batch = {"images": to_images(pixels), "image_ids": torch.tensor([image_id(p) for p in pixels])}
         if rows[0]["label"] is not None:
             batch["labels"] = torch.tensor([r["label"] for r in rows])

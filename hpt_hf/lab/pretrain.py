@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    AutoConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging
 
@@ -35,7 +44,7 @@ Batches = Callable[[int], tuple[np.ndarray, list[str]]]
 _TEXT = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-ARCHITECTURES: dict[str, dict[str, dict[str, int]]] = {
+ARCHITECTURES: dict[str, dict[str, dict]] = {
     "student": {
         "text": _TEXT,
         "vision": {
@@ -54,6 +63,18 @@ ARCHITECTURES: dict[str, dict[str, dict[str, int]]] = {
             "num_hidden_layers": 4,
             "num_attention_heads": 3,
             "patch_size": 4,
+        },
+    },
+    # No attention and no patches of the student's: the H in HPT.
+    "convolution": {
+        "text": _TEXT,
+        "vision": {
+            "model_type": "convnext",
+            "patch_size": 2,
+            "num_stages": 4,
+            "hidden_sizes": [32, 64, 128, 256],
+            "depths": [1, 1, 2, 1],
+            "hidden_size": 256,  # which a VisionTextDualEncoder asks of any tower
         },
     },
 }
@@ -106,14 +127,22 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 640, max_lengt
 
 def new_clip(
     tokenizer: CLIPTokenizer, *, vision: dict, text: dict, image_size: int = 32, projection_dim: int = 64
-) -> CLIPModel:
-    """A CLIP with random weights that fits `tokenizer`; `vision` and `text` are fields of transformers' CLIP configs."""
+) -> CLIPModel | VisionTextDualEncoderModel:
+    """A CLIP with random weights that fits `tokenizer`; `vision` and `text` are fields of transformers' configs.
+
+    A `model_type` in `vision` makes it a dual encoder around a tower of that kind.
+    """
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    if "model_type" in vision:
+        tower = AutoConfig.for_model(**vision, image_size=image_size)
+        words = CLIPTextConfig(**sizes, **ids, hidden_act="gelu", projection_dim=projection_dim, **text)
+        both = VisionTextDualEncoderConfig.from_vision_text_configs(tower, words, projection_dim=projection_dim)
+        return VisionTextDualEncoderModel(both)
     return CLIPModel(
         CLIPConfig(
             # The towers' own `projection_dim` is what CLIPVisionModelWithProjection reads when it opens the same folder.

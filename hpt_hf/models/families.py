@@ -1,31 +1,96 @@
-"""Model families: for each `model_type` of transformers, how a dual encoder's features and scale are taken."""
+"""Model families: for each `model_type` of transformers, how a dual encoder's features and scale are taken.
+
+A proxy may be of any of them. A student, which is attacked, trained and exported, of those whose checkpoints
+`pipeline` opens and whose forward pass is the same in training: no dropout, no statistics of the batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from transformers import CLIPModel, PreTrainedModel
+from transformers import (
+    AlignModel,
+    AltCLIPModel,
+    ChineseCLIPModel,
+    CLIPModel,
+    MetaClip2Model,
+    PreTrainedModel,
+    Siglip2Model,
+    SiglipModel,
+    VisionTextDualEncoderModel,
+)
+
+PROMPTS = ("input_ids", "attention_mask", "token_type_ids")  # what a text tower may be given
+
+
+def _images(model: PreTrainedModel, pixels: Tensor) -> Tensor:
+    return model.get_image_features(pixel_values=pixels).pooler_output
+
+
+def _vision_projected(model: PreTrainedModel, pixels: Tensor) -> Tensor:
+    """Not `get_image_features`: sharded towers come together in their own forward."""
+    return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+
+
+def _texts(model: PreTrainedModel, tokens: dict[str, Tensor]) -> Tensor:
+    return model.get_text_features(**tokens).pooler_output
+
+
+def patches_of(model: PreTrainedModel, pixels: Tensor) -> dict[str, Tensor]:
+    """(batch, 3, height, width) as a NaFlex model reads it: (batch, patches, side * side * 3), mask and grid."""
+    side, batch = model.config.vision_config.patch_size, len(pixels)
+    rows, columns = pixels.shape[-2] // side, pixels.shape[-1] // side
+    grid = pixels.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 3, 5, 1)
+    return {
+        "pixel_values": grid.reshape(batch, rows * columns, side * side * 3),
+        "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.int32, device=pixels.device),
+        "spatial_shapes": torch.tensor([[rows, columns]] * batch, device=pixels.device),
+    }
 
 
 @dataclass(frozen=True)
 class Family:
     """What the rest of the package must know of a family."""
 
+    called: str
     model_class: type[PreTrainedModel]  # opens and saves its checkpoints
-    image_features: Callable[[PreTrainedModel, Tensor], Tensor]  # normalised pixels -> (batch, dim), not normalised
-    text_features: Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]  # tokens -> (prompts, dim), not normalised
-    scale: Callable[[PreTrainedModel], Tensor]  # the positive factor of the cosines
-    frozen_in_training: tuple[str, ...]  # modules and parameters that are not of the vision side
+    image_features: Callable[[PreTrainedModel, Tensor], Tensor] = _images  # normalised pixels -> (batch, dim)
+    text_features: Callable[[PreTrainedModel, dict[str, Tensor]], Tensor] = _texts  # tokens -> (prompts, dim)
+    scale: Callable[[PreTrainedModel], Tensor] = lambda model: model.logit_scale.exp()  # the factor of the cosines
+    bias: Callable[[PreTrainedModel], Tensor | float] = lambda model: 0.0  # is added: the same to all classes
+    vision_side: tuple[str, ...] = ("vision_model", "visual_projection")  # modules that a student trains
+    padding: str | bool = True  # of prompts, as the tokenizer takes it
+    context: int | None = None  # tokens; None: what the text tower's config says
+    prompts: tuple[str, ...] = PROMPTS
+    attention: str = "sdpa"  # transformers' own; a checkpoint's config may name code to download
+    student: bool = False
+    class_token: bool = False  # the embedding is made of the vision tower's first token alone
 
 
+_SIGLIP = {
+    "bias": lambda model: model.logit_bias,
+    "vision_side": ("vision_model",),
+    # The embedding is that of the last of 64 tokens, and no mask tells which are padding.
+    "padding": "max_length",
+    "context": 64,
+    "prompts": ("input_ids",),
+    "student": True,
+}
 FAMILIES: dict[str, Family] = {
-    "clip": Family(
-        model_class=CLIPModel,
-        image_features=lambda m, pixels: m.visual_projection(m.vision_model(pixel_values=pixels).pooler_output),
-        text_features=lambda m, tokens: m.get_text_features(**tokens).pooler_output,
-        scale=lambda m: m.logit_scale.exp(),
-        frozen_in_training=("text_model", "text_projection", "logit_scale"),
-    )
+    "clip": Family("CLIP", CLIPModel, _vision_projected, student=True, class_token=True),
+    "metaclip_2": Family("MetaCLIP 2", MetaClip2Model, _vision_projected, student=True, class_token=True),
+    "siglip": Family("SigLIP", SiglipModel, **_SIGLIP),
+    "siglip2": Family(
+        "SigLIP 2",
+        Siglip2Model,
+        lambda model, pixels: model.get_image_features(**patches_of(model, pixels)).pooler_output,
+        **_SIGLIP,
+    ),
+    "align": Family("ALIGN", AlignModel, attention="eager", scale=lambda model: 1 / model.temperature),
+    "altclip": Family("AltCLIP", AltCLIPModel),
+    "chinese_clip": Family("Chinese CLIP", ChineseCLIPModel),
+    "vision-text-dual-encoder": Family("dual encoder", VisionTextDualEncoderModel, attention="eager"),
 }

@@ -12,6 +12,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from transformers.activations import QuickGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 # Asked once: inside a compiled layer the question would break its graph. Without MKL (ARM) oneDNN is the slower one.
@@ -91,20 +92,31 @@ class _QuickGELU(QuickGELUActivation):
         return _QuickGELUFunction.apply(x)
 
 
-def use_fast_layers(model: torch.nn.Module) -> None:
-    """Let a `CLIPModel` compute with these layers, in place; its vision tower then gives the class token alone."""
-    model.vision_model.encoder.layers[-1].__class__ = _ClassTokenLayer
-    model.vision_model.embeddings.patch_embedding.__class__ = _PatchEmbedding
+def use_fast_layers(model: torch.nn.Module, *, class_token: bool) -> None:
+    """Let a dual encoder compute with these layers, in place.
+
+    Args:
+        class_token: it is a CLIP, of whose vision tower the class token alone is read: the tower then gives no other.
+    """
+    if class_token:
+        model.vision_model.encoder.layers[-1].__class__ = _ClassTokenLayer
     fast = {torch.nn.Linear: _Linear, QuickGELUActivation: _QuickGELU}
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.patch_embedding") and type(module) is torch.nn.Conv2d:
+            module.__class__ = _PatchEmbedding
         module.__class__ = fast.get(type(module), type(module))
 
 
+def vision_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer layers of its vision tower; none of a convolution."""
+    return [module for module in model.vision_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def compile_layers(model: torch.nn.Module, **options) -> None:
-    """`torch.compile` every layer of a CLIP's vision tower, in place; layers of one shape share their code."""
+    """`torch.compile` every layer of the vision tower, in place; layers of one shape share their code."""
     # First, inner and last layers of three models, in attack, loss and evaluation: more kinds than torch's eight.
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-    for layer in model.vision_model.encoder.layers:
+    for layer in vision_layers(model):
         # At the proxy's shapes torch would compile the code again, for shapes of any size, and fails at that.
         layer.compile(dynamic=False, **options)
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import logging
 
+from hpt_hf.models.fast_layers import vision_layers
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 
 logger = logging.get_logger(__name__)
@@ -55,9 +56,12 @@ def shard_models(models: Sequence[ZeroShotClassifier], accelerator, *, asked: st
     check_plugin(plugin)
     for classifier in models:
         model = classifier.to(accelerator.device).model
-        options = {"offload_policy": plugin.cpu_offload, "ignored_params": {model.logit_scale}}
+        options = {
+            "offload_policy": plugin.cpu_offload,
+            "ignored_params": {p for p in model.parameters() if p.numel() == 1},
+        }
         # Nobody asks the text tower after the classes are set: it stays in parts.
-        for part in (*model.vision_model.encoder.layers, model.text_model):
+        for part in (*vision_layers(model), model.text_model):
             fully_shard(part, reshard_after_forward=plugin.reshard_after_forward, **options)
         fully_shard(classifier, **options)
 

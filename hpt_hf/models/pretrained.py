@@ -12,6 +12,7 @@ from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel, Proce
 from transformers.utils import cached_file
 
 from hpt_hf.models.families import FAMILIES
+from hpt_hf.models.preprocessing import Preprocessing
 
 CONVERT = "Fix: hpt-hf convert with --base takes it from the model it came from"
 
@@ -39,35 +40,35 @@ def load_pretrained(source: str | Path, **hub) -> tuple[PreTrainedModel, Process
 @torch.no_grad()
 def _check(model: PreTrainedModel, processor: ProcessorMixin, source: str | Path) -> None:
     """Raise ValueError unless processor and tokenizer make what the model reads."""
-    image, side = processor.image_processor, model.config.vision_config.image_size
-    for name in ("image_mean", "image_std"):
-        numbers = torch.tensor(getattr(image, name), dtype=torch.float64)
-        if numbers.shape != (3,) or not numbers.isfinite().all() or (name == "image_std" and numbers.min() <= 0):
-            raise ValueError(f"{name} of {source}: got {numbers.tolist()}, expected three numbers, deviations above 0")
-    for part in (model.config.vision_config, model.config.text_config):
-        if part.num_attention_heads < 1:
+    family, config = FAMILIES[model.config.model_type], model.config
+    for part in (config.vision_config, config.text_config):
+        if getattr(part, "num_attention_heads", 1) < 1:
             raise ValueError(f"num_attention_heads of {source}: got {part.num_attention_heads}, expected at least 1")
-    scaled = image.do_rescale and abs(image.rescale_factor * 255 - 1) < 1e-6
-    if not (scaled and image.do_normalize and image.do_resize and int(image.resample) in (2, 3)):
-        expected = "one that resizes (bilinear or bicubic), scales by 1/255 and normalises"
-        raise ValueError(f"the processor of {source}: got {image.to_dict()}, expected {expected}")
-    if image.do_center_crop and 0 < (image.size.get("shortest_edge") or side) < side:
-        raise ValueError(f"the processor of {source}: got a crop of {side} px from {image.size}, expected no less")
-    made = image(Image.new("RGB", (2 * side, side + 1)), return_tensors="pt")["pixel_values"].shape[1:]
-    if tuple(made) != (3, side, side):
-        raise ValueError(f"the processor of {source}: got images of {tuple(made)}, expected (3, {side}, {side})")
-    tokens, text = processor.tokenizer(["a"], padding=True, return_tensors="pt"), model.config.text_config
+    try:
+        read = Preprocessing.of(processor.image_processor)
+    except ValueError as error:
+        raise ValueError(f"the processor of {source}: {error}") from None
+    side = getattr(config.vision_config, "image_size", read.side) if family.student else read.side
+    if not read.patch_size and read.side != side:
+        raise ValueError(f"the processor of {source}: got images of {read.side} px, expected the model's {side}")
+    made = processor.image_processor(Image.new("RGB", (2 * side, side + 1)), return_tensors="pt")["pixel_values"]
+    if not read.patch_size and tuple(made.shape[1:]) != (3, side, side):
+        raise ValueError(
+            f"the processor of {source}: got images of {tuple(made.shape[1:])}, expected (3, {side}, {side})"
+        )
+    tokens, text = processor.tokenizer(["a"], padding=True, return_tensors="pt"), config.text_config
     largest = max(int(tokens["input_ids"].max()), processor.tokenizer.pad_token_id or 0)
     if largest >= text.vocab_size:
         raise ValueError(f"the tokenizer of {source}: got token {largest}, expected one of {text.vocab_size}")
-    if not FAMILIES[model.config.model_type].text_features(model, tokens.to(model.device)).isfinite().all():
+    tokens = {name: tokens[name].to(model.device) for name in family.prompts if name in tokens}
+    if not family.text_features(model, tokens).isfinite().all():
         raise ValueError(f"{source}: the text tower's answers are not finite")
 
 
 def _load(source: str | Path, hub: dict) -> tuple[PreTrainedModel, ProcessorMixin, str | None]:
     family = FAMILIES[_model_type(source, hub)]
     # A checkpoint's own half precision would weaken every attack, and its own attention may name code to download.
-    options = hub | {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
+    options = hub | {"dtype": torch.float32, "attn_implementation": family.attention, "trust_remote_code": False}
     try:
         model, report = family.model_class.from_pretrained(source, output_loading_info=True, **options)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError, OSError) as error:
@@ -81,7 +82,11 @@ def _load(source: str | Path, hub: dict) -> tuple[PreTrainedModel, ProcessorMixi
         raise ValueError(f"the weights of {source} hold tensors that config.json has no place for: {surplus[:3]} …")
     file = Path(cached_file(source, "config.json", **hub))
     commit = file.parent.name if file.parent.parent.name == "snapshots" else None  # so the Hub's cache is laid out
-    return model.eval(), _load_processor(source, hub), commit
+    processor = _load_processor(source, hub)
+    # What the tokenizer gives by default is what `pipeline` hands on, and of some families a mask changes the answer.
+    names = [name for name in processor.tokenizer.model_input_names if name in family.prompts]
+    processor.tokenizer.model_input_names = processor.tokenizer.init_kwargs["model_input_names"] = names
+    return model.eval(), processor, commit
 
 
 def _model_type(source: str | Path, hub: dict) -> str:
@@ -103,8 +108,8 @@ def _model_type(source: str | Path, hub: dict) -> str:
     if "auto_map" in config:
         raise ValueError(f"the config.json of {source} asks to run code of its own (auto_map): that is never done")
     if kind not in FAMILIES:  # transformers would only warn, and fill a whole CLIP with random weights
-        known = " or ".join(map(repr, FAMILIES))
-        raise ValueError(f"the config.json of {source} names a model of type {kind!r}: expected {known}")
+        known = ", ".join(map(repr, FAMILIES))
+        raise ValueError(f"the config.json of {source} names a model of type {kind!r}: expected one of {known}")
     return kind
 
 

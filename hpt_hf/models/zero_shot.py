@@ -2,27 +2,27 @@
 
 Logits are `scale * cosine(image, class prompts)` (CLIP, arXiv 2103.00020, section 3.1.2), equal to the model's own.
 Class prompts are embedded once, into the head; resizing and normalisation happen inside, with the processor's numbers.
+Of a sigmoid model (SigLIP, 2303.15343) the bias is added, too; it cancels in a softmax over the classes.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.dropout import _DropoutNd as Dropout
 from transformers import PreTrainedModel, ProcessorMixin
 
 from hpt_hf.models.families import FAMILIES
 from hpt_hf.models.fast_layers import use_fast_layers
+from hpt_hf.models.preprocessing import Preprocessing
 from hpt_hf.models.pretrained import load_pretrained
 from hpt_hf.types import Embeds, Images, InputImages, ZeroShotOutput
 
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers -> torch's names
 TEMPLATE = "This is a photo of a {}"  # the paper's prompt
 
 
@@ -45,6 +45,22 @@ def check_templates(templates: Sequence[str]) -> None:
         raise ValueError(f"templates: got {list(templates)}, expected '{{}}' exactly once in each")
 
 
+def tokenize(model: PreTrainedModel, tokenizer, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Prompts as the model's family pads them: name of an input -> (prompts, tokens).
+
+    Raises:
+        ValueError: a prompt longer than the text tower's context.
+    """
+    family = FAMILIES[model.config.model_type]
+    context = family.context or model.config.text_config.max_position_embeddings
+    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    if (longest := max(lengths)) > context:
+        prompt = prompts[lengths.index(longest)]
+        raise ValueError(f"the prompt {prompt!r} has {longest} tokens: the text tower reads {context}")
+    tokens = tokenizer(prompts, padding=family.padding, max_length=family.context, return_tensors="pt")
+    return {name: tokens[name].to(model.device) for name in family.prompts if name in tokens}
+
+
 @torch.no_grad()
 def build_zero_shot_head(
     model: PreTrainedModel, tokenizer, classes: Sequence[str], templates: Sequence[str] = (TEMPLATE,)
@@ -56,18 +72,14 @@ def build_zero_shot_head(
     """
     check_classes(classes)
     check_templates(templates)
-    family, context = FAMILIES[model.config.model_type], model.config.text_config.max_position_embeddings
-    total = torch.zeros(len(classes), model.config.projection_dim, device=model.device)
+    family, total = FAMILIES[model.config.model_type], 0.0
     for template in templates:
         prompts = [template.replace("{}", c) for c in classes]  # a template may hold other braces
-        tokens = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
-        if tokens["input_ids"].shape[1] > context:
-            lengths = tokens["attention_mask"].sum(1)
-            longest = prompts[int(lengths.argmax())]
-            raise ValueError(f"the prompt {longest!r} has {int(lengths.max())} tokens: the text tower reads {context}")
+        tokens = tokenize(model, tokenizer, prompts)
         chunks = [{k: v[i : i + 256] for k, v in tokens.items()} for i in range(0, len(prompts), 256)]
         with torch.autocast(model.device.type, enabled=False):
-            total += F.normalize(torch.cat([family.text_features(model, chunk) for chunk in chunks]), dim=-1)
+            embeds = torch.cat([family.text_features(model, chunk) for chunk in chunks]).float()
+        total = total + F.normalize(embeds, dim=-1)
     head = F.normalize(total, dim=-1)
     for start in range(0, len(head), 256):
         same = torch.cdist(head[start : start + 256], head, p=torch.inf) < 1e-6
@@ -78,15 +90,6 @@ def build_zero_shot_head(
                 "names; or the tokenizer, or eos_token_id of the text tower, is not the model's own"
             )
     return head
-
-
-@functools.lru_cache(4096)
-def height_first(size: tuple[int, int], target: tuple[int, int], resample: int) -> bool:
-    """Does Pillow resize the height before the width? Asked of Pillow itself, whose versions choose otherwise."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 2, size, dtype=np.uint8) * 255)
-    (_, width), (tall, wide) = size, target
-    by_height = image.resize((width, tall), resample).resize((wide, tall), resample)
-    return np.array_equal(by_height, image.resize((wide, tall), resample))
 
 
 class ZeroShotClassifier(torch.nn.Module):
@@ -103,18 +106,16 @@ class ZeroShotClassifier(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, revision: str | None = None):
         super().__init__()
-        use_fast_layers(model)
+        use_fast_layers(model, class_token=FAMILIES[model.config.model_type].class_token)
         self.model, self.processor, self.revision = model, processor, revision
         self.family = FAMILIES[model.config.model_type]
         self.classes: tuple[str, ...] = ()
         self.templates: tuple[str, ...] = ()
-        image = processor.image_processor
-        self.squash, self.resample = not image.do_center_crop, int(image.resample)
-        self.shortest = image.size.get("shortest_edge") or self.image_size
-        for name, value in (("mean", image.image_mean), ("std", image.image_std)):
-            self.register_buffer(name, torch.tensor(value, device=model.device).view(1, 3, 1, 1), persistent=False)
-        empty = torch.empty(0, model.config.projection_dim, device=model.device)
-        self.register_buffer("head", empty, persistent=False)
+        self.preprocessing = Preprocessing.of(processor.image_processor)
+        for name in ("mean", "std"):
+            value = torch.tensor(getattr(self.preprocessing, name), device=model.device)
+            self.register_buffer(name, value.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("head", torch.empty(0, 0, device=model.device), persistent=False)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **hub) -> ZeroShotClassifier:
@@ -144,8 +145,8 @@ class ZeroShotClassifier(torch.nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of what the vision tower sees."""
-        return self.model.config.vision_config.image_size
+        """Side in pixels of the square that the vision tower sees."""
+        return self.preprocessing.side
 
     def set_classes(self, classes: Sequence[str], templates: Sequence[str] = (TEMPLATE,)) -> ZeroShotClassifier:
         """Embed the class prompts, once; every later forward uses them. Returns self."""
@@ -154,28 +155,13 @@ class ZeroShotClassifier(torch.nn.Module):
         return self
 
     def resize_and_crop(self, images: Images) -> InputImages:
-        """As the processor resizes and cuts, differentiable: one side after the other, with a clamp after each.
-
-        Within 1/255 of Pillow, which rounds in between. In one pass hard edges would be up to 28/255 off.
-        """
-        size, (height, width) = self.image_size, images.shape[-2:]
-        if (height, width) == (size, size):
-            return images
-        tall, wide = size, size
-        if not self.squash:  # the processor's own order: shortest / short * long may fall one pixel short of it
-            tall, wide = (int(self.shortest * side / min(height, width)) for side in (height, width))
-        first = (tall, width) if height_first((height, width), (tall, wide), self.resample) else (height, wide)
-        for target in (first, (tall, wide)):
-            if images.shape[-2:] != target:
-                images = F.interpolate(
-                    images, size=target, mode=RESAMPLE[self.resample], antialias=True, align_corners=False
-                ).clamp(0, 1)
-        top, left = (tall - size) // 2, (wide - size) // 2
-        return images[..., top : top + size, left : left + size]
+        """As the processor resizes and cuts, differentiable; images that the tower can read are not touched."""
+        return self.preprocessing(images)
 
     def embed_images(self, images: Images) -> Embeds:
         """(batch, dim) embeddings, not normalised, float32 whatever the weights are."""
-        return self.family.image_features(self.model, (self.resize_and_crop(images) - self.mean) / self.std).float()
+        pixels = (self.resize_and_crop(images) - self.mean) / self.std
+        return self.family.image_features(self.model, pixels.to(self.model.dtype)).float()
 
     def classify(self, images: Images) -> ZeroShotOutput:
         """Logits and embeds. Attacks call this: nothing wraps it in autocast, as `forward` is."""
@@ -184,7 +170,8 @@ class ZeroShotClassifier(torch.nn.Module):
         embeds = self.embed_images(images)
         # A hundredfold cosine in bfloat16 is wrong in its first decimal, so the head stays float32 under autocast.
         with torch.autocast(images.device.type, enabled=False):
-            logits = self.family.scale(self.model) * F.normalize(embeds, dim=-1) @ self.head.T
+            scale, bias = self.family.scale(self.model), self.family.bias(self.model)
+            logits = scale * F.normalize(embeds, dim=-1) @ self.head.T + bias
         return ZeroShotOutput(logits=logits, embeds=embeds)
 
     def forward(self, images: Images) -> ZeroShotOutput:
@@ -193,9 +180,17 @@ class ZeroShotClassifier(torch.nn.Module):
 
     def freeze_text(self) -> ZeroShotClassifier:
         """Only the vision side is trained (the authors' choice). Returns self."""
-        self.model.requires_grad_(True)
-        for name in self.family.frozen_in_training:
-            getattr(self.model, name).requires_grad_(False)
+        self.model.requires_grad_(False)
+        for name in self.family.vision_side:
+            getattr(self.model, name).requires_grad_(True)
+        return self
+
+    def train(self, mode: bool = True) -> ZeroShotClassifier:
+        """As torch's; layers that would compute with statistics of the batch, or at random, stay as in evaluation."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, BatchNorm | Dropout):
+                module.eval()
         return self
 
     def activation_checkpointing_enable(self, **options) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, pipeline
 
 from hpt_hf.data.collator import Collator
+from hpt_hf.models.preprocessing import Preprocessing
 from hpt_hf.models.zero_shot import TEMPLATE, ZeroShotClassifier, build_zero_shot_head, digest, fingerprint
 from hpt_hf.publishing.model_card import RECORDS, SEAL, card, for_pipeline, read_results_of
 from hpt_hf.utils import file_digests, read_json, sha256, write_json, write_text, written_whole
@@ -123,6 +124,7 @@ def _seal(opened: ZeroShotClassifier, folder: str | Path, template: str) -> dict
         "mean": _numbers(opened.mean),
         "std": _numbers(opened.std),
         "image_size": opened.image_size,
+        "family": opened.config.model_type,
         "vocabulary": hashlib.sha256(tokens.encode()).hexdigest()[:16],
         "labels": LABELS,
         "template": template,
@@ -189,9 +191,17 @@ def logits(classifier: ZeroShotClassifier, template: str = TEMPLATE) -> torch.Te
     """(probe images, labels): what the evaluator computes, in float32."""
     collate, images = Collator(classifier.processor), probe_images(classifier.image_size)
     batches = [collate([{"image": i.convert("RGB"), "label": None}])["images"] for i in images]
+    for image, batch in zip(images, batches, strict=True):  # inside the model, where eps is counted on own pixels
+        own = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+        if (
+            own.shape != batch.shape
+            and (off := float((classifier.resize_and_crop(own) - batch).abs().max())) > 2 / 255
+        ):
+            raise ValueError(f"images of {image.size} are resized otherwise inside the model, by {255 * off:.1f}/255")
     embeds = torch.cat([classifier.embed_images(b.to(classifier.device)) for b in batches])
     head = build_zero_shot_head(classifier.model, classifier.processor.tokenizer, LABELS, [template])
-    return (classifier.family.scale(classifier.model) * F.normalize(embeds, dim=-1) @ head.T).cpu()
+    scale, bias = classifier.family.scale(classifier.model), classifier.family.bias(classifier.model)
+    return (scale * F.normalize(embeds, dim=-1) @ head.T + bias).cpu()
 
 
 def pipeline_logits(folder: str | Path, template: str = TEMPLATE, dtype: str = "float32") -> torch.Tensor:
@@ -208,7 +218,7 @@ def pipeline_logits(folder: str | Path, template: str = TEMPLATE, dtype: str = "
         device="cpu",
     )
     rows = []
-    for image in probe_images(classify.model.config.vision_config.image_size):
+    for image in probe_images(Preprocessing.of(classify.image_processor).side):
         inputs = classify.preprocess(image, candidate_labels=list(LABELS), hypothesis_template=for_pipeline(template))
         rows.append(classify.forward(inputs)["logits"][0].float())
     return torch.stack(rows)

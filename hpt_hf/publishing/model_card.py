@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hpt_hf.evaluation.result import EvalResult, read_results_of, told_apart
 from hpt_hf.evaluation.tables import result_table
+from hpt_hf.models.families import FAMILIES
 from hpt_hf.utils import escaped, progress, read_json, slug, write_text
 
 SEAL = "parity.json"  # what `hpt_hf.publishing.export` checked
@@ -76,11 +77,13 @@ def card(folder: str | Path, *, results=None, repo_id: str | None = None, revisi
     templates = prompts(trained, results, seal)
     form = seal.get("form", "transformers")
     text = ModelCard.from_template(
-        _metadata(trained, converted, results, name.split("/")[-1], form),
+        _metadata(trained, converted, results, name.split("/")[-1], seal),
         Path(__file__).with_name("vision_tower.md.j2" if form == "vision_tower" else "model_card.md.j2"),
         **{"name": name, "revision": revision, "results": results, "plain": _plain},
         **{"trained": trained, "recipe": trained.get("recipe", {}), "converted": converted, "mixed": mixed},
         **{"seal": seal, "prompts": templates, "prompt": json.dumps(for_pipeline(templates[0]))},
+        family=(family := FAMILIES[seal.get("family", "clip")]),
+        sigmoid=family.called.startswith("SigLIP"),
         paper=PAPERS.get(trained.get("method")),
         vision=seal.get("vision") or read_json(folder / "config.json")["vision_config"],
         tables={question: result_table(part) for question, part in tables.items()},
@@ -137,8 +140,8 @@ def read_record(folder: str | Path, name: str) -> dict:
     return record
 
 
-def _metadata(trained: dict, converted: dict, results: Sequence[EvalResult], name: str, form: str) -> ModelCardData:
-    recipe, base = trained.get("recipe", {}), _hub_id(converted.get("base"))
+def _metadata(trained: dict, converted: dict, results: Sequence[EvalResult], name: str, seal: dict) -> ModelCardData:
+    recipe, base, form = trained.get("recipe", {}), _hub_id(converted.get("base")), seal.get("form")
     if trained:  # what came from the Hub came at a commit; a folder can be called as a repository is
         origin = trained["student"]
         base = _hub_id(recipe.get("model") or origin["source"]) if origin["revision"] else None
@@ -147,7 +150,7 @@ def _metadata(trained: dict, converted: dict, results: Sequence[EvalResult], nam
         library_name="open_clip" if form == "open_clip" else "transformers",
         pipeline_tag="image-feature-extraction" if form == "vision_tower" else TASK,
         tags=[
-            "clip",
+            slug(FAMILIES[seal.get("family", "clip")].called),
             "adversarial-robustness",
             *(["vision-tower"] if form == "vision_tower" else []),
             *([trained["method"].replace("_", "-")] if trained else []),

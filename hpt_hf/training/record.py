@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.method.objectives import Objective
+from hpt_hf.models.families import FAMILIES
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.model_card import TRAINED
 from hpt_hf.utils import commit, hardware, read_json, versions
@@ -68,6 +69,18 @@ def beginning(student: ZeroShotClassifier, proxy: ZeroShotClassifier | None, att
     settings = {name: getattr(attack, name, None) for name in ("steps", "step_size", "random_start")}
     settings["name"] = type(attack).__name__
     return models | {"attack": asdict(attack.threat) | settings}
+
+
+def check_student(student: ZeroShotClassifier) -> None:
+    """Raise ValueError for a model that can only teach, or one without classes."""
+    if not student.family.student:
+        known = ", ".join(repr(name) for name, family in FAMILIES.items() if family.student)
+        raise ValueError(
+            f"student: got a model of the family {student.config.model_type!r}, expected one of {known}: "
+            "others can be measured, and teach as --proxy"
+        )
+    if not student.classes:
+        raise ValueError("the student has no classes. Fix: student.set_classes(names, templates)")
 
 
 def check_proxy(student: ZeroShotClassifier, proxy: ZeroShotClassifier) -> None:

@@ -20,7 +20,7 @@ from hpt_hf.models.fsdp import shard_models
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.training.checkpoints import CheckpointTrainer, VouchForCheckpoint
 from hpt_hf.training.config import HPTConfig
-from hpt_hf.training.record import accuracies, beginning, check_attack, check_proxy
+from hpt_hf.training.record import accuracies, beginning, check_attack, check_proxy, check_student
 from hpt_hf.training.standstill import Standstill
 from hpt_hf.training.timing import Stopwatch
 from hpt_hf.types import Images
@@ -64,8 +64,7 @@ class HPTTrainer(CheckpointTrainer):
     ):
         if not isinstance(args, HPTConfig):
             raise TypeError(f"args: got {type(args).__name__}, expected HPTConfig: its defaults are the method's")
-        if not student.classes:
-            raise ValueError("the student has no classes. Fix: student.set_classes(names, templates)")
+        check_student(student)
         needed = {name for phase in schedule.phases for name in phase.objective.references}
         # Only what an objective asks for is kept: a frozen model that nobody asks costs memory on every device.
         self.proxy = proxy if "proxy" in needed else None

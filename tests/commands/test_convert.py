@@ -267,9 +267,9 @@ def no_text(folder):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def rescaled(folder):
+def not_resized(folder):
     content = json.loads((folder / "processor_config.json").read_text())
-    content["image_processor"]["rescale_factor"] = 1 / 127.5
+    content["image_processor"]["do_resize"] = False
     (folder / "processor_config.json").write_text(json.dumps(content))
 
 
@@ -280,7 +280,7 @@ DAMAGED = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.*--base"),
     "no processor": (lambda f: (f / "processor_config.json").unlink(), "no processor.*--base"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
-    "a processor that pipeline reads otherwise": (rescaled, "the processor of .*model.*scales by 1/255"),
+    "a processor that does not resize": (not_resized, "the processor of .*model.*expected one that resizes"),
     "a record of another version": (lambda f: (f / TRAINED).write_text('{"method": "x"}'), "train.json lacks"),
     "a damaged record": (lambda f: (f / CONVERTED).write_text("{"), "convert.json is damaged"),
 }

@@ -68,7 +68,7 @@ def stock(student_path) -> CLIPModel:
 @pytest.fixture(scope="module")
 def fast(stock) -> CLIPModel:
     twin = copy.deepcopy(stock)
-    use_fast_layers(twin)
+    use_fast_layers(twin, class_token=True)
     return twin
 
 

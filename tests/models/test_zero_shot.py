@@ -427,9 +427,9 @@ BROKEN = {
     "a tokenizer of nonsense": (content("tokenizer.json", b"{}"), "tokenizer"),
     "no config": (without("config.json"), "no config.json.*model.safetensors"),
     "a config of nonsense": (content("config.json", b"{"), "no model could be loaded"),
-    "a config that is empty": (content("config.json", b"{}"), "type None: expected 'clip'"),
+    "a config that is empty": (content("config.json", b"{}"), "type None: expected one of 'clip', "),
     "a config that is a list": (content("config.json", b"[]"), "config"),
-    "another family": (a_bert, "type 'bert': expected 'clip'"),
+    "another family": (a_bert, "type 'bert': expected one of 'clip', "),
 }
 
 
