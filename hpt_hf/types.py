@@ -38,7 +38,8 @@ ImageIds = Int[Tensor, "batch"]
 
 @dataclass
 class ZeroShotOutput(ModelOutput):
-    """What a model says of a batch: logits, and projected embeddings that are not normalised, both float32."""
+    """What a model says of a batch: logits, and projected embeddings that are not normalised, both float32; of several models, each one's logits, too."""
 
     logits: Logits | None = None
     embeds: Embeds | None = None
+    members: Float[Tensor, "members batch classes"] | None = None  # of an ensemble: the logits of each

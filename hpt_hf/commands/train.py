@@ -19,13 +19,15 @@ from hpt_hf.attacks.threat_model import parse_eps
 from hpt_hf.commands.common import ball, dataset_spec, load_model, open_images
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.data.collator import Collator
-from hpt_hf.data.dataset import held_out
+from hpt_hf.data.dataset import LabelledImages, held_out
 from hpt_hf.data.streaming import open_stream
 from hpt_hf.evaluation.statistics import wilson
 from hpt_hf.method.objectives import OBJECTIVES, Divergence
 from hpt_hf.method.schedule import Schedule
+from hpt_hf.models.ensemble import Ensemble
 from hpt_hf.models.fast_layers import keep_memory
-from hpt_hf.publishing.export import check_apart
+from hpt_hf.models.zero_shot import ZeroShotClassifier
+from hpt_hf.publishing.export import DTYPES, check_apart
 from hpt_hf.publishing.model_card import TRAINED
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.trainer import HPTTrainer
@@ -64,11 +66,20 @@ class MethodArguments:
         metadata={"choices": ["hpt_gpd", *OBJECTIVES], "help": "hpt_gpd, or one objective from start to end"}
     )
     model: str = field(metadata={"help": "the student: a folder or a Hub id"})
-    proxy: str | None = field(
-        default=None, metadata={"help": "a vanilla CLIP of another architecture (hpt, hpt_gpd, ga)"}
+    proxy: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "vanilla models of other architectures (hpt, hpt_gpd, ga); of several, the mean probability"
+        },
     )
     model_revision: str | None = None
-    proxy_revision: str | None = None
+    proxy_revision: list[str] | None = field(default=None, metadata={"help": "one for each proxy"})
+    proxy_weights: list[float] | None = field(default=None, metadata={"help": "of several; left out: all alike"})
+    proxy_on: Literal["adversarial", "clean"] = field(
+        default="adversarial", metadata={"help": "the images on which hpt asks the proxy; clean: as ga does"}
+    )
+    proxy_dtype: Literal["float32", "bfloat16"] = "float32"
+    proxy_device: str | None = field(default=None, metadata={"help": "cuda:1 …; left out: the student's"})
     norm: Literal["linf", "l2"] = "linf"
     eps: str = field(default="1/255", metadata={"help": "radius of the ball as a fraction of the pixel range"})
     attack_steps: int = 2
@@ -105,6 +116,7 @@ def build_schedule(args: MethodArguments) -> Schedule:
         raise RecipeError(f"ga_epochs: got {args.ga_epochs}, expected more than 0")
 
     def objective(name: str):
+        name = "ga" if name == "hpt" and args.proxy_on == "clean" else name
         return dataclasses.replace(OBJECTIVES[name], divergence=divergence, attack_on=args.attack_on)
 
     if args.method != "hpt_gpd":
@@ -145,6 +157,27 @@ def build_attack(args: MethodArguments) -> TrainingAttack:
     return TrainingAttack(threat, args.attack_steps, size, args.attack_random_start)
 
 
+def load_proxy(args: MethodArguments, images: LabelledImages) -> ZeroShotClassifier | Ensemble:
+    """The proxy, or several as one, with the classes set.
+
+    Raises:
+        RecipeError: none, or other settings than proxies.
+    """
+    if not args.proxy:
+        raise RecipeError(f"{args.method} learns from a proxy: got none. Fix: --proxy, a CLIP of another architecture")
+    revisions = args.proxy_revision or [None] * len(args.proxy)
+    if len(revisions) != len(args.proxy):
+        raise RecipeError(f"proxy_revision: got {len(revisions)}, expected one for each of {len(args.proxy)} proxies")
+    proxies = [
+        load_model(name, revision).set_classes(images.classes, images.templates).in_precision(DTYPES[args.proxy_dtype])
+        for name, revision in zip(args.proxy, revisions, strict=True)
+    ]
+    if args.proxy_device:
+        proxies = [proxy.to(args.proxy_device) for proxy in proxies]
+    single = len(proxies) == 1 and not args.proxy_device and not args.proxy_weights
+    return proxies[0] if single else Ensemble(proxies, args.proxy_weights)
+
+
 def build(
     data: DataArguments, method: MethodArguments, training: HPTConfig, *, shortened: int | None = None
 ) -> HPTTrainer:
@@ -153,7 +186,9 @@ def build(
     Args:
         shortened: at most so many steps of each phase: enough to see what the run would cost.
     """
-    check_apart(training.output_dir, model=method.model, proxy=method.proxy, dataset=data.dataset)
+    check_apart(training.output_dir, model=method.model, dataset=data.dataset)
+    for proxy in method.proxy or ():
+        check_apart(training.output_dir, proxy=proxy)
     set_seed(training.seed)
     keep_memory()
     attack, schedule = build_attack(method), build_schedule(method)
@@ -182,13 +217,8 @@ def build(
             "lower per_device_train_batch_size"
         )
     student = load_model(method.model, method.model_revision).set_classes(images.classes, images.templates)
-    proxy = None
-    if any("proxy" in p.objective.references for p in schedule.phases):
-        if method.proxy is None:
-            raise RecipeError(
-                f"{method.method} learns from a proxy: got none. Fix: --proxy, a CLIP of another architecture"
-            )
-        proxy = load_model(method.proxy, method.proxy_revision).set_classes(images.classes, images.templates)
+    needed = any("proxy" in p.objective.references for p in schedule.phases)
+    proxy = load_proxy(method, images) if needed else None
     recipe = {k: v for part in (data, method) for k, v in dataclasses.asdict(part).items()}
     return HPTTrainer(
         student,

@@ -144,6 +144,18 @@ class ZeroShotClassifier(torch.nn.Module):
         return self.mean.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the vision side's weights: the rest is not asked once the classes are set."""
+        return next(getattr(self.model, self.family.vision_side[0]).parameters()).dtype
+
+    def in_precision(self, dtype: torch.dtype) -> ZeroShotClassifier:
+        """The vision side in another precision; classes, scale and preprocessing stay float32. Returns self."""
+        for name in self.family.vision_side:
+            if hasattr(self.model, name):
+                getattr(self.model, name).to(dtype)
+        return self
+
+    @property
     def image_size(self) -> int:
         """Side in pixels of the square that the vision tower sees."""
         return self.preprocessing.side
@@ -161,7 +173,7 @@ class ZeroShotClassifier(torch.nn.Module):
     def embed_images(self, images: Images) -> Embeds:
         """(batch, dim) embeddings, not normalised, float32 whatever the weights are."""
         pixels = (self.resize_and_crop(images) - self.mean) / self.std
-        return self.family.image_features(self.model, pixels.to(self.model.dtype)).float()
+        return self.family.image_features(self.model, pixels.to(self.dtype)).float()
 
     def classify(self, images: Images) -> ZeroShotOutput:
         """Logits and embeds. Attacks call this: nothing wraps it in autocast, as `forward` is."""
@@ -182,7 +194,8 @@ class ZeroShotClassifier(torch.nn.Module):
         """Only the vision side is trained (the authors' choice). Returns self."""
         self.model.requires_grad_(False)
         for name in self.family.vision_side:
-            getattr(self.model, name).requires_grad_(True)
+            if hasattr(self.model, name):
+                getattr(self.model, name).requires_grad_(True)
         return self
 
     def train(self, mode: bool = True) -> ZeroShotClassifier:

@@ -198,7 +198,9 @@ def _hub_id(name: str | None) -> str | None:
     return None
 
 
-def _plain(name: str) -> str:
-    """A Hub id or a name as it is, of a local path its last part alone; in a cell of a table."""
+def _plain(name: str | list[str]) -> str:
+    """A Hub id or a name as it is, of a local path its last part alone; in a cell of a table. Or several."""
+    if isinstance(name, list):
+        return " + ".join(map(_plain, name))
     name = Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
     return escaped(name)

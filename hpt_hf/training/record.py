@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,10 +12,12 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from hpt_hf.attacks.pgd import TrainingAttack
-from hpt_hf.method.objectives import Objective
+from hpt_hf.method.objectives import Objective, Views
+from hpt_hf.models.ensemble import Ensemble, members
 from hpt_hf.models.families import FAMILIES
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.model_card import TRAINED
+from hpt_hf.types import Labels
 from hpt_hf.utils import commit, hardware, read_json, versions
 
 logger = logging.get_logger(__name__)
@@ -33,6 +35,8 @@ def decided_by(trainer) -> dict:
     fields = {name: getattr(args, name) for name in ARGUMENTS}
     for name in ("student", "proxy"):
         fields[name] = (trainer.beginning[name] or {}).get("fingerprint")
+    fields["proxy_weights"] = trainer.proxy.weights if len(members(trainer.proxy)) > 1 else None
+    fields["proxy_dtype"] = ", ".join(sorted({str(m.dtype).removeprefix("torch.") for m in members(trainer.proxy)}))
     fields |= {f"attack {name}": value for name, value in trainer.beginning["attack"].items()}
     for number, phase in enumerate(phases, 1):
         settings = {k: v for k, v in vars(phase).items() if k not in ("objective", "epochs", "rate_divisor")}
@@ -59,16 +63,34 @@ def _short(value) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def beginning(student: ZeroShotClassifier, proxy: ZeroShotClassifier | None, attack: TrainingAttack) -> dict:
+def _origin(models: Sequence[ZeroShotClassifier]) -> dict | None:
+    """Where one model came from, or several as one."""
+    told = [(str(m.model.name_or_path), m.revision, fingerprint(m)) for m in models]
+    sources, revisions, prints = zip(*told, strict=True) if told else ((), (), ())
+    revision = " + ".join(map(str, revisions)) if any(revisions) else None
+    return {"source": " + ".join(sources), "revision": revision, "fingerprint": "+".join(prints)} if told else None
+
+
+def beginning(
+    student: ZeroShotClassifier, proxy: ZeroShotClassifier | Ensemble | None, attack: TrainingAttack
+) -> dict:
     """What training begins with: the models before it, and the attack."""
-    models = {
-        name: model
-        and {"source": model.model.name_or_path, "revision": model.revision, "fingerprint": fingerprint(model)}
-        for name, model in (("student", student), ("proxy", proxy))
-    }
+    models = {"student": _origin([student]), "proxy": _origin(members(proxy))}
     settings = {name: getattr(attack, name, None) for name in ("steps", "step_size", "random_start")}
     settings["name"] = type(attack).__name__
     return models | {"attack": asdict(attack.threat) | settings}
+
+
+def agreements(proxy: ZeroShotClassifier | Ensemble | None, views: Views, labels: Labels | None) -> dict:
+    """How many of the batch's labels each proxy names, on the images that it was asked about: name -> share."""
+    asked = vars(views.proxy) if proxy is not None else {}
+    output = asked.get("adversarial", asked.get("clean"))
+    if labels is None or output is None:
+        return {}
+    each = output.logits[None] if output.members is None else output.members
+    names = [f"agreement_{Path(str(m.model.name_or_path)).name}" for m in members(proxy)]
+    names = [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
+    return {n: (logits.argmax(1) == labels).float().mean() for n, logits in zip(names, each, strict=True)}
 
 
 def check_student(student: ZeroShotClassifier) -> None:

@@ -15,12 +15,13 @@ from hpt_hf.data.streaming import StreamedImages
 from hpt_hf.method.gpd import GPDCallback
 from hpt_hf.method.objectives import Views
 from hpt_hf.method.schedule import Schedule
+from hpt_hf.models.ensemble import Ensemble, members
 from hpt_hf.models.fast_layers import compile_layers
 from hpt_hf.models.fsdp import shard_models
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.training.checkpoints import CheckpointTrainer, VouchForCheckpoint
 from hpt_hf.training.config import HPTConfig
-from hpt_hf.training.record import accuracies, beginning, check_attack, check_proxy, check_student
+from hpt_hf.training.record import accuracies, agreements, beginning, check_attack, check_proxy, check_student
 from hpt_hf.training.standstill import Standstill
 from hpt_hf.training.timing import Stopwatch
 from hpt_hf.types import Images
@@ -38,8 +39,8 @@ class HPTTrainer(CheckpointTrainer):
         args: not changed.
         schedule: the phases; what they leave open is taken from `args`.
         attack: how training images are attacked.
-        proxy: a vanilla classifier of another architecture with the same classes, or None if no objective needs one;
-            it is frozen.
+        proxy: a vanilla classifier of another architecture with the same classes, several as one, or None if no
+            objective needs one; it is frozen, and stays on an accelerator of its own if it lies on one.
         recipe: what train.json tells beside the run's own record.
         shortened: at most so many steps of each phase, to see what the run would cost.
 
@@ -57,7 +58,7 @@ class HPTTrainer(CheckpointTrainer):
         *,
         schedule: Schedule,
         attack: TrainingAttack,
-        proxy: ZeroShotClassifier | None = None,
+        proxy: ZeroShotClassifier | Ensemble | None = None,
         recipe: dict | None = None,
         shortened: int | None = None,
         **kwargs,
@@ -68,9 +69,9 @@ class HPTTrainer(CheckpointTrainer):
         needed = {name for phase in schedule.phases for name in phase.objective.references}
         # Only what an objective asks for is kept: a frozen model that nobody asks costs memory on every device.
         self.proxy = proxy if "proxy" in needed else None
-        if self.proxy is not None:
-            check_proxy(student, self.proxy)
-        elif "proxy" in needed:
+        for model in members(self.proxy):
+            check_proxy(student, model)
+        if "proxy" in needed and self.proxy is None:
             raise ValueError(f"{schedule.phases[-1].objective.name} learns from a proxy: got none. Fix: --proxy")
         check_attack((phase.objective for phase in schedule.phases), attack)
         self.vanilla: dict[str, float] = {}  # what the vanilla student gets on the held-out slice, if it was asked
@@ -91,7 +92,10 @@ class HPTTrainer(CheckpointTrainer):
             raise ValueError("DeepSpeed: GPD cannot follow its sharding. Fix: FSDP2 (accelerate/fsdp2.yaml)")
         self.anchor = student.with_weights(student.model.state_dict()) if "anchor" in needed else None
         # `.to`, not accelerator.prepare_model, after which evaluate() would not prepare the student.
-        references = [m.to(args.device).eval().requires_grad_(False) for m in (self.proxy, self.anchor) if m]
+        references = [
+            (m if m.device.type != "cpu" else m.to(args.device)).eval().requires_grad_(False)
+            for m in (*members(self.proxy), *members(self.anchor))
+        ]
         if compiled:
             for model in (student, *references):
                 compile_layers(model.model, **compiled)
@@ -140,7 +144,8 @@ class HPTTrainer(CheckpointTrainer):
         adversarial = views.student.adversarial.logits
         if model.training:
             robust = (adversarial.detach().argmax(1) == views.labels).float().mean()
-            self._told.append({f"loss_{n}": t.detach() for n, t in terms.items()} | {"robust_batch_accuracy": robust})
+            told = {f"loss_{n}": t.detach() for n, t in terms.items()} | {"robust_batch_accuracy": robust}
+            self._told.append(told | agreements(self.proxy, views, inputs.get("labels")))
         return (loss, {"adversarial": adversarial, "clean": views.student.clean.logits}) if return_outputs else loss
 
     def _in_autocast(self, model: torch.nn.Module):

@@ -30,6 +30,9 @@ DECIDES = {
     "method": ("tecoa", "phase 1"),
     "model": ("{other_student}", "student"),
     "proxy": ("{other_proxy}", "proxy"),
+    "proxy_weights": ("3 1", "proxy_weights"),
+    "proxy_on": ("clean", "phase 2 objective"),
+    "proxy_dtype": ("bfloat16", "proxy_dtype"),
     "norm": ("l2", "attack norm"),
     "eps": ("4/255", "attack eps"),
     "attack_steps": ("3", "attack steps"),
@@ -69,7 +72,14 @@ DECIDES = {
 # has no held-out slice.
 BY_DIGEST = {"dataset_revision", "model_revision", "proxy_revision", "data_dir", "split", "streaming", "images"}
 ON_GPU = {"tf32"}  # decides, and is refused without one
-FREE = {"license": "mit", "on_corrupt": "skip", "logging_steps": "3", "logging_strategy": "epoch", "save_steps": "7"}
+FREE = {
+    "license": "mit",
+    "proxy_device": "cpu",
+    "on_corrupt": "skip",
+    "logging_steps": "3",
+    "logging_strategy": "epoch",
+    "save_steps": "7",
+}
 FREE |= {
     "save_strategy": "epoch",
     "save_total_limit": "2",
@@ -106,8 +116,9 @@ def run(tmp_path_factory, paths) -> tuple[list[str], Path, dict]:
     (place / "names.txt").write_text("\n".join(f"a {name}" for name in CLASSES))
     named = {"other_data": other, "names": place / "names.txt"}
     named |= {"other_student": save_tiny_clip(place / "student", seed=77)}
+    second = save_tiny_clip(place / "second", patch_size=16, seed=79)
     named |= {"other_proxy": save_tiny_clip(place / "proxy", patch_size=16, seed=78)}
-    argv = f"--dataset {data} --image_column image --label_column label --model {paths[0]} --proxy {paths[1]} {STEPS}"
+    argv = f"--dataset {data} --image_column image --label_column label --model {paths[0]} --proxy {paths[1]} {second} {STEPS}"
     argv = [*argv.split(), "--output_dir", str(place / "out")]
     trainer(argv, "--save_steps", "3", "--save_strategy", "steps").train()
     assert len(list((place / "out").glob("checkpoint-*"))) >= 2
