@@ -43,8 +43,8 @@ test-all: $(VENV)/.installed
 # Parity with the open_clip package: it needs torchvision, and so torch's full build (6 GB), in an environment of its own.
 interop:
 	$(PYTHON) -m venv .venv-interop
-	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' 'open_clip_torch>=3.3,<4'
-	.venv-interop/bin/python -m pytest tests/publishing/test_convert_checkpoint.py
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,open_clip]'
+	.venv-interop/bin/python -m pytest tests/models/test_open_clip.py tests/publishing/test_convert_checkpoint.py
 
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/step.py --output outputs/bench

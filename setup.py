@@ -41,6 +41,8 @@ setup(
     extras_require={
         # AutoAttack by its own authors, to compare our attacks with (benchmarks/independent.py).
         "attack": ["pyautoattack==0.2.0"],
+        # Models in open_clip's form (hpt_hf/models/open_clip_models.py); it needs torchvision.
+        "open_clip": ["open_clip_torch>=3.3,<4"],
         "track": ["tensorboard>=2.19"],
         # recipes/demo.py
         "demo": ["gradio>=6.31,<7"],

@@ -74,7 +74,8 @@ def dataset_spec(args, path: str, split: str, *, revision: str | None = None) ->
 def on_device(model: ZeroShotClassifier) -> ZeroShotClassifier:
     """The model where this process computes, with the attention that is fastest there: on a CPU the plain one."""
     device = processes().device
-    model.model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
+    if model.family.attention == "sdpa":
+        model.model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
     return model.to(device)
 
 

@@ -42,6 +42,15 @@ def run(args: ConvertArguments) -> str:
     if args.base is None and source.is_file():
         raise RecipeError(f"{source} is a file of weights: name the CLIP that gives all else with --base")
     classifier, records = _complete(args) if args.base is None else _with_base(args)
+    kind = classifier.config.model_type
+    if args.to != "transformers" and kind not in ("clip", "open_clip") or args.to == "vision_tower" and kind != "clip":
+        raise RecipeError(f"--to {args.to}: got a model of the family {kind!r}, expected 'clip'")
+    if args.to == "transformers" and kind == "open_clip":
+        fix = "Fix: --base, a CLIPModel of the same architecture, if it is a ViT with CLIP's text tower; or --to open_clip"
+        raise RecipeError(f"--to transformers: no class of transformers is known to hold {args.model}. {fix}")
+    if kind == "open_clip":
+        export(classifier, output, records=records)
+        return "weights and answers read back"
     if args.to == "vision_tower":
         options = {"image_size": args.image_size, "dtype": DTYPES[args.dtype], "records": records}
         count = export_tower(classifier, output, **options)

@@ -1,4 +1,4 @@
-"""Model families: for each `model_type` of transformers, how a dual encoder's features and scale are taken.
+"""Model families: for each `model_type` of transformers, and for open_clip, how features and scale are taken.
 
 A proxy may be of any of them. A student, which is attacked, trained and exported, of those whose checkpoints
 `pipeline` opens and whose forward pass is the same in training: no dropout, no statistics of the batch.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
+from hpt_hf.models.open_clip_models import OpenClipModel
+
+Encoder = PreTrainedModel | OpenClipModel
 PROMPTS = ("input_ids", "attention_mask", "token_type_ids")  # what a text tower may be given
 
 
@@ -56,7 +60,7 @@ class Family:
     """What the rest of the package must know of a family."""
 
     called: str
-    model_class: type[PreTrainedModel]  # opens and saves its checkpoints
+    model_class: type[Any]  # opens and saves its checkpoints
     image_features: Callable[[PreTrainedModel, Tensor], Tensor] = _images  # normalised pixels -> (batch, dim)
     text_features: Callable[[PreTrainedModel, dict[str, Tensor]], Tensor] = _texts  # tokens -> (prompts, dim)
     scale: Callable[[PreTrainedModel], Tensor] = lambda model: model.logit_scale.exp()  # the factor of the cosines
@@ -66,6 +70,7 @@ class Family:
     context: int | None = None  # tokens; None: what the text tower's config says
     prompts: tuple[str, ...] = PROMPTS
     attention: str = "sdpa"  # transformers' own; a checkpoint's config may name code to download
+    blank: Callable[[Any], Any] = lambda model: type(model)(model.config)  # the same architecture, other weights
     student: bool = False
     class_token: bool = False  # the embedding is made of the vision tower's first token alone
 
@@ -93,4 +98,16 @@ FAMILIES: dict[str, Family] = {
     "altclip": Family("AltCLIP", AltCLIPModel),
     "chinese_clip": Family("Chinese CLIP", ChineseCLIPModel),
     "vision-text-dual-encoder": Family("dual encoder", VisionTextDualEncoderModel, attention="eager"),
+    "open_clip": Family(
+        "open_clip model",
+        OpenClipModel,
+        lambda model, pixels: model.encode_image(pixels),
+        lambda model, tokens: model.encode_text(tokens["input_ids"]),
+        bias=lambda model: 0.0 if getattr(model, "logit_bias", None) is None else model.logit_bias,
+        vision_side=("visual",),
+        prompts=("input_ids",),
+        attention="its own",
+        blank=lambda model: model.blank(),
+        student=True,
+    ),
 }

@@ -109,7 +109,8 @@ def use_fast_layers(model: torch.nn.Module, *, class_token: bool) -> None:
 
 def vision_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The transformer layers of its vision tower; none of a convolution."""
-    return [module for module in model.vision_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    tower = getattr(model, "vision_model", model)
+    return [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def compile_layers(model: torch.nn.Module, **options) -> None:

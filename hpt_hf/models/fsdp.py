@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import logging
 
 from hpt_hf.models.fast_layers import vision_layers
+from hpt_hf.models.pretrained import load_pretrained
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 
 logger = logging.get_logger(__name__)
@@ -56,6 +57,8 @@ def shard_models(models: Sequence[ZeroShotClassifier], accelerator, *, asked: st
     check_plugin(plugin)
     for classifier in models:
         model = classifier.to(accelerator.device).model
+        if not hasattr(model, "vision_model"):
+            raise ValueError(f"FSDP: {model.name_or_path} is an open_clip model, which is not sharded. Fix: DDP")
         options = {
             "offload_policy": plugin.cpu_offload,
             "ignored_params": {p for p in model.parameters() if p.numel() == 1},
@@ -94,6 +97,6 @@ def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 @torch.no_grad()
 def load_weights(classifier: ZeroShotClassifier, folder: str | Path) -> None:
     """Copy a checkpoint's weights into the classifier's model, to where they lie."""
-    weights = type(classifier.model).from_pretrained(folder, dtype=torch.float32).state_dict()
+    weights = load_pretrained(folder)[0].state_dict()
     for name, parameter in parameters(classifier).items():
         parameter.copy_(shard_like(weights[name], parameter))

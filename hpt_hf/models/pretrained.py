@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -11,13 +12,14 @@ from safetensors import SafetensorError
 from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
-from hpt_hf.models.families import FAMILIES
+from hpt_hf.models.families import FAMILIES, Encoder
+from hpt_hf.models.open_clip_models import CONFIG, HUB, load_open_clip
 from hpt_hf.models.preprocessing import Preprocessing
 
 CONVERT = "Fix: hpt-hf convert with --base takes it from the model it came from"
 
 
-def load_pretrained(source: str | Path, **hub) -> tuple[PreTrainedModel, ProcessorMixin, str | None]:
+def load_pretrained(source: str | Path, **hub) -> tuple[Encoder, Any, str | None]:
     """(model in float32 and eval mode, processor, the Hub's commit or None).
 
     Args:
@@ -26,6 +28,8 @@ def load_pretrained(source: str | Path, **hub) -> tuple[PreTrainedModel, Process
     Raises:
         OSError, ValueError: nothing there, another family, or weights, tokenizer or processor that are not whole.
     """
+    if is_open_clip(source):
+        return load_open_clip(str(source))
     try:
         model, processor, commit = _load(source, hub)
         _check(model, processor, source)
@@ -35,6 +39,11 @@ def load_pretrained(source: str | Path, **hub) -> tuple[PreTrainedModel, Process
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{source} cannot be used: its config or processor is odd ({reason})") from error
     return model, processor, commit
+
+
+def is_open_clip(source: str | Path) -> bool:
+    """`hf-hub:owner/name`, or a folder with open_clip's config alone."""
+    return str(source).startswith(HUB) or Path(source, CONFIG).is_file() and not Path(source, "config.json").is_file()
 
 
 @torch.no_grad()

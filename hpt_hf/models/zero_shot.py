@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.dropout import _DropoutNd as Dropout
-from transformers import PreTrainedModel, ProcessorMixin
 
-from hpt_hf.models.families import FAMILIES
+from hpt_hf.models.families import FAMILIES, Encoder
 from hpt_hf.models.fast_layers import use_fast_layers
 from hpt_hf.models.preprocessing import Preprocessing
 from hpt_hf.models.pretrained import load_pretrained
@@ -45,7 +44,7 @@ def check_templates(templates: Sequence[str]) -> None:
         raise ValueError(f"templates: got {list(templates)}, expected '{{}}' exactly once in each")
 
 
-def tokenize(model: PreTrainedModel, tokenizer, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+def tokenize(model: Encoder, tokenizer, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Prompts as the model's family pads them: name of an input -> (prompts, tokens).
 
     Raises:
@@ -63,7 +62,7 @@ def tokenize(model: PreTrainedModel, tokenizer, prompts: Sequence[str]) -> dict[
 
 @torch.no_grad()
 def build_zero_shot_head(
-    model: PreTrainedModel, tokenizer, classes: Sequence[str], templates: Sequence[str] = (TEMPLATE,)
+    model: Encoder, tokenizer, classes: Sequence[str], templates: Sequence[str] = (TEMPLATE,)
 ) -> torch.Tensor:
     """(classes, dim) unit vectors: the mean of the templates' normalised embeddings, normalised again (section 3.1.4).
 
@@ -104,7 +103,7 @@ class ZeroShotClassifier(torch.nn.Module):
         revision: the Hub's commit that the model came from.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, revision: str | None = None):
+    def __init__(self, model: Encoder, processor, *, revision: str | None = None):
         super().__init__()
         use_fast_layers(model, class_token=FAMILIES[model.config.model_type].class_token)
         self.model, self.processor, self.revision = model, processor, revision
@@ -129,7 +128,7 @@ class ZeroShotClassifier(torch.nn.Module):
 
     def with_weights(self, state: Mapping[str, torch.Tensor]) -> ZeroShotClassifier:
         """A twin in eval mode with these weights of the model; the two share processor and head."""
-        model = type(self.model)(self.model.config).to(self.device)
+        model = self.family.blank(self.model).to(self.device)
         model.load_state_dict(state)
         twin = ZeroShotClassifier(model, self.processor)
         twin.head, twin.classes, twin.templates = self.head, self.classes, self.templates
@@ -202,7 +201,8 @@ class ZeroShotClassifier(torch.nn.Module):
         """As torch's; layers that would compute with statistics of the batch, or at random, stay as in evaluation."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, BatchNorm | Dropout):
+            # By name: those of timm and open_clip, which leave out patches and whole layers.
+            if isinstance(module, BatchNorm | Dropout) or type(module).__name__ in ("PatchDropout", "DropPath"):
                 module.eval()
         return self
 

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from hpt_hf.models.open_clip_models import CONFIG as OPEN_CLIP_CONFIG
+from hpt_hf.models.open_clip_models import WEIGHTS as OPEN_CLIP_WEIGHTS
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.publishing.export import seal_and_card, seal_of_files
 from hpt_hf.utils import read_json, write_json, written_whole
 
-OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 NAMES = {  # transformers' part of a name -> OpenAI's and open_clip's
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.": "visual.conv1.",

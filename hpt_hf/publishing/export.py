@@ -51,6 +51,8 @@ def export(classifier, folder: str | Path, *, records=None, dtype: str = "float3
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     folder = Path(folder).absolute()
+    if classifier.config.model_type == "open_clip":
+        return _export_open_clip(classifier, folder, records or {}, dtype)
     stored = classifier
     if classifier.model.dtype != DTYPES[dtype]:
         stored = copy.deepcopy(classifier).to(DTYPES[dtype])
@@ -75,6 +77,25 @@ def export(classifier, folder: str | Path, *, records=None, dtype: str = "float3
     return folder
 
 
+def _export_open_clip(classifier: ZeroShotClassifier, folder: Path, records: dict, dtype: str) -> Path:
+    """What only open_clip can hold, in its form: read back bit for bit, with the same answers."""
+    if dtype != "float32":
+        raise ValueError(f"dtype {dtype!r}: open_clip's form holds float32, and casts on loading (precision=...)")
+    with written_whole(folder, last=SEAL) as stage:
+        classifier.save_pretrained(stage)
+        for name, content in records.items():
+            write_json(stage / name, content)
+        opened = ZeroShotClassifier.from_pretrained(stage)
+        if fingerprint(opened) != fingerprint(classifier):
+            raise ValueError(f"{folder} was not written: opened afresh it holds other weights")
+        template = classifier.templates[0] if classifier.templates else TEMPLATE
+        off = float((logits(opened, template) - logits(classifier, template)).abs().max())
+        if not off <= TOLERANCE:
+            raise ValueError(f"{folder} was not written: opened afresh its logits differ by {off:.2g}")
+        seal_and_card(stage, folder, seal_of_files(stage, "open_clip", classifier) | {"difference": off})
+    return folder
+
+
 def seal_and_card(stage: Path, folder: Path, seal: dict) -> None:
     """The last two files of a folder of any form, into its `written_whole` stage. A card that was edited is kept."""
     write_json(stage / SEAL, seal)
@@ -88,7 +109,8 @@ def seal_of_files(stage: Path, form: str, classifier: ZeroShotClassifier, **fact
     """The seal of a form that `pipeline` does not open: digests of files that were read back and compared."""
     files = file_digests(stage, but=(SEAL, "README.md"))
     vision = classifier.config.vision_config.to_dict()
-    return {"form": form, "fingerprint": fingerprint(classifier), "files": files, "vision": vision, **facts} | {
+    told = {"form": form, "family": classifier.config.model_type, "fingerprint": fingerprint(classifier)}
+    return {**told, "files": files, "vision": vision, **facts} | {
         "template": classifier.templates[0] if classifier.templates else TEMPLATE,
         "image_size": classifier.image_size,
     }

@@ -31,7 +31,9 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 def test_every_family_is_tested_and_every_student_is_one():
-    assert set(TINY) == set(FAMILIES) and set(STUDENTS) == {name for name, f in FAMILIES.items() if f.student}
+    others = {"open_clip"}  # tests/models/test_open_clip.py
+    assert set(TINY) | others == set(FAMILIES)
+    assert set(STUDENTS) | others == {name for name, family in FAMILIES.items() if family.student}
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -1,0 +1,149 @@
+"""The seam to open_clip: its models (ResNet, ConvNeXt, EVA02, MobileCLIP …) with what the package asks of one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import save_file
+from transformers import BatchEncoding, PreTrainedConfig
+
+from hpt_hf.utils import read_json, write_json
+
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+HUB = "hf-hub:"
+RESAMPLE = {"bilinear": 2, "bicubic": 3}
+
+
+class OpenClipModel(torch.nn.Module):
+    """What a model of open_clip lacks of transformers' `PreTrainedModel`; mixed into its class, its names stay."""
+
+    config: OpenClipConfig
+    name_or_path: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def activation_checkpointing_enable(self, **_) -> None:
+        self.set_grad_checkpointing(True)
+
+    def blank(self) -> OpenClipModel:
+        """Another one of the same architecture; its weights are to be loaded."""
+        return copy.deepcopy(self)
+
+    def save_pretrained(self, folder: str | Path, **_) -> None:
+        """In open_clip's own form: weights and open_clip_config.json."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, Path(folder, WEIGHTS), metadata={"format": "pt"})
+        write_json(Path(folder, CONFIG), self.config.content)
+
+
+class OpenClipConfig(PreTrainedConfig):
+    """open_clip_config.json, and of it what the package asks of a config."""
+
+    model_type = "open_clip"
+
+    def __init__(self, content: dict, side: int):
+        cfg = content["model_cfg"]
+        super().__init__()
+        self.content = content
+        self.vision_config = PreTrainedConfig(**cfg["vision_cfg"], image_size_read=side)
+        text = cfg["text_cfg"]
+        self.text_config = PreTrainedConfig(
+            max_position_embeddings=text.get("context_length", 77), vocab_size=text.get("vocab_size", 49408)
+        )
+
+
+class OpenClipTokenizer:
+    """An open_clip tokenizer that is called as transformers' are, and does not cut off in silence."""
+
+    model_input_names = ("input_ids",)
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self._inner = getattr(tokenizer, "tokenizer", None)  # of transformers
+
+    def __call__(self, prompts: Sequence[str], return_tensors: str | None = None, **_) -> BatchEncoding:
+        if return_tensors is not None:
+            return BatchEncoding({"input_ids": self.tokenizer(list(prompts))})
+        if self._inner is not None:
+            return self._inner(list(prompts))
+        return BatchEncoding({"input_ids": [[0, *self.tokenizer.encode(prompt), 0] for prompt in prompts]})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        if self._inner is not None:  # OpenAI's vocabulary lies in the package itself
+            self._inner.save_pretrained(folder)
+
+
+def load_open_clip(source: str) -> tuple[OpenClipModel, SimpleNamespace, None]:
+    """(model in float32 and eval mode, processor, None) of a folder in open_clip's form, or of `hf-hub:owner/name`.
+
+    Raises:
+        ValueError: open_clip is not installed, or it cannot open the source.
+    """
+    try:
+        import open_clip
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{source} is an open_clip model ({error}). Fix: pip install 'hpt_hf[open_clip]'") from None
+    name = source if source.startswith(HUB) else f"local-dir:{source}"
+    try:
+        model = open_clip.create_model(name, precision="fp32", require_pretrained=True).eval()
+        tokenizer, model_cfg = open_clip.get_tokenizer(name), open_clip.get_model_config(name)
+    except Exception as error:  # what odd files lead to is of any type
+        raise ValueError(f"open_clip cannot open {source}: {' '.join(str(error).split())[:300]}") from error
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    content = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+    if not source.startswith(HUB):
+        content = read_json(Path(source, CONFIG))
+    model.__class__ = _with_mixin(type(model))
+    model.config = OpenClipConfig(content, _side(preprocess, source))
+    model.name_or_path = source
+    tokenizer = OpenClipTokenizer(tokenizer)
+    processor = SimpleNamespace(image_processor=_image_processor(preprocess, source), tokenizer=tokenizer)
+    processor.save_pretrained = tokenizer.save_pretrained
+    return model, processor, None
+
+
+@functools.cache
+def _with_mixin(kind: type) -> type:
+    return type(kind.__name__, (OpenClipModel, kind), {})
+
+
+def _side(preprocess: dict, source: str) -> int:
+    size = preprocess["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ValueError(f"{source} reads images of {height} x {width} px: expected a square")
+    return height
+
+
+def _image_processor(preprocess: dict, source: str) -> SimpleNamespace:
+    """open_clip's transforms in the fields of transformers' image processors, as `Preprocessing.of` reads them."""
+    side, mode, filter_ = _side(preprocess, source), preprocess["resize_mode"], preprocess["interpolation"]
+    if mode not in ("shortest", "squash") or filter_ not in RESAMPLE:
+        expected = "shortest or squash, bilinear or bicubic"
+        raise ValueError(f"the preprocess_cfg of {source}: got {mode!r}, {filter_!r}, expected {expected}")
+    square = {"height": side, "width": side}
+    return SimpleNamespace(
+        size={"shortest_edge": side} if mode == "shortest" else square,
+        crop_size=square,
+        do_center_crop=mode == "shortest",
+        rounded=True,  # torchvision's CenterCrop
+        resample=RESAMPLE[filter_],
+        do_resize=True,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(preprocess["mean"]),
+        image_std=list(preprocess["std"]),
+    )
