@@ -43,12 +43,14 @@ setup(
         "attack": ["pyautoattack==0.2.0"],
         # Models in open_clip's form (hpt_hf/models/open_clip_models.py); it needs torchvision.
         "open_clip": ["open_clip_torch>=3.3,<4"],
+        # LoRA students (hpt_hf/models/lora.py).
+        "lora": ["peft>=0.17"],
         "track": ["tensorboard>=2.19"],
         # recipes/demo.py
         "demo": ["gradio>=6.31,<7"],
         "test": [
             *("pytest>=8", "pytest-cov>=6", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
-            *("beartype>=0.20", "ruff>=0.12", "mypy>=1.15"),
+            *("beartype>=0.20", "ruff>=0.12", "mypy>=1.15", "peft>=0.17"),
         ],
     },
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],

@@ -26,6 +26,7 @@ from hpt_hf.method.objectives import OBJECTIVES, Divergence
 from hpt_hf.method.schedule import Schedule
 from hpt_hf.models.ensemble import Ensemble
 from hpt_hf.models.fast_layers import keep_memory
+from hpt_hf.models.lora import add_lora
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.publishing.export import DTYPES, check_apart
 from hpt_hf.publishing.model_card import TRAINED
@@ -100,6 +101,10 @@ class MethodArguments:
         default=None, metadata={"help": "hpt_gpd: steps between averages and pulls; left out: one epoch"}
     )
     restart: bool = field(default=True, metadata={"help": "hpt_gpd: the second stage begins from the vanilla weights"})
+    lora_r: int | None = field(
+        default=None, metadata={"help": "train LoRA adapters of this rank; left out: all weights"}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "their scale times the rank; left out: 2 r"})
     held_out: float = field(
         default=0.0, metadata={"help": "share of the training data kept aside to choose settings on"}
     )
@@ -217,6 +222,10 @@ def build(
             "lower per_device_train_batch_size"
         )
     student = load_model(method.model, method.model_revision).set_classes(images.classes, images.templates)
+    if method.lora_r is not None:
+        add_lora(student, method.lora_r, method.lora_alpha, seed=training.seed)
+    elif method.lora_alpha is not None:
+        raise RecipeError("lora_alpha: got one without adapters. Fix: --lora_r")
     needed = any("proxy" in p.objective.references for p in schedule.phases)
     proxy = load_proxy(method, images) if needed else None
     recipe = {k: v for part in (data, method) for k, v in dataclasses.asdict(part).items()}

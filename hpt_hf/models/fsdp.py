@@ -57,6 +57,8 @@ def shard_models(models: Sequence[ZeroShotClassifier], accelerator, *, asked: st
     check_plugin(plugin)
     for classifier in models:
         model = classifier.to(accelerator.device).model
+        if classifier.lora:
+            raise ValueError("FSDP: got a student with LoRA, whose adapters are small. Fix: DDP")
         if not hasattr(model, "vision_model"):
             raise ValueError(f"FSDP: {model.name_or_path} is an open_clip model, which is not sharded. Fix: DDP")
         options = {

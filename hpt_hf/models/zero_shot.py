@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,7 @@ class ZeroShotClassifier(torch.nn.Module):
         use_fast_layers(model, class_token=FAMILIES[model.config.model_type].class_token)
         self.model, self.processor, self.revision = model, processor, revision
         self.family = FAMILIES[model.config.model_type]
+        self.lora: Any = None  # the config of its adapters (`hpt_hf.models.lora`)
         self.classes: tuple[str, ...] = ()
         self.templates: tuple[str, ...] = ()
         self.preprocessing = Preprocessing.of(processor.image_processor)
@@ -133,6 +135,17 @@ class ZeroShotClassifier(torch.nn.Module):
         twin = ZeroShotClassifier(model, self.processor)
         twin.head, twin.classes, twin.templates = self.head, self.classes, self.templates
         return twin.eval()
+
+    def plain_state(self) -> dict[str, torch.Tensor]:
+        """The weights under the names of the model's own class, adapters merged into them."""
+        layers = dict(adapted_layers(self.model))
+        if not layers:
+            return self.model.state_dict()
+        state = {n.replace(".base_layer.", "."): t for n, t in self.model.state_dict().items() if ".lora_" not in n}
+        with torch.no_grad():
+            for name, layer in layers.items():
+                state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(layer.active_adapters[0])
+        return state
 
     @property
     def config(self):
@@ -190,11 +203,10 @@ class ZeroShotClassifier(torch.nn.Module):
         return self.classify(images)
 
     def freeze_text(self) -> ZeroShotClassifier:
-        """Only the vision side is trained (the authors' choice). Returns self."""
-        self.model.requires_grad_(False)
-        for name in self.family.vision_side:
-            if hasattr(self.model, name):
-                getattr(self.model, name).requires_grad_(True)
+        """Only the vision side is trained (the authors' choice), or its adapters. Returns self."""
+        for name, parameter in self.model.named_parameters():
+            trained = name.startswith(self.family.vision_side)
+            parameter.requires_grad_(trained and (self.lora is None or ".lora_" in name))
         return self
 
     def train(self, mode: bool = True) -> ZeroShotClassifier:
@@ -217,6 +229,11 @@ class ZeroShotClassifier(torch.nn.Module):
             self.processor.save_pretrained(folder)
 
 
+def adapted_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """(name, layer) of peft's layers around linear ones."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "get_delta_weight")]
+
+
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """A digest of named tensors: equal digests = equal names and values."""
     total = hashlib.sha256()
@@ -228,4 +245,4 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def fingerprint(classifier: ZeroShotClassifier) -> str:
     """A digest of the model's weights: equal digests = equal models."""
-    return digest(classifier.model.state_dict())
+    return digest(classifier.plain_state())

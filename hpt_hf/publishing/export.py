@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, pipeline
 
 from hpt_hf.data.collator import Collator
+from hpt_hf.models.lora import save_adapter
 from hpt_hf.models.preprocessing import Preprocessing
 from hpt_hf.models.zero_shot import TEMPLATE, ZeroShotClassifier, build_zero_shot_head, digest, fingerprint
 from hpt_hf.publishing.model_card import RECORDS, SEAL, card, for_pipeline, read_results_of
@@ -93,6 +94,16 @@ def _export_open_clip(classifier: ZeroShotClassifier, folder: Path, records: dic
         if not off <= TOLERANCE:
             raise ValueError(f"{folder} was not written: opened afresh its logits differ by {off:.2g}")
         seal_and_card(stage, folder, seal_of_files(stage, "open_clip", classifier) | {"difference": off})
+    return folder
+
+
+def export_adapter(classifier: ZeroShotClassifier, folder: Path, records: dict) -> Path:
+    """The adapters alone, for peft; what they merge to has been checked beside."""
+    with written_whole(folder, last=SEAL) as stage:
+        save_adapter(classifier, stage)
+        for name, content in records.items():
+            write_json(stage / name, content)
+        seal_and_card(stage, folder, seal_of_files(stage, "adapter", classifier))
     return folder
 
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from hpt_hf.method.gpd import PIVOT_FILE
+from hpt_hf.models.lora import WEIGHTS as ADAPTER_WEIGHTS
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.convert_checkpoint import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, read_checkpoint
 from hpt_hf.publishing.export import check
@@ -25,6 +26,7 @@ from hpt_hf.utils import progress, read_json, sha256, write_json, write_text
 SENT = (
     *("README.md", SEAL, *RECORDS, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS),
     *("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("adapter_config.json", ADAPTER_WEIGHTS),
     *("processor_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
 )
@@ -56,7 +58,7 @@ def push(
         PermissionError: no token, or none that may write there. ConnectionError: no Hub to be reached.
     """
     folder = Path(folder)
-    if not [*folder.glob("model*.safetensors"), *folder.glob(OPEN_CLIP_WEIGHTS)]:
+    if not [f for name in ("model*.safetensors", OPEN_CLIP_WEIGHTS, ADAPTER_WEIGHTS) for f in folder.glob(name)]:
         raise ValueError(f"{folder} holds no model*.safetensors. Fix: `hpt-hf convert` writes them, from pickles too")
     seal = check(folder)
     if (folder / OPEN_CLIP_CONFIG).is_file() and "files" not in seal:

@@ -147,7 +147,7 @@ def _metadata(trained: dict, converted: dict, results: Sequence[EvalResult], nam
         base = _hub_id(recipe.get("model") or origin["source"]) if origin["revision"] else None
     dataset = _hub_id(recipe.get("dataset"))
     return ModelCardData(
-        library_name="open_clip" if form == "open_clip" else "transformers",
+        library_name={"open_clip": "open_clip", "adapter": "peft"}.get(form or "", "transformers"),
         pipeline_tag="image-feature-extraction" if form == "vision_tower" else TASK,
         tags=[
             slug(FAMILIES[seal.get("family", "clip")].called),

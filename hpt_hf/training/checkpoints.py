@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from hpt_hf.method.gpd import PIVOT_FILE, GPDCallback
 from hpt_hf.models.fsdp import load_weights
-from hpt_hf.publishing.export import export
+from hpt_hf.models.lora import ADAPTER, load_adapter
+from hpt_hf.publishing.export import export, export_adapter
 from hpt_hf.publishing.hub import holds_model, open_repo, push, push_checkpoint
 from hpt_hf.publishing.model_card import TRAINED, write_model_card
 from hpt_hf.training.config import HPTConfig
@@ -55,7 +56,11 @@ class CheckpointTrainer(Trainer):
             student = self.accelerator.unwrap_model(self.model)
             if state_dict is not None:  # gathered from its parts
                 student = student.with_weights({n.removeprefix("model."): t for n, t in state_dict.items()})
-            export(student, output_dir or self.args.output_dir, records={TRAINED: self.record()})
+            folder = Path(output_dir or self.args.output_dir)
+            plain = student.with_weights(student.plain_state()) if student.lora else student
+            export(plain, folder, records={TRAINED: self.record()})
+            if student.lora:
+                export_adapter(student, folder / ADAPTER, records={TRAINED: self.record()})
 
     def create_model_card(self, *args, **kwargs) -> None:
         if self.is_world_process_zero():
@@ -148,7 +153,8 @@ class CheckpointTrainer(Trainer):
             self._lock.release()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+        student = self.accelerator.unwrap_model(self.model)
+        (load_adapter if student.lora else load_weights)(student, resume_from_checkpoint)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -35,6 +35,7 @@ def decided_by(trainer) -> dict:
     fields = {name: getattr(args, name) for name in ARGUMENTS}
     for name in ("student", "proxy"):
         fields[name] = (trainer.beginning[name] or {}).get("fingerprint")
+    fields["lora"] = [student.lora.r, student.lora.lora_alpha] if student.lora else None
     fields["proxy_weights"] = trainer.proxy.weights if len(members(trainer.proxy)) > 1 else None
     fields["proxy_dtype"] = ", ".join(sorted({str(m.dtype).removeprefix("torch.") for m in members(trainer.proxy)}))
     fields |= {f"attack {name}": value for name, value in trainer.beginning["attack"].items()}

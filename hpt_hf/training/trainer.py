@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerState, set_seed
@@ -18,6 +19,7 @@ from hpt_hf.method.schedule import Schedule
 from hpt_hf.models.ensemble import Ensemble, members
 from hpt_hf.models.fast_layers import compile_layers
 from hpt_hf.models.fsdp import shard_models
+from hpt_hf.models.lora import anchor_of
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.training.checkpoints import CheckpointTrainer, VouchForCheckpoint
 from hpt_hf.training.config import HPTConfig
@@ -90,11 +92,13 @@ class HPTTrainer(CheckpointTrainer):
             super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed: GPD cannot follow its sharding. Fix: FSDP2 (accelerate/fsdp2.yaml)")
-        self.anchor = student.with_weights(student.model.state_dict()) if "anchor" in needed else None
+        self.anchor: Any = None
+        if "anchor" in needed:
+            self.anchor = anchor_of(student) if student.lora else student.with_weights(student.plain_state())
         # `.to`, not accelerator.prepare_model, after which evaluate() would not prepare the student.
         references = [
             (m if m.device.type != "cpu" else m.to(args.device)).eval().requires_grad_(False)
-            for m in (*members(self.proxy), *members(self.anchor))
+            for m in (*members(self.proxy), *(() if student.lora else members(self.anchor)))
         ]
         if compiled:
             for model in (student, *references):

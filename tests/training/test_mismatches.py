@@ -33,6 +33,7 @@ DECIDES = {
     "proxy_weights": ("3 1", "proxy_weights"),
     "proxy_on": ("clean", "phase 2 objective"),
     "proxy_dtype": ("bfloat16", "proxy_dtype"),
+    "lora_r": ("4", "lora"),
     "norm": ("l2", "attack norm"),
     "eps": ("4/255", "attack eps"),
     "attack_steps": ("3", "attack steps"),
@@ -72,6 +73,8 @@ DECIDES = {
 # has no held-out slice.
 BY_DIGEST = {"dataset_revision", "model_revision", "proxy_revision", "data_dir", "split", "streaming", "images"}
 ON_GPU = {"tf32"}  # decides, and is refused without one
+# Decides with `lora_r` alone.
+WITH = {"lora_alpha"}
 FREE = {
     "license": "mit",
     "proxy_device": "cpu",
@@ -156,7 +159,7 @@ def test_what_cannot_change_the_weights_is_free(name, run):
 def test_no_field_is_forgotten():
     """Of ours every one; transformers' own are refused at another value, decide, or are among those that it names."""
     ours = {f.name for part in (DataArguments, MethodArguments) for f in dataclasses.fields(part)}
-    assert ours == ours & (DECIDES.keys() | BY_DIGEST | FREE.keys())
+    assert ours == ours & (DECIDES.keys() | BY_DIGEST | WITH | FREE.keys())
     of_transformers = {f.name for f in dataclasses.fields(HPTConfig)}
     assert (DECIDES.keys() | FREE.keys() | BY_DIGEST) - ours <= of_transformers and not DECIDES.keys() & FREE.keys()
     free = sorted(of_transformers - DECIDES.keys() - KEPT.keys() - ON_GPU)
