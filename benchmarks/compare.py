@@ -74,7 +74,7 @@ def main() -> None:
         "--collect", type=Path, metavar="FILE", help="write all there is to FILE, print its tables, and stop"
     )
     args = parser.parse_args()
-    output = args.output or ROOT / "outputs" / f"compare-{args.group}"
+    output = args.output_dir or ROOT / "outputs" / f"compare-{args.group}"
     if args.collect:
         files = [f for m in ("vanilla", *METHODS) if (f := output / f"{m}.json").is_file()]
         write_json(args.collect, results := {f.stem: json.loads(f.read_text()) for f in files})

@@ -9,6 +9,7 @@ import attack_cost
 import compare
 import independent
 import own_images
+import preprocessing
 import pytest
 import scaling
 import step
@@ -62,6 +63,14 @@ def test_the_recipe_for_own_images_holds_the_rate_that_its_rule_chooses():
     _, method, training = parse(RECIPE, flags)
     assert training.learning_rate == chosen and method.ga_learning_rate == pytest.approx(0.3 * chosen)
     assert missing(table, "docs/results.md") == []
+
+
+def test_the_page_on_families_shows_how_far_the_resize_inside_the_model_is_from_each_processor():
+    found = json.loads((ROOT / "docs" / "results" / "preprocessing.json").read_text())["found"]
+    assert missing(preprocessing.table(found), "docs/families.md") == [] and len(found) == len(
+        preprocessing.PROCESSORS
+    )
+    assert all(most <= 1.2 for each in found.values() for most, _ in each.values())
 
 
 def test_evaluation_shows_the_comparison_with_the_independent_implementation():

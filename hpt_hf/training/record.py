@@ -114,8 +114,9 @@ def check_proxy(student: ZeroShotClassifier, proxy: ZeroShotClassifier) -> None:
             "Fix: set_classes with the same list on both"
         )
     if fingerprint(proxy) == fingerprint(student):
-        logger.warning("proxy and student are the same model: HPT learns nothing from it")
-    elif proxy.config.vision_config.to_dict() == student.config.vision_config.to_dict():
+        fix = "Fix: one of another architecture; the control without one is --method anchor_clean"
+        raise ValueError(f"proxy: got the student itself, expected another model. {fix}")
+    if proxy.config.vision_config.to_dict() == student.config.vision_config.to_dict():
         logger.warning("proxy and student have the same architecture: attacks transfer between such models")
     if proxy.image_size != student.image_size:
         logger.warning(
