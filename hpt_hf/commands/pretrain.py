@@ -22,7 +22,7 @@ from hpt_hf.lab.pretrain import (
     train_tokenizer,
     world_batches,
 )
-from hpt_hf.utils import read_json, write_json
+from hpt_hf.utils import read_json, write_json, written_whole
 
 
 @dataclass
@@ -66,8 +66,6 @@ def run(args: PretrainArguments) -> None:
     processor, start = new_processor(tokenizer), time.time()
     options = {"steps": args.max_steps, "learning_rate": args.learning_rate, "seed": args.seed, "bf16": args.bf16}
     log = pretrain(model, processor, batches, **options)
-    model.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
     record = {
         "start": args.start and read_json(Path(args.start) / "pretrain.json"),
         "arguments": vars(args),
@@ -77,7 +75,10 @@ def run(args: PretrainArguments) -> None:
         "torch": torch.__version__,
         "log": log[:: max(1, len(log) // 40)] + log[-1:],
     }
-    write_json(Path(args.output_dir) / "pretrain.json", record)
+    with written_whole(args.output_dir, last="pretrain.json") as stage:
+        model.save_pretrained(stage)
+        processor.save_pretrained(stage)
+        write_json(stage / "pretrain.json", record)
 
 
 def main(argv: list[str] | None = None) -> None:

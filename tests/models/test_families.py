@@ -14,7 +14,7 @@ from families import STUDENTS, save_family
 from PIL import Image
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
-from hpt_hf.commands import evaluate, train
+from hpt_hf.commands import evaluate, train, transfer
 from hpt_hf.data.collator import Collator, to_images
 from hpt_hf.models.families import FAMILIES, patches_of
 from hpt_hf.models.zero_shot import ZeroShotClassifier
@@ -111,6 +111,16 @@ def test_it_is_attacked_and_measured_on_a_folder_of_images_and_teaches(family, f
     flags += " --per_device_train_batch_size 8 --eps 8/255 --disable_tqdm true --output_dir"
     train.main([*flags.split(), str(tmp_path / "student")])
     assert json.loads((tmp_path / "student" / "train.json").read_text())["steps"] == 2
+
+
+def test_candidates_of_any_family_are_ranked_as_proxies(folders, student_path, tmp_path):
+    data = write_image_folder(tmp_path / "data", make_images(10))
+    flags = f"--model {student_path} --proxies {' '.join(folders.values())} --dataset {data} --eps 8/255"
+    transfer.main([*flags.split(), "--attack_steps", "2", "--output_dir", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "transfer.json").read_text())
+    kept = {cell["judge"]: cell["adversarial"] for cell in found["cells"]}
+    assert set(found["ranking"]) == set(folders.values())
+    assert found["ranking"] == sorted(found["ranking"], key=lambda judge: -kept[judge])
 
 
 @pytest.mark.parametrize("family", STUDENTS)

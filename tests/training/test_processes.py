@@ -22,6 +22,7 @@ from conftest import (
     largest_difference,
     launch,
     make_images,
+    save_tiny_clip,
     torchrun,
     trainer_from_disk,
     weights,
@@ -118,14 +119,18 @@ FLAGS = "--method hpt_gpd --use_cpu true --disable_tqdm true --eps 8/255"
 
 @pytest.mark.parametrize("source", ["folder", "stream"])
 def test_the_recipe_trains_on_two_processes_as_on_one_and_exports_once(source, tmp_path, paths, monkeypatch):
-    """`recipes/train.py` under a launcher; of a stream, each process decodes its own half of every batch."""
+    """`recipes/train.py` under a launcher; of a stream, each process decodes its own half of every batch.
+
+    Of a folder with two proxies at once.
+    """
+    proxies = paths[1] if source == "stream" else f"{paths[1]} {save_tiny_clip(tmp_path / 'second', seed=7)}"
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # in this process
     if source == "folder":
         more = f"--dataset {write_image_folder(tmp_path / 'data', make_images())} --held_out 0.2 --max_steps 4"
     else:
         data = write_stream(tmp_path / "data", make_images(43))
         more = f"--dataset {data} --streaming true --interval 3 --ga_learning_rate 1e-3 --max_steps 8"
-    flags = f"{FLAGS} --learning_rate 1e-3 --model {paths[0]} --proxy {paths[1]} {more} --per_device_train_batch_size"
+    flags = f"{FLAGS} --learning_rate 1e-3 --model {paths[0]} --proxy {proxies} {more} --per_device_train_batch_size"
     out = [tmp_path / f"out{count}" for count in (1, 2)]
     main([*flags.split(), "8", "--output_dir", str(out[0])])
     launch(2, str(RECIPES / "train.py"), *flags.split(), "4", "--output_dir", str(out[1]))
