@@ -118,7 +118,8 @@ def _model_type(source: str | Path, hub: dict) -> str:
         raise ValueError(f"the config.json of {source} asks to run code of its own (auto_map): that is never done")
     known = [name for name in FAMILIES if name != "open_clip"]  # which has no config.json
     if kind not in known:  # transformers would only warn, and fill a whole CLIP with random weights
-        raise ValueError(f"the config.json of {source} names a model of type {kind!r}: expected one of {str(known)[1:-1]}")
+        listed = ", ".join(map(repr, known))
+        raise ValueError(f"the config.json of {source} names a model of type {kind!r}: expected one of {listed}")
     return kind
 
 
