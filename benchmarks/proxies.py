@@ -31,7 +31,7 @@ from hpt_hf.lab.datasets import LAB_SUITE
 from hpt_hf.utils import hardware, markdown, versions, write_json
 
 PROXIES = {"ViT": ["lab:proxy"], "convolution": ["lab:convolution"], "both": ["lab:proxy", "lab:convolution"]}
-LORA = {f"LoRA 16, rate {rate}": rate for rate in (0.1, 0.3, 1.0)}
+LORA = {f"LoRA 16, rate {rate}": rate for rate in (0.03, 0.1, 0.2)}
 SEEDS = (0, 1, 2)
 ATTACK = EvaluationAttack(ThreatModel("linf", "6/255"), "pgd", 10)
 

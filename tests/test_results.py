@@ -10,6 +10,7 @@ import compare
 import independent
 import own_images
 import preprocessing
+import proxies
 import pytest
 import scaling
 import step
@@ -71,6 +72,12 @@ def test_the_page_on_families_shows_how_far_the_resize_inside_the_model_is_from_
         preprocessing.PROCESSORS
     )
     assert all(most <= 1.2 for each in found.values() for most, _ in each.values())
+
+
+def test_results_show_what_each_proxy_keeps_and_teaches():
+    found = json.loads((ROOT / "docs" / "results" / "proxies.json").read_text())
+    assert missing(proxies.kept(found), "docs/results.md") == [] == missing(proxies.table(found), "docs/results.md")
+    assert sum(run["row"] in proxies.PROXIES for run in found["runs"]) == len(proxies.PROXIES) * len(proxies.SEEDS)
 
 
 def test_evaluation_shows_the_comparison_with_the_independent_implementation():
