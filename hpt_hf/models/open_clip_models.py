@@ -73,12 +73,13 @@ class OpenClipTokenizer:
         self.tokenizer = tokenizer
         self._inner = getattr(tokenizer, "tokenizer", None)  # of transformers
 
-    def __call__(self, prompts: Sequence[str], return_tensors: str | None = None, **_) -> BatchEncoding:
-        if return_tensors is not None:
-            return BatchEncoding({"input_ids": self.tokenizer(list(prompts))})
-        if self._inner is not None:
-            return self._inner(list(prompts))
-        return BatchEncoding({"input_ids": [[0, *self.tokenizer.encode(prompt), 0] for prompt in prompts]})
+    def __call__(self, prompts: Sequence[str], **_) -> BatchEncoding:
+        """Padded to the context; a prompt that does not fit into it has one token more."""
+        length = self.tokenizer.context_length
+        ids, more = (self.tokenizer(list(prompts), context_length=count) for count in (length, length + 1))
+        cut = (ids != more[:, :length]).any(1)
+        rows = [(long if is_cut else row).tolist() for row, long, is_cut in zip(ids, more, cut, strict=True)]
+        return BatchEncoding({"input_ids": rows})
 
     def save_pretrained(self, folder: str | Path) -> None:
         if self._inner is not None:  # OpenAI's vocabulary lies in the package itself

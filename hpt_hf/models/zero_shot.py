@@ -53,12 +53,14 @@ def tokenize(model: Encoder, tokenizer, prompts: Sequence[str]) -> dict[str, tor
     """
     family = FAMILIES[model.config.model_type]
     context = family.context or model.config.text_config.max_position_embeddings
-    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
-    if (longest := max(lengths)) > context:
-        prompt = prompts[lengths.index(longest)]
+    tokens = tokenizer(prompts, padding=family.padding, max_length=family.context)
+    if max(map(len, tokens["input_ids"])) > context:
+        lengths = list(
+            map(sum if "attention_mask" in tokens else len, tokens.get("attention_mask", tokens["input_ids"]))
+        )
+        prompt, longest = prompts[lengths.index(max(lengths))], max(lengths)
         raise ValueError(f"the prompt {prompt!r} has {longest} tokens: the text tower reads {context}")
-    tokens = tokenizer(prompts, padding=family.padding, max_length=family.context, return_tensors="pt")
-    return {name: tokens[name].to(model.device) for name in family.prompts if name in tokens}
+    return {name: torch.tensor(tokens[name], device=model.device) for name in family.prompts if name in tokens}
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def test_jitter_goes_from_the_picture_itself_to_another_hand():
 
 def test_the_shipped_pair():
     files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
-    assert len(files) >= 10 and sum(f.stat().st_size for f in files) <= 8_000_000
+    assert len(files) == 18 and sum(f.stat().st_size for f in files) <= 12_000_000
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
     student, proxy = load_model("lab:student"), load_model("lab:proxy")
     assert student.config.vision_config.patch_size != proxy.config.vision_config.patch_size
