@@ -8,6 +8,7 @@ from pathlib import Path
 import attack_cost
 import compare
 import independent
+import lora
 import own_images
 import preprocessing
 import proxies
@@ -71,6 +72,7 @@ def test_the_page_on_families_shows_how_far_the_resize_inside_the_model_is_from_
     assert missing(preprocessing.table(found), "docs/families.md") == [] and len(found) == len(
         preprocessing.PROCESSORS
     )
+    assert missing(lora.table(json.loads((ROOT / "docs/results/lora.json").read_text())), "docs/families.md") == []
     assert all(most <= 1.2 for each in found.values() for most, _ in each.values())
 
 
