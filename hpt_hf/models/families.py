@@ -65,6 +65,7 @@ class Family:
     text_features: Callable[[PreTrainedModel, dict[str, Tensor]], Tensor] = _texts  # tokens -> (prompts, dim)
     scale: Callable[[PreTrainedModel], Tensor] = lambda model: model.logit_scale.exp()  # the factor of the cosines
     bias: Callable[[PreTrainedModel], Tensor | float] = lambda model: 0.0  # is added: the same to all classes
+    sigmoid: bool = False  # `pipeline` gives a sigmoid of each logit
     vision_side: tuple[str, ...] = ("vision_model", "visual_projection")  # modules that a student trains
     padding: str | bool = True  # of prompts, as the tokenizer takes it
     context: int | None = None  # tokens; None: what the text tower's config says
@@ -76,6 +77,7 @@ class Family:
 
 
 _SIGLIP = {
+    "sigmoid": True,
     "bias": lambda model: model.logit_bias,
     "vision_side": ("vision_model",),
     # The embedding is that of the last of 64 tokens, and no mask tells which are padding.

@@ -47,16 +47,13 @@ def add_lora(
         and isinstance(module, torch.nn.Linear)
         and not name.startswith(tuple(inside))
     ]
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=names, base_model_name_or_path=_base(classifier))
+    base = str(classifier.model.name_or_path)
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=names, base_model_name_or_path=base)
     with kept_random_state():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, classifier.model, adapter_name=NAME)
     classifier.lora = config
     return classifier.freeze_text()
-
-
-def _base(classifier: ZeroShotClassifier) -> str:
-    return str(classifier.model.name_or_path)
 
 
 @contextmanager

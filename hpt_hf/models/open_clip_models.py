@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import BatchEncoding, PreTrainedConfig
 
+from hpt_hf.models.preprocessing import RESAMPLE
 from hpt_hf.utils import read_json, write_json
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 HUB = "hf-hub:"
-RESAMPLE = {"bilinear": 2, "bicubic": 3}
+FILTERS = {name: number for number, name in RESAMPLE.items()}
 
 
 class OpenClipModel(torch.nn.Module):
@@ -28,10 +29,6 @@ class OpenClipModel(torch.nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
 
     def activation_checkpointing_enable(self, **_) -> None:
         self.set_grad_checkpointing(True)
@@ -53,21 +50,15 @@ class OpenClipConfig(PreTrainedConfig):
 
     model_type = "open_clip"
 
-    def __init__(self, content: dict, side: int):
-        cfg = content["model_cfg"]
+    def __init__(self, content: dict):
         super().__init__()
-        self.content = content
-        self.vision_config = PreTrainedConfig(**cfg["vision_cfg"], image_size_read=side)
-        text = cfg["text_cfg"]
-        self.text_config = PreTrainedConfig(
-            max_position_embeddings=text.get("context_length", 77), vocab_size=text.get("vocab_size", 49408)
-        )
+        self.content, cfg = content, content["model_cfg"]
+        self.vision_config = PreTrainedConfig(**cfg["vision_cfg"])
+        self.text_config = PreTrainedConfig(max_position_embeddings=cfg["text_cfg"].get("context_length", 77))
 
 
 class OpenClipTokenizer:
     """An open_clip tokenizer that is called as transformers' are, and does not cut off in silence."""
-
-    model_input_names = ("input_ids",)
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -107,7 +98,7 @@ def load_open_clip(source: str) -> tuple[OpenClipModel, SimpleNamespace, None]:
     if not source.startswith(HUB):
         content = read_json(Path(source, CONFIG))
     model.__class__ = _with_mixin(type(model))
-    model.config = OpenClipConfig(content, _side(preprocess, source))
+    model.config = OpenClipConfig(content)
     model.name_or_path = source
     tokenizer = OpenClipTokenizer(tokenizer)
     processor = SimpleNamespace(image_processor=_image_processor(preprocess, source), tokenizer=tokenizer)
@@ -131,7 +122,7 @@ def _side(preprocess: dict, source: str) -> int:
 def _image_processor(preprocess: dict, source: str) -> SimpleNamespace:
     """open_clip's transforms in the fields of transformers' image processors, as `Preprocessing.of` reads them."""
     side, mode, filter_ = _side(preprocess, source), preprocess["resize_mode"], preprocess["interpolation"]
-    if mode not in ("shortest", "squash") or filter_ not in RESAMPLE:
+    if mode not in ("shortest", "squash") or filter_ not in FILTERS:
         expected = "shortest or squash, bilinear or bicubic"
         raise ValueError(f"the preprocess_cfg of {source}: got {mode!r}, {filter_!r}, expected {expected}")
     square = {"height": side, "width": side}
@@ -140,7 +131,7 @@ def _image_processor(preprocess: dict, source: str) -> SimpleNamespace:
         crop_size=square,
         do_center_crop=mode == "shortest",
         rounded=True,  # torchvision's CenterCrop
-        resample=RESAMPLE[filter_],
+        resample=FILTERS[filter_],
         do_resize=True,
         do_rescale=True,
         rescale_factor=1 / 255,

@@ -55,11 +55,9 @@ def tokenize(model: Encoder, tokenizer, prompts: Sequence[str]) -> dict[str, tor
     context = family.context or model.config.text_config.max_position_embeddings
     tokens = tokenizer(prompts, padding=family.padding, max_length=family.context)
     if max(map(len, tokens["input_ids"])) > context:
-        lengths = list(
-            map(sum if "attention_mask" in tokens else len, tokens.get("attention_mask", tokens["input_ids"]))
-        )
-        prompt, longest = prompts[lengths.index(max(lengths))], max(lengths)
-        raise ValueError(f"the prompt {prompt!r} has {longest} tokens: the text tower reads {context}")
+        masks = tokens.get("attention_mask") or [[1] * len(row) for row in tokens["input_ids"]]
+        count, prompt = max(zip(map(sum, masks), prompts, strict=True))
+        raise ValueError(f"the prompt {prompt!r} has {count} tokens: the text tower reads {context}")
     return {name: torch.tensor(tokens[name], device=model.device) for name in family.prompts if name in tokens}
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from hpt_hf.models.open_clip_models import CONFIG as OPEN_CLIP_CONFIG
 from hpt_hf.models.open_clip_models import WEIGHTS as OPEN_CLIP_WEIGHTS
 from hpt_hf.models.zero_shot import ZeroShotClassifier
-from hpt_hf.publishing.export import seal_and_card, seal_of_files
+from hpt_hf.publishing.export import seal_form
 from hpt_hf.utils import read_json, write_json, written_whole
 
 NAMES = {  # transformers' part of a name -> OpenAI's and open_clip's
@@ -357,9 +357,7 @@ def write_open_clip(classifier: ZeroShotClassifier, folder: str | Path, records:
         again, reading = read_checkpoint(stage, classifier)
         assert not reading.from_base and all(torch.equal(t, state[n]) for n, t in again.model.state_dict().items())
         if not (folder / "config.json").is_file():
-            for name, record in (records or {}).items():
-                write_json(stage / name, record)
-            seal_and_card(stage, folder, seal_of_files(stage, "open_clip", classifier))
+            seal_form(stage, folder, "open_clip", classifier, records)
     return reading.read
 
 

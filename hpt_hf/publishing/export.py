@@ -84,8 +84,6 @@ def _export_open_clip(classifier: ZeroShotClassifier, folder: Path, records: dic
         raise ValueError(f"dtype {dtype!r}: open_clip's form holds float32, and casts on loading (precision=...)")
     with written_whole(folder, last=SEAL) as stage:
         classifier.save_pretrained(stage)
-        for name, content in records.items():
-            write_json(stage / name, content)
         opened = ZeroShotClassifier.from_pretrained(stage)
         if fingerprint(opened) != fingerprint(classifier):
             raise ValueError(f"{folder} was not written: opened afresh it holds other weights")
@@ -93,7 +91,7 @@ def _export_open_clip(classifier: ZeroShotClassifier, folder: Path, records: dic
         off = float((logits(opened, template) - logits(classifier, template)).abs().max())
         if not off <= TOLERANCE:
             raise ValueError(f"{folder} was not written: opened afresh its logits differ by {off:.2g}")
-        seal_and_card(stage, folder, seal_of_files(stage, "open_clip", classifier) | {"difference": off})
+        seal_form(stage, folder, "open_clip", classifier, records, difference=off)
     return folder
 
 
@@ -101,9 +99,7 @@ def export_adapter(classifier: ZeroShotClassifier, folder: Path, records: dict) 
     """The adapters alone, for peft; what they merge to has been checked beside."""
     with written_whole(folder, last=SEAL) as stage:
         save_adapter(classifier, stage)
-        for name, content in records.items():
-            write_json(stage / name, content)
-        seal_and_card(stage, folder, seal_of_files(stage, "adapter", classifier))
+        seal_form(stage, folder, "adapter", classifier, records)
     return folder
 
 
@@ -116,15 +112,22 @@ def seal_and_card(stage: Path, folder: Path, seal: dict) -> None:
     write_text(stage / "README.md", card(stage, results=results, repo_id=folder.name))
 
 
-def seal_of_files(stage: Path, form: str, classifier: ZeroShotClassifier, **facts) -> dict:
-    """The seal of a form that `pipeline` does not open: digests of files that were read back and compared."""
-    files = file_digests(stage, but=(SEAL, "README.md"))
-    vision = classifier.config.vision_config.to_dict()
-    told = {"form": form, "family": classifier.config.model_type, "fingerprint": fingerprint(classifier)}
-    return {**told, "files": files, "vision": vision, **facts} | {
+def seal_form(
+    stage: Path, folder: Path, form: str, classifier: ZeroShotClassifier, records: dict | None, **facts
+) -> None:
+    """Records, seal and card of a form that `pipeline` does not open: digests of files that were read back."""
+    for name, content in (records or {}).items():
+        write_json(stage / name, content)
+    seal = {
+        "form": form,
+        "family": classifier.config.model_type,
+        "fingerprint": fingerprint(classifier),
+        "files": file_digests(stage, but=(SEAL, "README.md")),
+        "vision": classifier.config.vision_config.to_dict(),
         "template": classifier.templates[0] if classifier.templates else TEMPLATE,
         "image_size": classifier.image_size,
     }
+    seal_and_card(stage, folder, seal | facts)
 
 
 def _checked_seal(classifier: ZeroShotClassifier, stored: ZeroShotClassifier, folder: Path, dtype: str) -> dict:

@@ -74,7 +74,7 @@ def push(
             api.create_branch(repo_id, branch=revision, revision=first, exist_ok=True)
         there = _files(api, repo_id, revision)
         ours = {p: sha256(folder / p) for p in sent if p.endswith(".safetensors")}
-        same = ours == {p: sha256 for p, sha256 in there.items() if p.endswith(WEIGHTS[:-1]) and "/" not in p}
+        same = ours == {p: digest for p, digest in there.items() if p.endswith(WEIGHTS[:-1]) and "/" not in p}
         other = [
             p for p in there if p not in sent and p.startswith("results/") or not same and (p in sent or _weights(p))
         ]

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoImageProcessor, CLIPVisionModel
 
 from hpt_hf.models.zero_shot import ZeroShotClassifier
-from hpt_hf.publishing.export import SEAL, TOLERANCE, probe_images, seal_and_card, seal_of_files
-from hpt_hf.utils import write_json, written_whole
+from hpt_hf.publishing.export import SEAL, TOLERANCE, probe_images, seal_form
+from hpt_hf.utils import written_whole
 
 
 def vision_tower(classifier: ZeroShotClassifier, image_size: int | None = None) -> CLIPVisionModel:
@@ -64,9 +64,7 @@ def export_tower(
         worst, count = compare_tower(classifier, stage, dtype)
         if not worst <= TOLERANCE:
             raise ValueError(f"opened afresh, the tower's hidden states differ by {worst:.2g}: nothing was written")
-        for name, record in (records or {}).items():
-            write_json(stage / name, record)
-        seal_and_card(stage, folder, seal_of_files(stage, "vision_tower", classifier, size=size))
+        seal_form(stage, folder, "vision_tower", classifier, records, size=size)
     return count
 
 

@@ -58,9 +58,10 @@ class CheckpointTrainer(Trainer):
                 student = student.with_weights({n.removeprefix("model."): t for n, t in state_dict.items()})
             folder = Path(output_dir or self.args.output_dir)
             plain = student.with_weights(student.plain_state()) if student.lora else student
-            export(plain, folder, records={TRAINED: self.record()})
+            records = {TRAINED: self.record()}
+            export(plain, folder, records=records)
             if student.lora:
-                export_adapter(student, folder / ADAPTER, records={TRAINED: self.record()})
+                export_adapter(student, folder / ADAPTER, records)
 
     def create_model_card(self, *args, **kwargs) -> None:
         if self.is_world_process_zero():
