@@ -42,4 +42,5 @@ class ZeroShotOutput(ModelOutput):
 
     logits: Logits | None = None
     embeds: Embeds | None = None
+    cosines: Logits | None = None  # to each class's prompt
     members: Float[Tensor, "members batch classes"] | None = None  # of an ensemble: the logits of each

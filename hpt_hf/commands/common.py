@@ -12,6 +12,7 @@ from hpt_hf.data.class_names import read_classes
 from hpt_hf.data.dataset import DatasetSpec, LabelledImages, load_images
 from hpt_hf.data.zero_shot_sets import SETS, open_set
 from hpt_hf.lab.datasets import LAB_SUITE, LAB_TRAINING_SIZE, WEIGHTS, lab_images, real_images, real_suite
+from hpt_hf.lab.photographs import photo_images
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.utils import did_you_mean, processes, progress
 
@@ -24,13 +25,13 @@ class ImageArguments:
     dataset: list[str] | None = field(
         default=None,
         metadata={
-            "help": "names of the 17 zero-shot sets, parquet files, image folders, shards, Hub ids, lab:<task> or real:<set>"
+            "help": "names of the 17 zero-shot sets, parquet files, image folders, shards, Hub ids, lab:<task>, real:<set> or photos:<set>"
         },
     )
     suite: Literal["lab", "real", "zero-shot-17"] | None = field(
         default=None, metadata={"help": "a named list of zero-shot sets"}
     )
-    data_dir: str | None = field(default=None, metadata={"help": "the folder of the real suite"})
+    data_dir: str | None = field(default=None, metadata={"help": "the folder of real:<set> and photos:<set>"})
     split: str = "test"
     image_column: str | None = None
     label_column: str | None = None
@@ -113,7 +114,7 @@ def open_sets(args: ImageArguments) -> list[LabelledImages]:
 
 def _open(args: ImageArguments, path: str) -> LabelledImages:
     named = path in SETS and not Path(path).exists()
-    if named or path.startswith(("lab:", "real:")):
+    if named or path.startswith(("lab:", "real:", "photos:")):
         given = [
             k for k in ("classes", "classes_file", "templates", "image_column", "label_column") if getattr(args, k)
         ]
@@ -127,7 +128,7 @@ def _open(args: ImageArguments, path: str) -> LabelledImages:
         known = (*SETS, *LAB_SUITE, *real_suite())
         raise RecipeError(
             f"no data at {path}: no file or folder, and no set of that name"
-            + did_you_mean(path, known, f"there are {', '.join(SETS)}, and lab:<task>, real:<set>")
+            + did_you_mean(path, known, f"there are {', '.join(SETS)}, and lab:<task>, real:<set>, photos:<set>")
         )
     spec = dataset_spec(args, path, args.split)
     return open_images(spec, training=False, limit=args.limit, data_dir=args.data_dir, on_corrupt=args.on_corrupt)
@@ -153,7 +154,7 @@ def _reopen(source: dict, data_dir: str | None, on_corrupt: str) -> LabelledImag
     path, folder = source["path"], data_dir or source.get("data_dir")
     if path.startswith("lab:"):
         return lab_images(path[4:], source["count"], faces=source["faces"], seed=source["seed"])
-    if path.startswith("real:"):
+    if path.startswith(("real:", "photos:")):
         return open_images(DatasetSpec(path), training=source.get("split") == "train", data_dir=folder)
     if data_dir and not Path(path).exists() and (moved := Path(data_dir) / Path(path).name).exists():
         source["path"] = str(moved)
@@ -168,14 +169,15 @@ def open_images(
     data_dir: str | None = None,
     on_corrupt: str = "error",
 ) -> LabelledImages:
-    """Any data set a recipe can name: `lab:…`, `real:…`, or whatever `hpt_hf.data.dataset.load_images` takes."""
+    """Any data set a recipe can name: `lab:…`, `real:…`, `photos:…`, or whatever `hpt_hf.data.dataset.load_images` takes."""
     kind, _, name = spec.path.partition(":")
     if kind == "lab" and name:
         if training:
             return lab_images(name, limit or LAB_TRAINING_SIZE, faces="train", seed=1)
         return lab_images(name, limit or 500, faces="test", seed=2)
-    if kind == "real" and name:
+    if kind in ("real", "photos") and name:
         if data_dir is None:
             raise ValueError(f"{spec.path} lies in a folder of real images: give it with --data_dir")
-        return real_images(name, data_dir, training=training)
+        opened = real_images if kind == "real" else photo_images
+        return opened(name, data_dir, training=training)
     return load_images(spec, on_corrupt=on_corrupt)

@@ -22,7 +22,7 @@ from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages, held_out
 from hpt_hf.data.streaming import open_stream
 from hpt_hf.evaluation.statistics import wilson
-from hpt_hf.method.objectives import OBJECTIVES, Divergence
+from hpt_hf.method.objectives import ATTACK_LOSSES, OBJECTIVES, TEACHERS, Teachers
 from hpt_hf.method.schedule import Schedule
 from hpt_hf.models.ensemble import Ensemble
 from hpt_hf.models.fast_layers import keep_memory
@@ -42,11 +42,13 @@ class DataArguments:
     """Which images, which classes."""
 
     dataset: str = field(
-        metadata={"help": "Hub id, parquet file, image folder, lab:<task>, or real:<set> with --data_dir"}
+        metadata={
+            "help": "Hub id, parquet file, image folder, lab:<task>, or real:<set> and photos:<set> with --data_dir"
+        }
     )
     split: str = "train"
     dataset_revision: str | None = None
-    data_dir: str | None = field(default=None, metadata={"help": "the folder that real:<set> lies in"})
+    data_dir: str | None = field(default=None, metadata={"help": "the folder that real:<set> or photos:<set> lies in"})
     image_column: str | None = None
     label_column: str | None = None
     classes: list[str] | None = field(default=None, metadata={"help": "class names in label order"})
@@ -89,8 +91,21 @@ class MethodArguments:
     )
     attack_random_start: bool = field(default=True, metadata={"help": "false: begin at the image"})
     attack_on: Literal["student", "proxy"] = "student"
-    kl_direction: Literal["forward", "reverse"] = "forward"
-    temperature: float = 1.0
+    attack_loss: Literal["ce", "kl"] | None = field(
+        default=None,
+        metadata={
+            "help": "what the attack raises: ce, of the label, or kl, from the teachers; left out: the method's"
+        },
+    )
+    teachers: list[str] | None = field(
+        default=None,
+        metadata={"choices": list(TEACHERS), "help": "distillation: whose mean probabilities the student learns"},
+    )
+    teacher_weights: list[float] | None = field(default=None, metadata={"help": "of several; left out: all alike"})
+    teachers_agreeing: bool = field(default=False, metadata={"help": "teach only the images that they agree on"})
+    kl_direction: Literal["forward", "reverse"] | None = None
+    student_temperature: float | None = field(default=None, metadata={"help": "left out: the method's, mostly 1"})
+    teacher_temperature: float | None = None
     ga_epochs: float = field(default=1.0, metadata={"help": "hpt_gpd: epochs of the generalization-anchored warm-up"})
     ga_learning_rate: float | None = field(
         default=None, metadata={"help": "hpt_gpd: its rate; left out: learning_rate / 1000, the paper's ratio"}
@@ -101,6 +116,10 @@ class MethodArguments:
         default=None, metadata={"help": "hpt_gpd: steps between averages and pulls; left out: one epoch"}
     )
     restart: bool = field(default=True, metadata={"help": "hpt_gpd: the second stage begins from the vanilla weights"})
+    final_pull: bool = field(default=False, metadata={"help": "hpt_gpd: pull once more behind the last step"})
+    average_last: float | None = field(
+        default=None, metadata={"help": "the mean of the weights over this last share of training is the result"}
+    )
     lora_r: int | None = field(
         default=None, metadata={"help": "train LoRA adapters of this rank; left out: all weights"}
     )
@@ -116,16 +135,33 @@ RECIPE = (DataArguments, MethodArguments, HPTConfig)
 
 def build_schedule(args: MethodArguments) -> Schedule:
     """The method as phases; what is left open is the Trainer's."""
-    divergence = Divergence(args.kl_direction, args.temperature)
+    given = {
+        "direction": args.kl_direction,
+        "student_temperature": args.student_temperature,
+        "teacher_temperature": args.teacher_temperature,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.method != "distillation" and (args.teachers or args.teacher_weights or args.teachers_agreeing):
+        raise RecipeError(f"teachers: {args.method} has its own. Fix: --method distillation")
     if not 0 < args.ga_epochs < math.inf:
         raise RecipeError(f"ga_epochs: got {args.ga_epochs}, expected more than 0")
 
     def objective(name: str):
         name = "ga" if name == "hpt" and args.proxy_on == "clean" else name
-        return dataclasses.replace(OBJECTIVES[name], divergence=divergence, attack_on=args.attack_on)
+        chosen = OBJECTIVES[name]
+        changes = {"divergence": dataclasses.replace(chosen.divergence, **given), "attack_on": args.attack_on}
+        if args.attack_loss:
+            changes["attack"] = ATTACK_LOSSES[args.attack_loss]
+        if name == "distillation":
+            names, weights = args.teachers or chosen.teachers.names, args.teacher_weights or ()
+            changes["teachers"] = Teachers(tuple(names), tuple(weights), args.teachers_agreeing)
+        return dataclasses.replace(chosen, **changes)
 
+    last = {"average_last": args.average_last}
     if args.method != "hpt_gpd":
-        return Schedule.single(objective(args.method))
+        if args.final_pull:
+            raise RecipeError(f"final_pull: {args.method} has no pivot. Fix: --method hpt_gpd, or leave it out")
+        return Schedule.single(objective(args.method), **last)
     return Schedule.gpd(
         objective("ga"),
         objective("hpt"),
@@ -135,6 +171,8 @@ def build_schedule(args: MethodArguments) -> Schedule:
         ema=args.ema,
         pull=args.pull,
         restart=args.restart,
+        final_pull=args.final_pull,
+        **last,
     )
 
 

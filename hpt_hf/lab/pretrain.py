@@ -8,9 +8,9 @@ One difference from CLIP: images with the same caption are positives of each oth
 from __future__ import annotations
 
 import json
-import sys
-import time
+import operator
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,10 +24,13 @@ from transformers import (
     CLIPProcessor,
     CLIPTextConfig,
     CLIPTokenizer,
+    Trainer,
+    TrainingArguments,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hpt_hf.lab.glyphs import GlyphWorld
@@ -75,6 +78,46 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
             "hidden_sizes": [32, 64, 128, 256],
             "depths": [1, 1, 2, 1],
             "hidden_size": 256,  # which a VisionTextDualEncoder asks of any tower
+        },
+    },
+}
+
+
+# The photographs' world has more words and 48 pixels; its models are a size up.
+_LONGER_TEXT = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+PHOTOGRAPH_ARCHITECTURES: dict[str, dict[str, dict]] = {
+    "student": {
+        "text": _LONGER_TEXT,
+        "vision": {
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "patch_size": 8,
+        },
+    },
+    "proxy": {
+        "text": _LONGER_TEXT,
+        "vision": {
+            "hidden_size": 96,
+            "intermediate_size": 384,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 3,
+            "patch_size": 6,
+        },
+    },
+    "convolution": {
+        "text": _LONGER_TEXT,
+        "vision": {
+            "model_type": "convnext",
+            "patch_size": 4,
+            "num_stages": 4,
+            "hidden_sizes": [48, 96, 192, 384],
+            "depths": [1, 1, 3, 1],
+            "layer_scale_init_value": 0.1,  # of 1e-6, made for long training, a short one is half spent growing it
+            "hidden_size": 384,
         },
     },
 }
@@ -180,85 +223,79 @@ def contrastive_loss(
     return (image_to_text + text_to_image) / 2
 
 
+class _Steps(torch.utils.data.Dataset):
+    """The batch of every step, as the model reads it."""
+
+    def __init__(self, batches: Batches, steps: int, processor: CLIPProcessor):
+        self.batches, self.steps, self.tokenizer = batches, steps, processor.tokenizer
+        images = processor.image_processor
+        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (images.image_mean, images.image_std))
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        pixels, captions = self.batches(step)
+        distinct = sorted(set(captions))
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+        tokens = self.tokenizer(distinct, padding=True, truncation=True, return_tensors="pt")
+        targets = torch.tensor([distinct.index(c) for c in captions])
+        return {"pixel_values": (images - self.mean) / self.std, "targets": targets, **tokens}
+
+
+class _ContrastiveTrainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The contrastive loss of a whole batch, in float32, at CLIP's own bound of the scale."""
+        pixels, targets = inputs.pop("pixel_values"), inputs.pop("targets")
+        images = model.get_image_features(pixels).pooler_output.float()
+        texts = model.get_text_features(**inputs).pooler_output.float()
+        return contrastive_loss(images, texts, model.logit_scale.clamp(max=float(np.log(100))).exp(), targets)
+
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
 def pretrain(
-    model: CLIPModel,
-    processor: CLIPProcessor,
-    batches: Batches,
-    *,
-    steps: int,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.05,
-    warmup_steps: int = 200,
-    seed: int = 0,
-    bf16: bool = False,
-    log_every: int = 100,
+    model: CLIPModel | VisionTextDualEncoderModel, processor: CLIPProcessor, batches: Batches, args: TrainingArguments
 ) -> list[dict[str, float]]:
-    """Train `model` in place with AdamW, linear warm-up and cosine decay to zero; returns the log.
+    """Train `model` in place for `args.max_steps`; returns the log. A killed run goes on from its last checkpoint.
 
     Args:
         batches: the images of a step, a pure function of the step.
-        bf16: autocast the towers to bfloat16; the loss stays fp32.
     """
-    torch.manual_seed(seed)
-    device = next(model.parameters()).device
-    mean, std = (
-        torch.tensor(v, device=device).view(1, 3, 1, 1)
-        for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    trainer = _ContrastiveTrainer(
+        model,
+        args,
+        train_dataset=_Steps(batches, args.max_steps, processor),
+        data_collator=operator.itemgetter(0),
+        processing_class=processor,
     )
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=learning_rate,
-        betas=(0.9, 0.98),
-    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    model.to("cpu").eval()
+    return trainer.state.log_history
 
-    def rate(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        return 0.5 * (1 + float(np.cos(np.pi * (step - warmup_steps) / max(1, steps - warmup_steps))))
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    model.train()
-    log: list[dict[str, float]] = []
-    loss_sum, start = 0.0, time.time()
-    for step in range(steps):
-        pixels, captions = batches(step)
-        distinct = sorted(set(captions))
-        row = {c: i for i, c in enumerate(distinct)}
-        targets = torch.tensor([row[c] for c in captions], device=device)
-        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
-        tokens = processor.tokenizer(distinct, padding=True, truncation=True, return_tensors="pt").to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            image_embeds = model.get_image_features((images - mean) / std).pooler_output
-            text_embeds = model.get_text_features(**tokens).pooler_output
-        loss = contrastive_loss(image_embeds.float(), text_embeds.float(), model.logit_scale.exp(), targets)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the contrastive loss is {loss.item()} at step {step}: lower the learning rate ({learning_rate})"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=float(np.log(100)))  # CLIP's own bound
-        loss_sum += loss.item()
-        if (step + 1) % log_every == 0 or step + 1 == steps:
-            done = (step % log_every) + 1
-            log.append(
-                {
-                    "step": step + 1,
-                    "loss": loss_sum / done,
-                    "scale": model.logit_scale.exp().item(),
-                    "seconds": time.time() - start,
-                }
-            )
-            print("  ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), file=sys.stderr, flush=True)
-            loss_sum = 0.0
-    model.eval()
-    return log
+def last_checkpoint(folder: str) -> str | None:
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
+def pretraining_arguments(output_dir: str, **options) -> TrainingArguments:
+    """AdamW, linear warm-up and cosine decay to zero; one batch of `Batches` a step."""
+    defaults = {
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "adam_beta2": 0.98,
+        "warmup_steps": 200,
+        "lr_scheduler_type": "cosine",
+        "remove_unused_columns": False,
+        "logging_steps": 100,
+        "logging_nan_inf_filter": False,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return TrainingArguments(output_dir, **defaults | options)
 
 
 def world_batches(world: GlyphWorld, batch_size: int) -> Batches:
@@ -308,6 +345,39 @@ def row_batches(
         return images, [rows[i][1][rng.integers(len(rows[i][1]))] for i in chosen]
 
     return batch
+
+
+def photograph_batches(
+    rows: list[tuple[Image.Image, tuple[str, ...]]], batch_size: int, *, image_size: int = 48, seed: int = 0
+) -> Batches:
+    """Batches of photographs, each once an epoch: a random crop of a third to all of it, half of them mirrored, one of its captions."""
+    side = image_size + image_size // 3
+    store = np.stack(
+        [np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) for image, _ in rows]
+    )
+
+    def batch(step: int) -> tuple[np.ndarray, list[str]]:
+        rng = np.random.default_rng([seed, step])
+        places = np.arange(step * batch_size, (step + 1) * batch_size)
+        orders = {e: np.random.default_rng([seed, 1, e]).permutation(len(rows)) for e in set(places // len(rows))}
+        chosen = [orders[place // len(rows)][place % len(rows)] for place in places]
+        images = np.stack([_cropped(store[i], image_size, rng) for i in chosen]).astype(np.float32)
+        contrast, light = rng.uniform(0.7, 1.3, (batch_size, 1, 1, 1)), rng.uniform(-25, 25, (batch_size, 1, 1, 3))
+        means = images.mean((1, 2, 3), keepdims=True)
+        images = np.clip((images - means) * contrast + means + light, 0, 255).astype(np.uint8)
+        return images, [rows[i][1][rng.integers(len(rows[i][1]))] for i in chosen]
+
+    return batch
+
+
+def _cropped(pixels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    side = len(pixels)
+    area, ratio = rng.uniform(0.35, 1), np.exp(rng.uniform(-0.28, 0.28))
+    width, height = np.minimum(side, side * np.sqrt([area * ratio, area / ratio]))
+    left, top = rng.random(2) * (side - width, side - height)
+    box = (left, top, left + width, top + height)
+    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(image)[:, :: rng.choice((1, -1))]
 
 
 def _warped(pixels: np.ndarray, size: int, jitter: float, rng: np.random.Generator) -> np.ndarray:

@@ -24,9 +24,10 @@ PIVOT_FILE = "gpd_pivot.safetensors"
 class GPDCallback(TrainerCallback):
     """Carries out what the schedule says happens between steps.
 
-    It owns two copies of the trained parameters: the vanilla weights, and the moving average that becomes the pivot,
-    saved with every checkpoint. *When* something happens is asked of the schedule and counted nowhere, so a resumed
-    run cannot drift.
+    It owns copies of the trained parameters: the vanilla weights, the moving average that becomes the pivot and, where
+    a phase asks for it, the mean of the last weights (Izmailov et al. 2018, arXiv 1803.05407). The averages are saved
+    with every checkpoint. *When* something happens is asked of the schedule and counted nowhere, so a resumed run
+    cannot drift.
 
     Args:
         schedule: the phases, in steps.
@@ -35,10 +36,14 @@ class GPDCallback(TrainerCallback):
 
     def __init__(self, schedule: Schedule, student: torch.nn.Module):
         self.schedule, self.student = schedule, student
-        needed = any(p.restart or p.ema is not None or p.pull is not None for p in schedule.phases)
+        asks = [
+            (p.restart, p.ema is not None, p.pull is not None, p.average_last is not None) for p in schedule.phases
+        ]
+        needed = any(map(any, asks))
         trained = {n: p for n, p in parameters(student).items() if p.requires_grad and needed}
         self.vanilla = {n: p.detach().clone() for n, p in trained.items()}
         self.average = {n: p.clone() for n, p in self.vanilla.items()}
+        self.tail = {n: p.clone() for n, p in self.vanilla.items()} if schedule.phases[-1].average_last else {}
         self.origin = digest(self.vanilla)
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -49,6 +54,8 @@ class GPDCallback(TrainerCallback):
         for name, theta in self._trained():
             self.vanilla[name] = shard_like(self.vanilla[name], theta)
             self.average[name] = shard_like(self.average[name], theta)
+            if self.tail:
+                self.tail[name] = shard_like(self.tail[name], theta)
 
     @torch.no_grad()
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
@@ -72,6 +79,19 @@ class GPDCallback(TrainerCallback):
             g = self.schedule.phase(done).ema
             for name, theta in self._trained():
                 self.average[name] = g * self.average[name] + (1 - g) * theta
+        if count := self.schedule.tail_after(done):
+            for name, theta in self._trained():
+                self.tail[name] = self.tail[name] + (theta - self.tail[name]) / count
+
+    @torch.no_grad()
+    def on_train_end(self, args, state, control, **kwargs):
+        """The last word on the weights, behind the last checkpoint, so that a finished run may be resumed."""
+        phase = self.schedule.phase(done := state.global_step - 1)
+        for name, theta in self._trained():
+            if self.schedule.tail_after(done):
+                theta.copy_(self.tail[name])
+            if phase.final_pull:
+                theta.copy_(phase.pull * theta + (1 - phase.pull) * self.average[name])
 
     def on_save(self, args, state, control, **kwargs):
         if self.vanilla:
@@ -79,7 +99,8 @@ class GPDCallback(TrainerCallback):
 
     def save(self, folder: Path, *, first: bool = True) -> None:
         """Write the average beside a checkpoint, whole or not at all; every process gives its part, one writes."""
-        average = {n: full_tensor(t).contiguous().cpu() for n, t in self.average.items()}
+        copies = self.average | {f"tail.{n}": t for n, t in self.tail.items()}
+        average = {n: full_tensor(t).contiguous().cpu() for n, t in copies.items()}
         if first:
             temporary = folder / f"{PIVOT_FILE}.part"
             save_file(average, temporary, metadata={"vanilla": self.origin, "schedule": json.dumps(self._describe())})
@@ -104,12 +125,14 @@ class GPDCallback(TrainerCallback):
             if schedule != self._describe():
                 raise ValueError(f"{folder}: schedule: got {self._describe()}, expected {schedule}")
             self.average = {n: file.get_tensor(n) for n in self.vanilla}
+            self.tail = {n: file.get_tensor(f"tail.{n}") for n in self.tail}
 
     def _describe(self) -> list:
         """What decides the moments and the rates, as the metadata of the pivot holds it."""
         phases = [
             [p.objective.name, p.steps, p.learning_rate, p.warmup_steps, p.restart, p.ema, p.pull]
             + ([] if p.decay == "cosine" else [p.decay])  # the version before knew no other
+            + ([] if p.average_last is None else [p.average_last])
             for p in self.schedule.phases
         ]
         return [self.schedule.interval, *phases]

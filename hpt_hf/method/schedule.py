@@ -38,6 +38,8 @@ class Phase:
     decay: str | None = None  # how the rate falls after the warm-up until the phase ends: a row of `DECAYS`
     restart: bool = False  # from the vanilla weights, with empty momentum, instead of where the last phase ended
     ema: float | None = None  # g of `ema <- g ema + (1 - g) theta` at each interval's end; its last value is the pivot
+    average_last: float | None = None  # the mean of the weights over this last share of steps replaces them at the end
+    final_pull: bool = False  # one more pull, behind its last step
     pull: float | None = None  # b of `theta <- b theta + (1 - b) pivot` at the start of each interval but the first
 
     def __post_init__(self) -> None:
@@ -50,6 +52,7 @@ class Phase:
             ("decay", lambda v: v in DECAYS, f"one of {', '.join(DECAYS)}"),
             ("ema", ratio, "a ratio between 0 and 1"),
             ("pull", ratio, "a ratio between 0 and 1"),
+            ("average_last", lambda v: 0 < v <= 1, "a share above 0, at most 1"),
         ):
             value = getattr(self, name)
             if value is not None and not allowed(value):
@@ -80,8 +83,11 @@ class Schedule:
         if self.interval is not None and self.interval < 1:
             raise ValueError(f"interval: got {self.interval}, expected at least 1 step between averages and pulls")
         for number, phase in enumerate(self.phases):
-            if phase.pull is not None and all(before.ema is None for before in self.phases[:number]):
+            pulled = phase.pull is not None or phase.final_pull
+            if pulled and all(before.ema is None for before in self.phases[:number]):
                 raise ValueError(f"phase {phase.objective.name} is pulled to a pivot: no phase before it has an ema")
+            if (phase.average_last or phase.final_pull) and number + 1 < len(self.phases):
+                raise ValueError(f"phase {phase.objective.name}: average_last and final_pull are of the last phase")
 
     @classmethod
     def single(cls, objective: Objective, **phase) -> Schedule:
@@ -186,6 +192,13 @@ class Schedule:
         """Is the student pulled to the pivot right before this step?"""
         phase, within = self.locate(step)
         return phase.pull is not None and 0 < within < phase.steps and within % self.interval == 0
+
+    def tail_after(self, step: int) -> int:
+        """How many weights the mean of the last share holds with those right after this step; 0: it has not begun."""
+        phase, within = self.locate(step)
+        if phase.average_last is None:
+            return 0
+        return max(0, within + 1 - phase.steps + max(1, round(phase.average_last * phase.steps)))
 
     def averages_after(self, step: int) -> bool:
         """Does the average take in the weights right after this step, the end of an interval or of the phase?"""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hpt_hf.models.zero_shot import ZeroShotClassifier
-from hpt_hf.types import Images, ZeroShotOutput
+from hpt_hf.types import Images, Logits, ZeroShotOutput
 
 
 class Ensemble(torch.nn.Module):
@@ -37,12 +37,17 @@ class Ensemble(torch.nn.Module):
     def classify(self, images: Images) -> ZeroShotOutput:
         """Logits that are the logarithm of the mean probabilities, and each member's own; no embeddings."""
         each = [m.classify(images.to(m.device)).logits.to(images.device) for m in self.members]
-        shares = torch.tensor(self.weights, device=images.device).log()[:, None, None]
-        mean = torch.logsumexp(torch.stack(each).log_softmax(-1) + shares, dim=0)
-        return ZeroShotOutput(logits=mean, members=torch.stack(each))
+        logits = torch.stack(each)
+        return ZeroShotOutput(logits=mean_probabilities(logits, self.weights), members=logits)
 
     def forward(self, images: Images) -> ZeroShotOutput:
         return self.classify(images)
+
+
+def mean_probabilities(logits: torch.Tensor, weights: Sequence[float]) -> Logits:
+    """The logarithm of the weighted mean of probabilities; `logits`: (members, batch, classes)."""
+    shares = torch.tensor(weights, device=logits.device)[:, None, None]
+    return torch.logsumexp(logits.log_softmax(-1) + (shares / shares.sum()).log(), dim=0)
 
 
 def members(model: ZeroShotClassifier | Ensemble | None) -> list[ZeroShotClassifier]:

@@ -196,7 +196,7 @@ class ZeroShotClassifier(torch.nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             scale, bias = self.family.scale(self.model), self.family.bias(self.model)
             logits = scale * F.normalize(embeds, dim=-1) @ self.head.T + bias
-        return ZeroShotOutput(logits=logits, embeds=embeds)
+        return ZeroShotOutput(logits=logits, embeds=embeds, cosines=(logits - bias) / scale)
 
     def forward(self, images: Images) -> ZeroShotOutput:
         """`classify`, as what DDP and autocast wrap: the training loss must come through here."""

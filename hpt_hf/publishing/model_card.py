@@ -193,7 +193,7 @@ def _figures(results: Sequence[EvalResult]) -> list[HubEvalResult]:
 def _hub_id(name: str | None) -> str | None:
     """`owner/name`, or None: a path of the machine that trained it says nothing to whoever reads the card."""
     name = name and name.removeprefix("hf-hub:")  # as open_clip calls them
-    if name and name.count("/") == 1 and not name.startswith((".", "/", "~", "lab:", "real:")):
+    if name and name.count("/") == 1 and not name.startswith((".", "/", "~", "lab:", "real:", "photos:")):
         return None if Path(name).exists() else name
     return None
 

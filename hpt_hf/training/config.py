@@ -41,7 +41,8 @@ KEPT = {
 # Numbers, and the least that they may be.
 LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
 LEAST |= {"seed": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "dataloader_num_workers": 0}
-ABOVE_ZERO = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps", "eval_steps", "save_total_limit")
+ABOVE_ZERO = ["num_train_epochs", "learning_rate", "layer_rate_decay", "save_steps", "logging_steps", "eval_steps"]
+ABOVE_ZERO += ["save_total_limit"]
 
 
 @dataclass
@@ -64,6 +65,10 @@ class HPTConfig(TrainingArguments):
     lr_scheduler_type: str = "cosine"
     per_device_train_batch_size: int = 64
     per_device_eval_batch_size: int = 64
+    layer_rate_decay: float = field(
+        default=1.0,
+        metadata={"help": "below 1: each layer of the vision tower learns at so much of the rate before it"},
+    )
     logging_steps: float = 20
     save_strategy: str = "no"
     dataloader_drop_last: bool = True

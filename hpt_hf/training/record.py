@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 # Arguments that decide the weights, beside schedule, attack, models and data; all others may change in a resumed run.
 ARGUMENTS = ["optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"]
 ARGUMENTS += ["bf16", "fp16", "tf32", "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy"]
+ARGUMENTS += ["layer_rate_decay"]
 
 
 def decided_by(trainer) -> dict:
@@ -41,8 +42,7 @@ def decided_by(trainer) -> dict:
     fields |= {f"attack {name}": value for name, value in trainer.beginning["attack"].items()}
     for number, phase in enumerate(phases, 1):
         settings = {k: v for k, v in vars(phase).items() if k not in ("objective", "epochs", "rate_divisor")}
-        settings |= {"objective": phase.objective.name, "attack_on": phase.objective.attack_on}
-        fields |= {f"phase {number} {k}": v for k, v in (settings | asdict(phase.objective.divergence)).items()}
+        fields |= {f"phase {number} {k}": v for k, v in (settings | phase.objective.settings).items()}
     fields |= {"interval": trainer.schedule.interval, "classes": student.classes, "templates": student.templates}
     fields |= {"batch": total_batch(args), "images": len(data), "data": getattr(data, "digest", None)}
     return json.loads(json.dumps(fields, default=str))
@@ -126,7 +126,7 @@ def check_proxy(student: ZeroShotClassifier, proxy: ZeroShotClassifier) -> None:
 
 def check_attack(objectives: Iterable[Objective], attack: TrainingAttack) -> None:
     """Raise ValueError for an attack that cannot move: from the image itself, where the loss has no gradient."""
-    still = [o.name for o in objectives if o.needs_random_start]
+    still = [o.name for o in objectives if o.attack.needs_random_start]
     if still and not attack.random_start:
         raise ValueError(
             f"{still[0]}: got an attack that starts from the image itself, where its gradient is 0. "

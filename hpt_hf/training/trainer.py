@@ -23,6 +23,7 @@ from hpt_hf.models.lora import anchor_of
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.training.checkpoints import CheckpointTrainer, VouchForCheckpoint
 from hpt_hf.training.config import HPTConfig
+from hpt_hf.training.layer_rates import split_by_depth
 from hpt_hf.training.record import accuracies, agreements, beginning, check_attack, check_proxy, check_student
 from hpt_hf.training.standstill import Standstill
 from hpt_hf.training.timing import Stopwatch
@@ -173,10 +174,12 @@ class HPTTrainer(CheckpointTrainer):
         super().log(logs, start_time)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """LambdaLR over the global step, times a base rate of 1."""
+        """LambdaLR over the global step, times a base rate of 1, or of each layer's share."""
         optimizer = self.optimizer if optimizer is None else optimizer
+        if self.args.layer_rate_decay != 1:
+            split_by_depth(optimizer, self.accelerator.unwrap_model(self.model), self.args.layer_rate_decay)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = 1.0
+            group["lr"] = group["initial_lr"] = group.get("share", 1.0)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.learning_rate)
         self._created_lr_scheduler = True
         return self.lr_scheduler

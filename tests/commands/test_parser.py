@@ -181,11 +181,15 @@ def test_max_steps_shrinks_both_stages_and_two_is_the_least(tmp_path):
 
 def test_options_of_the_method_reach_every_phase(tmp_path):
     made = schedule(
-        tmp_path, "--kl_direction", "reverse", "--temperature", "2", "--attack_on", "proxy", "--warmup_steps", "4"
+        tmp_path,
+        *("--kl_direction", "reverse", "--student_temperature", "2", "--attack_on", "proxy", "--warmup_steps", "4"),
+        *("--teacher_temperature", "3", "--attack_loss", "kl", "--average_last", "0.5", "--final_pull", "true"),
     )
     for phase in made.phases:
         kl = phase.objective.divergence
-        assert (kl.direction, kl.temperature, phase.objective.attack_on) == ("reverse", 2.0, "proxy")
+        assert (kl.direction, kl.student_temperature, kl.teacher_temperature) == ("reverse", 2.0, 3.0)
+        assert (phase.objective.attack_on, phase.objective.attack.name) == ("proxy", "kl")
+    assert [(p.average_last, p.final_pull) for p in made.phases] == [(None, False), (0.5, True)]
     assert [p.warmup_steps for p in made.phases] == [0, 4], "the ramp is the second stage's"
     with pytest.raises(ValueError, match="'proxy' where tecoa has one"):
         schedule(tmp_path, "--attack_on", "proxy", "--method", "tecoa")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from hpt_hf.method.objectives import OBJECTIVES, Divergence, Views
+from hpt_hf.method.objectives import ATTACK_LOSSES, OBJECTIVES, Divergence, Teachers, Views
 from hpt_hf.types import ZeroShotOutput
 
 
@@ -24,7 +24,8 @@ class Linear(torch.nn.Module):
 
     def forward(self, images):
         self.shown.append((images, torch.is_grad_enabled()))
-        return ZeroShotOutput(logits=images.flatten(1) @ self.head, embeds=images.flatten(1) @ self.body)
+        logits = images.flatten(1) @ self.head
+        return ZeroShotOutput(logits=logits, embeds=images.flatten(1) @ self.body, cosines=logits.tanh() / 3)
 
 
 class World:
@@ -41,18 +42,32 @@ class World:
     def logits(self, model, images):
         return images.flatten(1) @ model.head
 
+    def mixed(self, weight=0.5):
+        """What anchor and proxy say of the clean images together."""
+        anchor, proxy = (self.logits(m, self.x).softmax(1) for m in (self.anchor, self.proxy))
+        return (weight * anchor + (1 - weight) * proxy).log()
+
     def embeds(self, model, images):
         return images.flatten(1) @ model.body
 
 
-def kl(p_logits, q_logits, temperature=1.0):
-    """KL(p || q), mean over the batch, with the square of the temperature (Hinton et al. 2015)."""
-    p, q = (torch.softmax(v / temperature, 1) for v in (p_logits, q_logits))
-    return temperature**2 * (p * (p / q).log()).sum(1).mean()
+def kl(p_logits, q_logits, p_temperature=1.0, q_temperature=1.0):
+    """KL(p || q), mean over the batch, with both temperatures (of equal ones the square: Hinton et al. 2015)."""
+    p, q = torch.softmax(p_logits / p_temperature, 1), torch.softmax(q_logits / q_temperature, 1)
+    return p_temperature * q_temperature * (p * (p / q).log()).sum(1).mean()
 
 
 def ce(logits, y):
     return -torch.softmax(logits, 1)[torch.arange(len(y)), y].log().mean()
+
+
+def dirichlet(student, anchor):
+    """KL(Dir(a) || Dir(b)) written out, over the sum of b."""
+    a, b = (torch.exp((c.double() + 1) / 0.07) for c in (student, anchor))
+    total, digamma = a.sum(1, keepdim=True), torch.special.digamma
+    value = torch.lgamma(a.sum(1)) - torch.lgamma(b.sum(1)) + (torch.lgamma(b) - torch.lgamma(a)).sum(1)
+    value = value + ((a - b) * (digamma(a) - digamma(total))).sum(1)
+    return (value / b.sum(1)).mean().float()
 
 
 # The table of docs/methods.md. d(student, teacher) is the divergence of the direction under test.
@@ -62,32 +77,38 @@ EQUATIONS = {
     "anchor_clean": lambda w, d: d(w.logits(w.student, w.x_adv), w.logits(w.anchor, w.x)),
     "tecoa": lambda w, d: ce(w.logits(w.student, w.x_adv), w.y),
     "fare": lambda w, d: ((w.embeds(w.student, w.x_adv) - w.embeds(w.anchor, w.x)) ** 2).sum(1).mean(),
+    "agft": lambda w, d: d(w.logits(w.student, w.x_adv), w.logits(w.anchor, w.x)),
+    "distillation": lambda w, d: d(w.logits(w.student, w.x_adv), w.mixed()),
+    "ucat": lambda w, d: (
+        ce(w.logits(w.student, w.x_adv), w.y)
+        + dirichlet(w.logits(w.student, w.x_adv).tanh() / 3, w.logits(w.anchor, w.x).tanh() / 3)
+    ),
     "pmg_aft": lambda w, d: (
         ce(w.logits(w.student, w.x_adv), w.y)
         + d(w.logits(w.student, w.x_adv), w.logits(w.anchor, w.x_adv))
         + d(w.logits(w.student, w.x_adv), w.logits(w.student, w.x))
     ),
 }
-DIRECTIONS = {"forward": lambda s, t, T: kl(t, s, T), "reverse": lambda s, t, T: kl(s, t, T)}
+DIRECTIONS = {"forward": lambda s, t, S, T: kl(t, s, T, S), "reverse": lambda s, t, S, T: kl(s, t, S, T)}
 
 
 def test_each_objective_has_its_equation_here():
     assert set(OBJECTIVES) == set(EQUATIONS) == {o.name for o in OBJECTIVES.values()}
-    assert {o.divergence for o in OBJECTIVES.values()} == {Divergence("forward", 1.0)}
+    assert {n for n, o in OBJECTIVES.items() if o.divergence != Divergence("forward", 1.0, 1.0)} == {"agft"}
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (2.5, 2.5), (0.5, 1.4)], ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_loss_and_its_gradient_are_those_of_the_equation(name, direction, temperature):
+def test_loss_and_its_gradient_are_those_of_the_equation(name, direction, temperatures):
     world = World()
-    objective = dataclasses.replace(OBJECTIVES[name], divergence=Divergence(direction, temperature))
+    objective = dataclasses.replace(OBJECTIVES[name], divergence=Divergence(direction, *temperatures))
     loss = sum(objective(world.views).values())
-    expected = EQUATIONS[name](world, lambda s, t: DIRECTIONS[direction](s, t, temperature))
+    expected = EQUATIONS[name](world, lambda s, t: DIRECTIONS[direction](s, t, *temperatures))
     assert loss.shape == () and torch.allclose(loss, expected, rtol=1e-5)
     weight = world.student.body if name == "fare" else world.student.head
     (got,), (wanted,) = (torch.autograd.grad(v, weight) for v in (loss, expected))
-    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6) and got.abs().sum() > 0
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5) and got.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
@@ -119,14 +140,50 @@ def test_needs_labels_is_true_exactly_where_the_loss_reads_them(name):
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_the_attack_maximises_cross_entropy_or_fares_distance_image_by_image(name):
+def test_the_attack_maximises_cross_entropy_a_divergence_or_fares_distance_image_by_image(name):
     world = World()
     got = OBJECTIVES[name].attack_loss(world.views.student.adversarial, OBJECTIVES[name].attack_target(world.views))
-    if name == "fare":
+    if name == "agft":  # image by image: of one alone the mean is its own
+        student, anchor = world.logits(world.student, world.x_adv), world.logits(world.anchor, world.x)
+        expected = torch.stack([kl(anchor[i : i + 1], student[i : i + 1], 100 / 72, 100 / 180) for i in range(7)])
+    elif name == "fare":
         expected = ((world.embeds(world.student, world.x_adv) - world.embeds(world.anchor, world.x)) ** 2).sum(1)
     else:
         expected = -torch.log_softmax(world.logits(world.student, world.x_adv), 1)[torch.arange(7), world.y]
     assert got.shape == (7,) and torch.allclose(got, expected, rtol=1e-5)
+
+
+# --- teachers
+
+SOFT = [name for name, objective in OBJECTIVES.items() if objective.teachers]
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 1.0), (3.0, 1.0)], ids=str)
+def test_of_several_teachers_the_mean_probability_is_learned_also_only_where_they_agree(weights):
+    world = World()
+    world.anchor.head.data += world.proxy.head.data  # so that they agree on some
+    teachers = Teachers(("anchor_clean", "proxy_clean"), weights)
+    mixed = world.mixed(weights[0] / sum(weights) if weights else 0.5)
+    assert torch.allclose(teachers.logits(world.views).softmax(1), mixed.softmax(1), atol=1e-6)
+    assert teachers.references == ("anchor", "proxy") and teachers.taught(world.views).tolist() == [1.0] * 7
+    agreeing = dataclasses.replace(teachers, agreeing=True)
+    agree = world.logits(world.anchor, world.x).argmax(1) == world.logits(world.proxy, world.x).argmax(1)
+    assert 0 < agree.sum() < 7 and torch.equal(agreeing.taught(world.views), agree.float())
+    objective = dataclasses.replace(OBJECTIVES["distillation"], teachers=agreeing)
+    each = Divergence().per_example(world.logits(world.student, world.x_adv), mixed)
+    assert torch.allclose(objective(world.views)["distillation"], (each * agree).sum() / 7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_an_attack_on_the_divergence_knows_no_label_and_asks_teachers_of_clean_images(name):
+    objective = dataclasses.replace(OBJECTIVES[name], attack=ATTACK_LOSSES["kl"])
+    losses = []
+    for shift in (0, 1):
+        world = World(shift=shift)
+        target = objective.attack_target(world.views)
+        assert all(images is world.x for m in (world.proxy, world.anchor) for images, _ in m.shown)
+        losses.append(objective.attack_loss(world.views.student.adversarial, target))
+    assert torch.equal(*losses) and losses[0].shape == (7,)
 
 
 # --- the divergence
@@ -136,7 +193,7 @@ def test_the_attack_maximises_cross_entropy_or_fares_distance_image_by_image(nam
 def test_both_directions_are_torchs_kl(temperature):
     s, t = 10 * torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(4))
     student, teacher = (Categorical(logits=v / temperature) for v in (s, t))
-    forward, reverse = (Divergence(d, temperature)(s, t) / temperature**2 for d in ("forward", "reverse"))
+    forward, reverse = (Divergence(d, temperature, temperature)(s, t) / temperature**2 for d in ("forward", "reverse"))
     assert torch.allclose(forward, kl_divergence(teacher, student).mean(), rtol=1e-4)
     assert torch.allclose(reverse, kl_divergence(student, teacher).mean(), rtol=1e-4)
     assert not torch.allclose(forward, reverse, rtol=1e-2)
@@ -182,7 +239,14 @@ def test_an_attack_is_on_the_student_or_on_a_proxy_that_the_objective_has(name, 
 @pytest.mark.parametrize(
     ("refused", "says"),
     [
-        *((lambda t=t: Divergence(temperature=t), "positive") for t in (0.0, -1.0, float("nan"))),
+        *((lambda t=t: Divergence("forward", t), "student_temp.*positive") for t in (0.0, -1.0, float("nan"))),
+        (lambda: Divergence("forward", 1.0, 0.0), "teacher_temperature.*positive"),
+        (lambda: Teachers(()), "teachers: got"),
+        (lambda: Teachers(("anchor_clean", "anchor_clean")), "teachers: got"),
+        (lambda: Teachers(("anchor_dirty",)), "expected one or more of anchor_clean"),
+        (lambda: Teachers(("anchor_clean",), (1.0, 2.0)), "expected 1 numbers above 0"),
+        (lambda: dataclasses.replace(OBJECTIVES["tecoa"], attack=ATTACK_LOSSES["kl"]), "attack_loss: got 'kl'"),
+        (lambda: dataclasses.replace(OBJECTIVES["hpt"], attack=ATTACK_LOSSES["embedding"]), "ce or kl"),
         (lambda: Divergence("backward"), "forward.*reverse"),
         (lambda: World(labelled=False, references=()).views.labels, "neither a proxy nor an anchor"),
     ],

@@ -41,7 +41,12 @@ DECIDES = {
     "attack_random_start": ("false", "attack random_start"),
     "attack_on": ("proxy", "phase 1 attack_on"),
     "kl_direction": ("reverse", "phase 1 direction"),
-    "temperature": ("2", "phase 1 temperature"),
+    "student_temperature": ("2", "phase 1 student_temperature"),
+    "teacher_temperature": ("2", "phase 1 teacher_temperature"),
+    "attack_loss": ("kl", "phase 1 attack_loss"),
+    "average_last": ("0.5", "phase 2 average_last"),
+    "final_pull": ("true", "phase 2 final_pull"),
+    "layer_rate_decay": ("0.8", "layer_rate_decay"),
     "ga_epochs": ("2", "phase 1 steps"),
     "ga_learning_rate": ("0.002", "phase 1 learning_rate"),
     "ema": ("0.8", "phase 1 ema"),
@@ -73,8 +78,8 @@ DECIDES = {
 # has no held-out slice.
 BY_DIGEST = {"dataset_revision", "model_revision", "proxy_revision", "data_dir", "split", "streaming", "images"}
 ON_GPU = {"tf32"}  # decides, and is refused without one
-# Decides with `lora_r` alone.
-WITH = {"lora_alpha"}
+# Decide with `lora_r`, or `--method distillation`, alone.
+WITH = {"lora_alpha", "teachers", "teacher_weights", "teachers_agreeing"}
 FREE = {
     "license": "mit",
     "proxy_device": "cpu",
