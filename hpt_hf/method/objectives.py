@@ -20,6 +20,7 @@ from hpt_hf.models.ensemble import mean_probabilities
 from hpt_hf.types import Embeds, Images, Labels, Logits, PerExample, ZeroShotOutput
 
 Terms = dict[str, torch.Tensor]
+RHO = 0.1  # LORE's
 
 
 class ModelViews:
@@ -51,10 +52,22 @@ class Views:
         student: the wrapped model in training; its forwards carry gradients.
         proxy, anchor: references or None; their forwards never do.
         labels: class indices; None: what the reference (the proxy, else the anchor) predicts on the clean images.
+        multiplier: of the objective's constraint; by how much it is violated is left in `violation`.
     """
 
-    def __init__(self, images: Images, *, student: Callable, proxy=None, anchor=None, labels: Labels | None = None):
-        self._labels = labels
+    violation: torch.Tensor | None = None
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        student: Callable,
+        proxy=None,
+        anchor=None,
+        labels: Labels | None = None,
+        multiplier=0.0,
+    ):
+        self._labels, self.multiplier = labels, multiplier
         self.student = ModelViews(student, images, gradients=True)
         self.proxy, self.anchor = (m and ModelViews(m, images, gradients=False) for m in (proxy, anchor))
 
@@ -182,6 +195,17 @@ def fare(views: Views, objective: Objective) -> Terms:
     return {"fare": squared_distance(views.student.adversarial, views.anchor.clean.embeds).mean()}
 
 
+def lore(views: Views, objective: Objective) -> Terms:
+    """FARE under the constraint that *clean* embeddings move by at most a share RHO of their squared length.
+
+    The multiplier is one number, by dual ascent (`hpt_hf.method.multiplier`), where LORE learns one an image.
+    """
+    anchor = views.anchor.clean.embeds
+    moved, allowed = squared_distance(views.student.clean, anchor).mean(), RHO * anchor.square().sum(-1).mean()
+    views.violation = RHO * (moved.detach() / allowed - 1)
+    return fare(views, objective) | {"constraint": views.multiplier * (moved - allowed)}
+
+
 def pmg_aft(views: Views, objective: Objective) -> Terms:
     """TeCoA, held to the vanilla model on adversarial images and to itself on clean ones."""
     adversarial, kl = views.student.adversarial.logits, objective.divergence
@@ -258,7 +282,7 @@ class Objective:
             raise ValueError(
                 f"attack_on: got {self.attack_on!r}, expected 'student', or 'proxy' where {self.name} has one"
             )
-        possible = ["ce"] + ["kl"] * bool(self.teachers) + ["embedding"] * (self.name == "fare")
+        possible = ["ce"] + ["kl"] * bool(self.teachers) + ["embedding"] * (self.name in ("fare", "lore"))
         if self.attack.name not in possible:
             raise ValueError(f"attack_loss: got {self.attack.name!r}, expected of {self.name} {' or '.join(possible)}")
 
@@ -300,6 +324,7 @@ OBJECTIVES: dict[str, Objective] = {
     "distillation": Objective("distillation", distil, Teachers(("anchor_clean", "proxy_clean"))),
     "tecoa": Objective("tecoa", tecoa, needs_labels=True),
     "fare": Objective("fare", fare, holds=("anchor",), attack=ATTACK_LOSSES["embedding"]),
+    "lore": Objective("lore", lore, holds=("anchor",), attack=ATTACK_LOSSES["embedding"]),
     "pmg_aft": Objective("pmg_aft", pmg_aft, holds=("anchor",), needs_labels=True),
     "ucat": Objective("ucat", ucat, holds=("anchor",), needs_labels=True),
 }

@@ -14,6 +14,7 @@ from hpt_hf.attacks.engine import frozen
 from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.data.streaming import StreamedImages
 from hpt_hf.method.gpd import GPDCallback
+from hpt_hf.method.multiplier import Multiplier
 from hpt_hf.method.objectives import Views
 from hpt_hf.method.schedule import Schedule
 from hpt_hf.models.ensemble import Ensemble, members
@@ -87,6 +88,7 @@ class HPTTrainer(CheckpointTrainer):
         compiled = args.torch_compile and {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
         args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         self.gpd = GPDCallback(self.schedule, student.freeze_text())
+        self.multiplier = Multiplier()
         self.stopwatch = Stopwatch(self.schedule, args.device)
         kwargs.setdefault("compute_metrics", accuracies)
         with kept_random_state():  # which the Trainer's own would seed
@@ -105,10 +107,8 @@ class HPTTrainer(CheckpointTrainer):
             for model in (student, *references):
                 compile_layers(model.model, **compiled)
         shard_models((student, *references), self.accelerator, asked=args.fsdp)
-        self.add_callback(self.gpd)
-        self.add_callback(VouchForCheckpoint())
-        self.add_callback(self.stopwatch)
-        self.add_callback(Standstill())
+        for callback in (self.gpd, self.multiplier, VouchForCheckpoint(), self.stopwatch, Standstill()):
+            self.add_callback(callback)
         self._told: list[dict[str, torch.Tensor]] = []  # of each micro-batch since the last log
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -126,7 +126,8 @@ class HPTTrainer(CheckpointTrainer):
         if objective.needs_labels and "labels" not in inputs:
             raise ValueError(f"{objective.name} needs labels: the data has none. Fix: hpt, ga, fare or anchor_clean")
         student, proxy, anchor = (m and self._in_autocast(m) for m in (model, self.proxy, self.anchor))
-        views = Views(images, student=student, proxy=proxy, anchor=anchor, labels=inputs.get("labels"))
+        references = {"proxy": proxy, "anchor": anchor, "multiplier": self.multiplier.value}
+        views = Views(images, student=student, labels=inputs.get("labels"), **references)
         attacked = self.accelerator.unwrap_model(model) if objective.attack_on == "student" else self.proxy
         # The attack calls a method of the unwrapped model: no autocast, no gradient sync. Sharded weights come
         # together in forward alone, as copies that never ask for gradients again if the first pass did not.
@@ -140,6 +141,8 @@ class HPTTrainer(CheckpointTrainer):
             )
         terms = objective(views.attacked(x_adv))
         loss = sum(terms.values())
+        if views.violation is not None and model.training:
+            self.multiplier.violations.append(self.accelerator.reduce(views.violation, "mean"))
         if not torch.isfinite(loss):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise FloatingPointError(
@@ -199,6 +202,7 @@ class HPTTrainer(CheckpointTrainer):
         self.check_run(resume)
         if resume:
             self.gpd.load(resume)
+            self.multiplier.load(resume)
         if resume and isinstance(self.train_dataset, StreamedImages):
             done = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json")).global_step
             steps = self.args.steps_per_epoch(len(self.train_dataset))

@@ -36,7 +36,7 @@ class World:
         self.y = (torch.tensor([0, 1, 2, 3, 4, 0, 1]) + shift) % 5
         self.student, self.proxy, self.anchor = Linear(1), Linear(2), Linear(3)
         given = {name: getattr(self, name) for name in references}
-        views = Views(self.x, student=self.student, labels=self.y if labelled else None, **given)
+        views = Views(self.x, student=self.student, labels=self.y if labelled else None, multiplier=2.0, **given)
         self.views = views.attacked(self.x_adv)
 
     def logits(self, model, images):
@@ -55,6 +55,10 @@ def kl(p_logits, q_logits, p_temperature=1.0, q_temperature=1.0):
     """KL(p || q), mean over the batch, with both temperatures (of equal ones the square: Hinton et al. 2015)."""
     p, q = torch.softmax(p_logits / p_temperature, 1), torch.softmax(q_logits / q_temperature, 1)
     return p_temperature * q_temperature * (p * (p / q).log()).sum(1).mean()
+
+
+def squares(embeds):
+    return (embeds**2).sum(1).mean()
 
 
 def ce(logits, y):
@@ -77,6 +81,10 @@ EQUATIONS = {
     "anchor_clean": lambda w, d: d(w.logits(w.student, w.x_adv), w.logits(w.anchor, w.x)),
     "tecoa": lambda w, d: ce(w.logits(w.student, w.x_adv), w.y),
     "fare": lambda w, d: ((w.embeds(w.student, w.x_adv) - w.embeds(w.anchor, w.x)) ** 2).sum(1).mean(),
+    "lore": lambda w, d: (
+        EQUATIONS["fare"](w, d)
+        + 2.0 * (squares(w.embeds(w.student, w.x) - w.embeds(w.anchor, w.x)) - 0.1 * squares(w.embeds(w.anchor, w.x)))
+    ),
     "agft": lambda w, d: d(w.logits(w.student, w.x_adv), w.logits(w.anchor, w.x)),
     "distillation": lambda w, d: d(w.logits(w.student, w.x_adv), w.mixed()),
     "ucat": lambda w, d: (
@@ -106,7 +114,7 @@ def test_loss_and_its_gradient_are_those_of_the_equation(name, direction, temper
     loss = sum(objective(world.views).values())
     expected = EQUATIONS[name](world, lambda s, t: DIRECTIONS[direction](s, t, *temperatures))
     assert loss.shape == () and torch.allclose(loss, expected, rtol=1e-5)
-    weight = world.student.body if name == "fare" else world.student.head
+    weight = world.student.body if name in ("fare", "lore") else world.student.head
     (got,), (wanted,) = (torch.autograd.grad(v, weight) for v in (loss, expected))
     assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5) and got.abs().sum() > 0
 
@@ -122,7 +130,7 @@ def test_each_forward_that_is_named_runs_once_and_references_carry_no_gradient(n
         assert len(shown) == len({id(images) for images, _ in shown}), f"{who} saw the same images twice"
         assert all(gradients == (who == "student") for _, gradients in shown)
         assert bool(shown) == (who in ("student", *objective.references))
-    assert any(images is world.x for images, _ in world.student.shown) == (name == "pmg_aft")
+    assert any(images is world.x for images, _ in world.student.shown) == (name in ("pmg_aft", "lore"))
     sum(objective(world.views).values()).backward()
     assert all(p.grad is None for m in (world.proxy, world.anchor) for p in m.parameters())
 
@@ -146,7 +154,7 @@ def test_the_attack_maximises_cross_entropy_a_divergence_or_fares_distance_image
     if name == "agft":  # image by image: of one alone the mean is its own
         student, anchor = world.logits(world.student, world.x_adv), world.logits(world.anchor, world.x)
         expected = torch.stack([kl(anchor[i : i + 1], student[i : i + 1], 100 / 72, 100 / 180) for i in range(7)])
-    elif name == "fare":
+    elif name in ("fare", "lore"):
         expected = ((world.embeds(world.student, world.x_adv) - world.embeds(world.anchor, world.x)) ** 2).sum(1)
     else:
         expected = -torch.log_softmax(world.logits(world.student, world.x_adv), 1)[torch.arange(7), world.y]

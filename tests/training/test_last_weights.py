@@ -44,6 +44,20 @@ def test_a_baseline_ends_at_its_mean_as_well(tmp_path, paths):
         assert torch.allclose(got, torch.stack([saved(tmp_path, s)[name] for s in (4, 5)]).mean(0), atol=1e-6), name
 
 
+def test_lores_multiplier_rises_while_clean_embeddings_move_too_far_and_a_resumed_run_has_it(tmp_path, paths):
+    def run(**how):
+        trainer = trainer_from_disk(tmp_path, paths, single_schedule("lore", steps=6, learning_rate=3e-3), **SAVE)
+        trainer.train(**how)
+        return trainer
+
+    whole = run()
+    told = [entry["loss_constraint"] for entry in whole.state.log_history if "loss_constraint" in entry]
+    assert told[0] == 0 and told[-1] > 0 and whole.multiplier.value > 0
+    resumed = run(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.multiplier.value == whole.multiplier.value
+    assert largest_difference(weights(resumed.model), weights(whole.model)) == 0
+
+
 def test_each_layer_learns_at_its_share_of_the_rate(tmp_path, paths):
     """One step of plain SGD: what a weight moves is its rate times the same gradient."""
     moved = []
