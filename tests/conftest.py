@@ -294,6 +294,7 @@ def make_result(clean: float | None = None, robust: float | None = None, **chang
         "n_clean": right,
         "n_robust": robust,
         "n_after": {"pgd": robust},
+        "ends": "r" * robust + "0" * (right - robust) + "w" * (n - right),
         "attack": "pgd-20",
         "steps": None,
         "norm": "linf",

@@ -216,6 +216,7 @@ def _measured(images: LabelledImages, outcomes: Outcomes, limit: int | None) -> 
         "norm": attack.threat.norm,
         "eps": str(attack.threat.eps),
         **{name: getattr(attack, name) for name in ("steps", "protocol", "seed", "target")},
+        "ends": "".join({WRONG: "w", ROBUST: "r"}.get(end, str(end)) for end in outcomes.ends.tolist()),
         "skipped": tuple(reason for _, reason in images.skipped),
         "seconds": round(outcomes.seconds, 2),
         "versions": versions(),

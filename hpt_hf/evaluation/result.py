@@ -59,6 +59,7 @@ class EvalResult:
     revision: str | None = None  # the model's commit on the Hub, if it came from there
     sanity_checks: tuple[dict, ...] = ()  # each {name, raised (None: not run), detail}
     skipped: tuple[str, ...] = ()  # images that could not be read and were left out
+    ends: str = ""  # of each image, in order: w wrong when clean, r right to the end, else the stage that broke it
     seconds: float = 0.0  # of computing, summed over processes
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str = ""

@@ -1,8 +1,11 @@
-"""Markdown tables of results."""
+"""Tables of results: Markdown, and whatever pandas writes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
 
 from hpt_hf.evaluation.result import EvalResult, told_apart
 from hpt_hf.evaluation.statistics import mean
@@ -33,3 +36,46 @@ def result_table(results: Sequence[EvalResult]) -> str:
     if len(models) == 1:  # its name stands in the heading
         header, *rows = ((row[0], *row[2:]) for row in (header, *rows))
     return markdown(header, rows)
+
+
+@dataclass(frozen=True)
+class Results(Sequence[EvalResult]):
+    """What an evaluation returns: its results in order, and tables of them."""
+
+    results: tuple[EvalResult, ...]
+
+    def __getitem__(self, index):
+        return self.results[index]
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a result: what was asked, accuracies in percent with their 95% intervals, verdict."""
+        rows = []
+        for r in self.results:
+            row = {"model": r.model, "dataset": r.dataset} | r.question._asdict() | {"n": r.n}
+            for name, value, interval in (("clean", r.clean, r.clean_interval), ("robust", r.robust, r.interval)):
+                row |= {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
+            rows.append(row | {"verdict": r.verdict, "images_digest": r.images_digest, "fingerprint": r.fingerprint})
+        return pd.DataFrame(rows)
+
+    def to_markdown(self) -> str:
+        """A table a question, with its heading, as in report.md."""
+        return "\n\n".join(f"{question}\n\n{result_table(part)}" for question, part in self._by_question())
+
+    def to_latex(self) -> str:
+        """One booktabs table of all results."""
+        shown = ["model", "dataset", "attack", "eps", "n", "clean", "robust", "robust_low", "robust_high", "verdict"]
+        return latex(self.to_pandas()[shown])
+
+    def _by_question(self) -> Iterator[tuple[str, list[EvalResult]]]:
+        for question in dict.fromkeys(str(r.question) for r in self.results):
+            yield question, [r for r in self.results if str(r.question) == question]
+
+
+def latex(table: pd.DataFrame) -> str:
+    """booktabs, one decimal, special characters escaped."""
+    return table.rename(columns=lambda name: name.replace("_", " ")).to_latex(
+        index=False, escape=True, float_format="%.1f"
+    )

@@ -112,12 +112,12 @@ PHOTOGRAPH_ARCHITECTURES: dict[str, dict[str, dict]] = {
         "text": _LONGER_TEXT,
         "vision": {
             "model_type": "convnext",
-            "patch_size": 4,
+            "patch_size": 3,
             "num_stages": 4,
-            "hidden_sizes": [48, 96, 192, 384],
+            "hidden_sizes": [40, 80, 160, 320],
             "depths": [1, 1, 3, 1],
             "layer_scale_init_value": 0.1,  # of 1e-6, made for long training, a short one is half spent growing it
-            "hidden_size": 384,
+            "hidden_size": 320,
         },
     },
 }

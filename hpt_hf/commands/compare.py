@@ -1,0 +1,111 @@
+"""`hpt-hf compare RESULTS …`: models on the same images, with paired differences, seeds, and the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.evaluation.comparison import Compared, compare
+from hpt_hf.evaluation.result import read_results_of
+from hpt_hf.evaluation.tables import latex
+from hpt_hf.utils import markdown, write_text
+
+
+@dataclass
+class CompareArguments:
+    results: list[str] = field(
+        metadata={"help": "folders of evaluations or models; models whose names differ in a last `seedN` are one"}
+    )
+    reference: str | None = field(
+        default=None, metadata={"help": "differences are taken from it; left out: the first"}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "for comparison.md, .csv, .tex and .svg"})
+
+
+def run(args: CompareArguments) -> str:
+    """The comparison of each question in Markdown; the same as files, if asked."""
+    results = [result for folder in args.results for result in read_results_of(folder)]
+    if not results:
+        raise RecipeError(f"results: got {', '.join(args.results)}, expected folders with results/*.json")
+    questions = list(dict.fromkeys(str(r.question) for r in results))
+    compared = {q: compare([r for r in results if str(r.question) == q], args.reference) for q in questions}
+    text = "\n\n".join(f"## {question}\n\n{table(rows)}" for question, rows in compared.items())
+    if args.output_dir:
+        folder, frame = Path(args.output_dir), as_frame(compared)
+        write_text(folder / "comparison.md", text + "\n")
+        write_text(folder / "comparison.csv", frame.to_csv(index=False))
+        write_text(folder / "comparison.tex", latex(frame))
+        front(compared, folder / "comparison.svg")
+    return text
+
+
+def named(rows: Sequence[Compared]) -> dict[str, str]:
+    """Each model's shortest name that no other has."""
+    paths = [row.model for row in rows]
+    last = [Path(path).name for path in paths]
+    return dict(zip(paths, last if len(set(last)) == len(last) else paths, strict=True))
+
+
+def table(rows: Sequence[Compared]) -> str:
+    names, cells = named(rows), []
+    for row in rows:
+        means = [
+            f"{value:.1f}" + (f" ± {spread:.1f}" if row.seeds > 1 else "")
+            for value, spread in zip((row.clean, row.robust), row.spread, strict=True)
+        ]
+        gaps = [str(row.against[kind]) for kind in ("clean", "robust")] if row.against else ["reference", "reference"]
+        front = "dominated by " + ", ".join(names[m] for m in row.dominated_by) if row.dominated_by else "on the front"
+        cells.append((names[row.model], row.seeds, row.sets, row.n, *means, *gaps, front))
+    header = ("model", "seeds", "sets", "n", "clean %", "robust %", "clean, paired", "robust, paired", "front")
+    return markdown(header, cells)
+
+
+def as_frame(compared: dict[str, list[Compared]]) -> pd.DataFrame:
+    """All questions in one table of numbers."""
+    rows = []
+    for question, part in compared.items():
+        for c in part:
+            row = {"question": question, "model": c.model, "seeds": c.seeds, "sets": c.sets, "n": c.n}
+            for kind, spread in zip(("clean", "robust"), c.spread, strict=True):
+                row |= {kind: getattr(c, kind), f"{kind}_sd": spread}
+                gap = c.against and c.against[kind]
+                row |= {f"{kind}_difference": gap.value if gap else 0.0}
+                row |= {f"{kind}_low": gap.low if gap else 0.0, f"{kind}_high": gap.high if gap else 0.0}
+            rows.append(row | {"dominated_by": ", ".join(c.dominated_by)})
+    return pd.DataFrame(rows)
+
+
+def front(compared: dict[str, list[Compared]], file: Path) -> None:
+    """Clean over robust accuracy, a panel a question: hollow marks are dominated."""
+    import matplotlib
+
+    matplotlib.rcParams["svg.hashsalt"] = "hpt"
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(compared), 4.5), layout="constrained")
+    for axes, (question, rows) in zip(
+        figure.subplots(1, len(compared), squeeze=False)[0], compared.items(), strict=True
+    ):
+        names = named(rows)
+        for row in rows:
+            color = "tab:blue"
+            style = {"mfc": "white" if row.dominated_by else color, "mec": color, "ecolor": color, "capsize": 2}
+            x, y = row.spread
+            axes.errorbar(row.clean, row.robust, xerr=x or None, yerr=y or None, fmt="o", **style)
+            axes.annotate(names[row.model], (row.clean, row.robust), xytext=(5, 4), textcoords="offset points", size=8)
+        axes.set(xlabel="clean accuracy %", ylabel="robust accuracy %")
+        axes.set_title(question, fontsize=9)
+        axes.margins(0.15)
+        axes.grid(alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main(argv: list[str] | None = None) -> None:
+    with exit_on_user_error("hpt-hf compare"):
+        (args,) = parse((CompareArguments,), argv, positional=("results",))
+        print(run(args))
