@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "from a recipe to a robust CLIP in a folder that `pipeline` opens",
     "evaluate": "clean and robust accuracy, with intervals and sanity checks",
     "transfer": "which proxy suits a student: accuracy on images attacked for another model",
+    "sweep": "settings of a recipe, chosen by rule on classes left out of training, then over seeds",
     "compare": "models on the same images: paired differences with intervals, the Pareto front",
     "verify": "measure again what a model's results claim",
     "interpolate": "between the original and the robust weights, a point chosen by rule",

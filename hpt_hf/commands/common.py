@@ -12,7 +12,7 @@ from hpt_hf.data.class_names import read_classes
 from hpt_hf.data.dataset import DatasetSpec, LabelledImages, load_images
 from hpt_hf.data.zero_shot_sets import SETS, open_set
 from hpt_hf.lab.datasets import LAB_SUITE, LAB_TRAINING_SIZE, WEIGHTS, lab_images, real_images, real_suite
-from hpt_hf.lab.photographs import photo_images
+from hpt_hf.lab.photographs import PHOTO_SUITE, photo_images
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.utils import did_you_mean, processes, progress
 
@@ -28,7 +28,7 @@ class ImageArguments:
             "help": "names of the 17 zero-shot sets, parquet files, image folders, shards, Hub ids, lab:<task>, real:<set> or photos:<set>"
         },
     )
-    suite: Literal["lab", "real", "zero-shot-17"] | None = field(
+    suite: Literal["lab", "real", "photographs", "zero-shot-17"] | None = field(
         default=None, metadata={"help": "a named list of zero-shot sets"}
     )
     data_dir: str | None = field(default=None, metadata={"help": "the folder of real:<set> and photos:<set>"})
@@ -95,13 +95,18 @@ def check_sizes(args) -> None:
             raise RecipeError(f"--{flag}: got {value}, expected at least 1 image")
 
 
+def suite_names(name: str) -> tuple[str, ...]:
+    """The sets of a suite, or the one set that is named."""
+    suites = {"lab": LAB_SUITE, "real": real_suite(), "photographs": PHOTO_SUITE, "zero-shot-17": tuple(SETS)}
+    return suites.get(name, (name,))
+
+
 def open_sets(args: ImageArguments) -> list[LabelledImages]:
     """What --dataset or --suite names, all opened before the first is attacked: a mistake should not cost hours."""
     if bool(args.dataset) == bool(args.suite):
         raise RecipeError("say what to evaluate on: --dataset PATH … or --suite lab, one of them")
     check_sizes(args)
-    suites = {"lab": LAB_SUITE, "real": real_suite(), "zero-shot-17": tuple(SETS)}
-    paths = args.dataset or suites[args.suite]
+    paths = args.dataset or suite_names(args.suite)
     if args.suite and args.protocol == "native":
         without = [p for p in paths if p in SETS and SETS[p].native is None]
         paths = [p for p in paths if p not in without]
@@ -125,7 +130,7 @@ def _open(args: ImageArguments, path: str) -> LabelledImages:
     if named:
         return open_set(path, args.protocol, on_corrupt=args.on_corrupt)
     if not Path(path).exists() and "/" not in path and ":" not in path:
-        known = (*SETS, *LAB_SUITE, *real_suite())
+        known = (*SETS, *LAB_SUITE, *real_suite(), *PHOTO_SUITE)
         raise RecipeError(
             f"no data at {path}: no file or folder, and no set of that name"
             + did_you_mean(path, known, f"there are {', '.join(SETS)}, and lab:<task>, real:<set>, photos:<set>")

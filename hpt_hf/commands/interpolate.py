@@ -14,7 +14,8 @@ from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.commands.common import ball, check_sizes, dataset_spec, load_model, on_device, open_images
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.commands.train import DataArguments
-from hpt_hf.data.dataset import DatasetSpec, LabelledImages, held_out
+from hpt_hf.data.dataset import DatasetSpec, LabelledImages
+from hpt_hf.data.splits import held_out
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.evaluation.statistics import mean

@@ -19,7 +19,8 @@ from hpt_hf.attacks.threat_model import parse_eps
 from hpt_hf.commands.common import ball, dataset_spec, load_model, open_images
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.data.collator import Collator
-from hpt_hf.data.dataset import LabelledImages, held_out
+from hpt_hf.data.dataset import LabelledImages
+from hpt_hf.data.splits import held_out, leave_out_classes
 from hpt_hf.data.streaming import open_stream
 from hpt_hf.evaluation.statistics import wilson
 from hpt_hf.method.objectives import ATTACK_LOSSES, OBJECTIVES, TEACHERS, Teachers
@@ -54,6 +55,10 @@ class DataArguments:
     classes: list[str] | None = field(default=None, metadata={"help": "class names in label order"})
     classes_file: str | None = field(default=None, metadata={"help": "class names, one a line, or a JSON list"})
     templates: list[str] | None = field(default=None, metadata={"help": "prompts with {} for the class name"})
+    leave_out_classes: float = field(
+        default=0.0,
+        metadata={"help": "share of classes that training never sees, to choose settings on (hpt-hf sweep)"},
+    )
     on_corrupt: Literal["error", "skip"] = "error"
     streaming: bool = field(default=False, metadata={"help": "read a Hub id or parquet files as they come"})
     images: int | None = field(
@@ -221,6 +226,13 @@ def load_proxy(args: MethodArguments, images: LabelledImages) -> ZeroShotClassif
     return proxies[0] if single else Ensemble(proxies, args.proxy_weights)
 
 
+def open_training_images(data: DataArguments) -> tuple[LabelledImages, LabelledImages | None]:
+    """What a recipe trains on, and the images of the classes that it leaves out."""
+    spec = dataset_spec(data, data.dataset, data.split, revision=data.dataset_revision)
+    images = open_images(spec, training=True, data_dir=data.data_dir, on_corrupt=data.on_corrupt)
+    return leave_out_classes(images, data.leave_out_classes)
+
+
 def build(
     data: DataArguments, method: MethodArguments, training: HPTConfig, *, shortened: int | None = None
 ) -> HPTTrainer:
@@ -235,19 +247,19 @@ def build(
     set_seed(training.seed)
     keep_memory()
     attack, schedule = build_attack(method), build_schedule(method)
-    spec = dataset_spec(data, data.dataset, data.split, revision=data.dataset_revision)
     batch = training.per_device_train_batch_size * training.world_size
     if data.images is not None and not data.streaming:
         raise RecipeError("--images says how long a stream is. Fix: --streaming true, or leave it out")
     if data.streaming:
-        if method.held_out or data.on_corrupt == "skip":
+        if method.held_out or data.leave_out_classes or data.on_corrupt == "skip":
             raise RecipeError(
-                "--streaming: a stream is not looked at before training. Fix: no held_out, on_corrupt error"
+                "--streaming: a stream is not looked at before. Fix: no held_out or leave_out_classes, on_corrupt error"
             )
+        spec = dataset_spec(data, data.dataset, data.split, revision=data.dataset_revision)
         images = train_part = open_stream(spec, length=data.images, batch=batch, seed=training.seed)
         eval_part = None
     else:
-        images = open_images(spec, training=True, data_dir=data.data_dir, on_corrupt=data.on_corrupt)
+        images, _ = open_training_images(data)
         train_part, eval_part = held_out(images, method.held_out, seed=0)
         if eval_part is not None and not eval_part.labelled:
             raise RecipeError(f"held_out: {images.name} has no labels to measure with. Fix: --held_out 0")

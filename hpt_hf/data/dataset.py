@@ -376,19 +376,3 @@ def _check_labels(labels: Sequence[int | None], classes: int, path: str) -> None
         raise ValueError(f"{len(wrong)} labels of {path} are out of range: row {row} has {value} of {classes} classes")
     if 0 < (missing := labels.count(None)) < len(labels):
         raise ValueError(f"{missing} of {len(labels)} rows of {path} have no label. Fix: label all of them or none.")
-
-
-def held_out(images: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages | None]:
-    """(training part, held-out slice): a random share fixed by the seed, for choosing settings without a test set."""
-    if not 0 <= share < 1:
-        raise ValueError(f"held_out={share}: expected a share of at least 0 and below 1")
-    count = round(share * len(images))
-    if count == 0 and share > 0:
-        raise ValueError(f"held_out={share} keeps none of the {len(images)} images. Fix: a larger share, or 0")
-    if count == 0:
-        return images, None
-    if count >= len(images):
-        raise ValueError(f"held_out={share} leaves none of the {len(images)} images for training")
-    order = np.random.default_rng(seed).permutation(len(images)).tolist()
-    aside = replace(images.select(sorted(order[:count])), name=f"{images.name} (held out)")
-    return images.select(sorted(order[count:])), aside

@@ -12,7 +12,8 @@ import pytest
 from conftest import CLASSES, encode, make_images, samples, write_parquet, write_tar
 from PIL import Image
 
-from hpt_hf.data.dataset import DatasetSpec, LabelledImages, held_out, load_images, logger
+from hpt_hf.data.dataset import DatasetSpec, LabelledImages, load_images, logger
+from hpt_hf.data.splits import held_out
 from hpt_hf.models.zero_shot import TEMPLATE
 
 NAMES = ("cat", "dog", "house")

@@ -26,6 +26,7 @@ DECIDES = {
     "classes_file": ("{names}", "classes"),
     "templates": ("a_{{}}", "templates"),
     "held_out": ("0.3", "images"),
+    "leave_out_classes": ("0.4", "classes"),
     # the method
     "method": ("tecoa", "phase 1"),
     "model": ("{other_student}", "student"),

@@ -1,0 +1,114 @@
+"""A sweep chooses by its rule on what training never saw, runs nothing twice, and measures the chosen setting alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import contents, make_images
+
+from hpt_hf.commands import sweep
+from hpt_hf.commands.parser import RecipeError
+from hpt_hf.data.splits import leave_out_classes
+
+STEPS = "--method anchor_clean --max_steps 3 --per_device_train_batch_size 8 --eps 8/255 --use_cpu true --disable_tqdm true"
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory, paths):
+    place = tmp_path_factory.mktemp("sweep")
+    for name, seed in (("train", 0), ("other", 3), ("test", 5)):
+        images = make_images(40, seed=seed)
+        images.data.remove_columns("row").to_parquet(place / f"{name}.parquet")
+    flags = f"--dataset {place / 'train.parquet'} --model {paths[0]} {STEPS} --learning_rate 1e-3 10 --limit 20"
+    flags += f" --leave_out_classes 0.4 --choose_on {place / 'other.parquet'} --measure_on {place / 'test.parquet'}"
+    return [*flags.split(), "--measure_attack_steps", "2", "--seed", "0", "1"]
+
+
+@pytest.fixture(scope="module")
+def swept(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept")
+    sweep.main([*flags, "--output_dir", str(folder)])
+    return folder
+
+
+def chosen(folder) -> str:
+    return sweep.name_of(json.loads((folder / "sweep.json").read_text())["chosen"])
+
+
+def test_the_rule_takes_the_highest_mean_on_left_out_classes_and_further_sets(swept):
+    record = json.loads((swept / "sweep.json").read_text())
+    means = {name: (s["clean"] + s["robust"]) / 2 for name, s in record["settings"].items()}
+    assert set(means) == {"learning_rate=1e-3", "learning_rate=10"}
+    assert len(set(means.values())) == 2, "or any choice would do"
+    best = max(means, key=means.get)
+    assert record["chosen"] == {"learning_rate": best.split("=")[1]} and set(record["runs"]) == {"0", "1"}
+    for seen in record["settings"].values():
+        assert {name.split("/")[-1] for name in seen["sets"]} == {"train (classes left out)", "other"}
+    assert f"Chosen: {best}" in (swept / "choice.md").read_text()
+    assert "<svg" in (swept / "choice.svg").read_text()
+
+
+def test_only_the_chosen_setting_is_trained_on_all_classes_and_measured_on_the_test_set(swept):
+    tested = {str(f.relative_to(swept).parent.parent) for f in swept.rglob("results/*test*.json")}
+    assert tested == {f"{chosen(swept)}/seed0", f"{chosen(swept)}/seed1"}
+    for folder, classes in (("choice/learning_rate=1e-3", 3), (f"{chosen(swept)}/seed0", 5)):
+        assert json.loads((swept / folder / "train.json").read_text())["classes"] == classes
+
+
+def test_nothing_is_run_twice_and_what_is_missing_is(swept, flags, monkeypatch):
+    before, trained = contents(swept), []
+    monkeypatch.setattr(sweep.train, "run", lambda *recipe: trained.append(recipe[2].output_dir))
+    sweep.main([*flags, "--output_dir", str(swept)])
+    assert contents(swept) == before and not trained
+    (swept / chosen(swept) / "seed1" / "train.json").rename(swept / "aside.json")
+    sweep.main([*flags, "--output_dir", str(swept)])
+    (swept / "aside.json").rename(swept / chosen(swept) / "seed1" / "train.json")
+    assert [folder.split("/")[-1] for folder in trained] == ["seed1"]
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(swept):
+    folder = swept / chosen(swept) / "seed0"
+    with sweep.sole(folder) as mine, sweep.sole(folder) as second:
+        assert mine and not second
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--learnin_rate", "1"], "unknown key --learnin_rate.*learning_rate"),
+        (["--kl_direction", "forward", "sideways"], "sideways"),
+        (["--learning_rate", "1e-3", "fast"], "fast"),
+        (["--leave_out_classes", "0"], "nothing to choose on"),
+        (["--leave_out_classes", "0.9"], "at least 2 in each part"),
+        (["--output_dir"], "output_dir: got none"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_trained(more, says, flags, tmp_path):
+    given = [*flags, "--output_dir", str(tmp_path / "out")]
+    at = given.index(more[0]) if more[0] in given else len(given)
+    end = next((i for i in range(at + 1, len(given)) if given[i].startswith("--")), len(given))
+    argv = [*given[:at], *more, *given[end:]]
+    if "nothing" in says:
+        at = argv.index("--choose_on")
+        argv = [*argv[:at], *argv[at + 2 :]]
+    with pytest.raises((RecipeError, ValueError), match=says):
+        sweep.run(sweep.Grid.read(argv))
+    assert not list(tmp_path.rglob("train.json"))
+
+
+def test_classes_left_out_are_the_same_every_time_and_in_no_training_image():
+    images = make_images(40)
+    stay, aside = leave_out_classes(images, 0.4)
+    again, _ = leave_out_classes(images, 0.4)
+    assert set(stay.classes) | set(aside.classes) == set(images.classes) and not set(stay.classes) & set(aside.classes)
+    assert (len(stay.classes), len(aside.classes), len(stay) + len(aside)) == (
+        3,
+        2,
+        40,
+    ) and again.digest == stay.digest
+    for part in (stay, aside):
+        for i in range(0, len(part), 7):
+            row = part.data[i]["row"]
+            assert part.classes[part.labels[i]] == images.classes[images.labels[row]]
+    assert leave_out_classes(images, 0.0) == (images, None)
