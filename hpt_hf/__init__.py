@@ -13,8 +13,11 @@ _HOMES = {
     "load_images": "data.dataset",
     "Collator": "data.collator",
     "HPTConfig": "training.config",
-    "HPTTrainer": "training.trainer",
-    "evaluate": "evaluation.evaluator",
+    "HPTTrainer": "api",
+    "Results": "evaluation.tables",
+    "evaluate": "api",
+    "attack": "api",
+    "compare": "evaluation.comparison",
 }
 __all__ = ["__version__", *_HOMES]
 __version__ = version("hpt_hf")

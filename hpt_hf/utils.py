@@ -180,6 +180,15 @@ def progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def progress_bar(what: str, total: int, unit: str):
+    """A tqdm bar as transformers has it: gone when it is full, silent where nobody watches, or transformers' are disabled."""
+    from tqdm.auto import tqdm
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    quiet = not (sys.stderr.isatty() and is_progress_bar_enabled() and processes().is_main_process)
+    return tqdm(desc=what, total=total, unit=unit, leave=False, disable=quiet, file=sys.stderr)
+
+
 def escaped(name: str) -> str:
     """A name in Markdown: no end of a cell, and no HTML."""
     return name.replace("|", "\\|").replace("<", "&lt;")

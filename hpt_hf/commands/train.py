@@ -23,7 +23,8 @@ from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.data.splits import held_out, leave_out_classes
 from hpt_hf.data.streaming import open_stream
 from hpt_hf.evaluation.statistics import wilson
-from hpt_hf.method.objectives import ATTACK_LOSSES, OBJECTIVES, TEACHERS, Teachers
+from hpt_hf.method.extension import load_object
+from hpt_hf.method.objectives import ATTACK_LOSSES, OBJECTIVES, TEACHERS, Objective, Teachers
 from hpt_hf.method.schedule import Schedule
 from hpt_hf.models.ensemble import Ensemble
 from hpt_hf.models.fast_layers import keep_memory
@@ -33,7 +34,7 @@ from hpt_hf.publishing.export import DTYPES, check_apart
 from hpt_hf.publishing.model_card import TRAINED
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.trainer import HPTTrainer
-from hpt_hf.utils import no_space, progress, shutdown_distributed, write_json
+from hpt_hf.utils import did_you_mean, no_space, progress, shutdown_distributed, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -71,7 +72,7 @@ class MethodArguments:
     """The method: objective, attack, schedule. `learning_rate`, `num_train_epochs` and `warmup_steps` are the Trainer's own."""
 
     method: str = field(
-        metadata={"choices": ["hpt_gpd", *OBJECTIVES], "help": "hpt_gpd, or one objective from start to end"}
+        metadata={"help": "hpt_gpd, or one objective from start to end; or of your own, my_file.py:my_objective"}
     )
     model: str = field(metadata={"help": "the student: a folder or a Hub id"})
     proxy: list[str] | None = field(
@@ -151,9 +152,19 @@ def build_schedule(args: MethodArguments) -> Schedule:
     if not 0 < args.ga_epochs < math.inf:
         raise RecipeError(f"ga_epochs: got {args.ga_epochs}, expected more than 0")
 
+    own = None
+    if ":" in args.method:
+        own = load_object(args.method, (Objective, Schedule))
+    elif args.method != "hpt_gpd" and args.method not in OBJECTIVES:
+        known = ("hpt_gpd", *OBJECTIVES)
+        hint = did_you_mean(args.method, known, f"there are {', '.join(known)}, and my_file.py:my_objective")
+        raise RecipeError(f"method: got {args.method!r}{hint}")
+    if isinstance(own, Schedule):
+        return own
+
     def objective(name: str):
         name = "ga" if name == "hpt" and args.proxy_on == "clean" else name
-        chosen = OBJECTIVES[name]
+        chosen = own or OBJECTIVES[name]
         changes = {"divergence": dataclasses.replace(chosen.divergence, **given), "attack_on": args.attack_on}
         if args.attack_loss:
             changes["attack"] = ATTACK_LOSSES[args.attack_loss]
@@ -233,25 +244,13 @@ def open_training_images(data: DataArguments) -> tuple[LabelledImages, LabelledI
     return leave_out_classes(images, data.leave_out_classes)
 
 
-def build(
-    data: DataArguments, method: MethodArguments, training: HPTConfig, *, shortened: int | None = None
-) -> HPTTrainer:
-    """Everything a recipe says, as a trainer ready to train. Nothing is written before this has succeeded.
-
-    Args:
-        shortened: at most so many steps of each phase: enough to see what the run would cost.
-    """
-    check_apart(training.output_dir, model=method.model, dataset=data.dataset)
-    for proxy in method.proxy or ():
-        check_apart(training.output_dir, proxy=proxy)
-    set_seed(training.seed)
-    keep_memory()
-    attack, schedule = build_attack(method), build_schedule(method)
+def training_images(data: DataArguments, training: HPTConfig, share: float, images: LabelledImages | None):
+    """(what tells the classes, what is trained on, the held-out slice or None). Raises RecipeError: less than a batch."""
     batch = training.per_device_train_batch_size * training.world_size
     if data.images is not None and not data.streaming:
         raise RecipeError("--images says how long a stream is. Fix: --streaming true, or leave it out")
     if data.streaming:
-        if method.held_out or data.leave_out_classes or data.on_corrupt == "skip":
+        if share or data.leave_out_classes or data.on_corrupt == "skip":
             raise RecipeError(
                 "--streaming: a stream is not looked at before. Fix: no held_out or leave_out_classes, on_corrupt error"
             )
@@ -259,8 +258,9 @@ def build(
         images = train_part = open_stream(spec, length=data.images, batch=batch, seed=training.seed)
         eval_part = None
     else:
-        images, _ = open_training_images(data)
-        train_part, eval_part = held_out(images, method.held_out, seed=0)
+        if images is None:
+            images, _ = open_training_images(data)
+        train_part, eval_part = held_out(images, share, seed=0)
         if eval_part is not None and not eval_part.labelled:
             raise RecipeError(f"held_out: {images.name} has no labels to measure with. Fix: --held_out 0")
         for index in range(len(eval_part or ())):  # a damaged image would fail behind the last step
@@ -271,6 +271,30 @@ def build(
             f"{training.gradient_accumulation_steps} accumulated × {training.world_size} processes): "
             "lower per_device_train_batch_size"
         )
+    return images, train_part, eval_part
+
+
+def parts(
+    data: DataArguments,
+    method: MethodArguments,
+    training: HPTConfig,
+    *,
+    images: LabelledImages | None = None,
+    shortened: int | None = None,
+) -> dict:
+    """Everything a recipe says, as arguments of `HPTTrainer`. Nothing is written before this has succeeded.
+
+    Args:
+        images: instead of those that the recipe names.
+        shortened: at most so many steps of each phase: enough to see what the run would cost.
+    """
+    check_apart(training.output_dir, model=method.model, dataset=data.dataset)
+    for proxy in method.proxy or ():
+        check_apart(training.output_dir, proxy=proxy)
+    set_seed(training.seed)
+    keep_memory()
+    attack, schedule = build_attack(method), build_schedule(method)
+    images, train_part, eval_part = training_images(data, training, method.held_out, images)
     student = load_model(method.model, method.model_revision).set_classes(images.classes, images.templates)
     if method.lora_r is not None:
         add_lora(student, method.lora_r, method.lora_alpha, seed=training.seed)
@@ -279,18 +303,25 @@ def build(
     needed = any("proxy" in p.objective.references for p in schedule.phases)
     proxy = load_proxy(method, images) if needed else None
     recipe = {k: v for part in (data, method) for k, v in dataclasses.asdict(part).items()}
-    return HPTTrainer(
-        student,
-        training,
-        schedule=schedule,
-        attack=attack,
-        proxy=proxy,
-        recipe={"method": method.method, "recipe": recipe},
-        shortened=shortened,
-        train_dataset=train_part,
-        eval_dataset=eval_part,
-        data_collator=Collator(student.processor),
-    )
+    return {
+        "model": student,
+        "args": training,
+        "schedule": schedule,
+        "attack": attack,
+        "proxy": proxy,
+        "recipe": {"method": method.method, "recipe": recipe},
+        "shortened": shortened,
+        "train_dataset": train_part,
+        "eval_dataset": eval_part,
+        "data_collator": Collator(student.processor),
+    }
+
+
+def build(
+    data: DataArguments, method: MethodArguments, training: HPTConfig, *, shortened: int | None = None
+) -> HPTTrainer:
+    """A trainer ready to train. See `parts`."""
+    return HPTTrainer(**parts(data, method, training, shortened=shortened))
 
 
 def run(data: DataArguments, method: MethodArguments, training: HPTConfig) -> dict:

@@ -23,9 +23,10 @@ from hpt_hf.evaluation.metric import RobustAccuracy
 from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.evaluation.resume import Findings
 from hpt_hf.evaluation.sanity_checks import CHECKS, PROBE, Probe, run_check
-from hpt_hf.models.zero_shot import ZeroShotClassifier, digest, fingerprint
+from hpt_hf.models.logits_classifier import Classifier
+from hpt_hf.models.zero_shot import digest, fingerprint
 from hpt_hf.types import ImageIds
-from hpt_hf.utils import hardware, processes, versions, write_json
+from hpt_hf.utils import hardware, processes, progress_bar, versions, write_json
 
 # How an image ended, if no stage of the attack broke it: wrong already when clean, or right to the end.
 WRONG, ROBUST = -2, -1
@@ -51,12 +52,17 @@ def batches(images: LabelledImages, collate: Collator, batch_size: int, limit: i
         rows.append(row)
 
 
-def shared(tasks: Iterable[tuple[str, Callable[[], dict]]], known: Findings) -> list[dict]:
-    """What each named task finds, in order, on every process: they take turns, and nothing known is done again."""
+def shared(tasks: Iterable[tuple[str, Callable[[], dict]]], known: Findings, done: Callable) -> list[dict]:
+    """What each named task finds, in order, on every process: they take turns, and nothing known is done again.
+
+    Args:
+        done: is told each finding.
+    """
     state, mine = processes(), []
     for number, (name, task) in enumerate(tasks):
         if number % state.num_processes == state.process_index:
             mine.append((number, known.get(name) or known.note(name, task())))
+            done(mine[-1][1])
     return [finding for _, finding in sorted(gather_object(mine), key=lambda item: item[0])]
 
 
@@ -82,7 +88,7 @@ class Outcomes:
 
 @torch.no_grad()
 def attack_all(
-    classifier: ZeroShotClassifier,
+    classifier: Classifier,
     images: LabelledImages,
     attack: EvaluationAttack,
     *,
@@ -102,7 +108,15 @@ def attack_all(
             # Two batches have enough to show, also where the first is all wrong.
             yield name, partial(attack_batch, classifier, batch, attack, show=2 if number < 2 else 0)
 
-    found = shared(tasks(), known or Findings(None, {}))
+    with progress_bar(f"{images.name}, {attack}", len(sample(len(images), limit)), "image") as bar:
+        standing = []
+
+        def done(finding: dict) -> None:
+            standing.extend(end == ROBUST for end in finding["ends"])
+            bar.set_postfix_str(f"robust {100 * sum(standing) / len(standing):.1f}%", refresh=False)
+            bar.update(len(finding["ends"]) * processes().num_processes)
+
+        found = shared(tasks(), known or Findings(None, {}), done)
     indices, labels, image_ids = (torch.cat([batch[k] for batch in seen]) for k in ("indices", "labels", "image_ids"))
     ends, examples = (sum((finding[k] for finding in found), []) for k in ("ends", "examples"))
     seconds = sum(finding["seconds"] for finding in found)
@@ -110,7 +124,7 @@ def attack_all(
 
 
 @torch.no_grad()
-def attack_batch(classifier: ZeroShotClassifier, batch: Batch, attack: EvaluationAttack, *, show: int = 0) -> dict:
+def attack_batch(classifier: Classifier, batch: Batch, attack: EvaluationAttack, *, show: int = 0) -> dict:
     """`ends` of one batch, seconds, and up to `show` broken images. Wrong images are not attacked."""
     start = time.time()
     batch = {k: v.to(classifier.device) for k, v in batch.items()}
@@ -129,7 +143,7 @@ def attack_batch(classifier: ZeroShotClassifier, batch: Batch, attack: Evaluatio
     return {"ends": ends.tolist(), "seconds": round(time.time() - start, 3), "examples": examples}
 
 
-def example(classifier: ZeroShotClassifier, image: torch.Tensor, perturbed: torch.Tensor, label: int) -> dict:
+def example(classifier: Classifier, image: torch.Tensor, perturbed: torch.Tensor, label: int) -> dict:
     """A broken image to show: clean, perturbation (scaled to black or white) and attacked, PNG in base64, and answers."""
     delta = perturbed - image
     perturbation = 0.5 + delta / (2 * delta.abs().max().clamp_min(1e-12))
@@ -145,7 +159,7 @@ def images_digest(image_ids: ImageIds) -> str:
 
 
 def evaluate(
-    classifier: ZeroShotClassifier,
+    classifier: Classifier,
     images: LabelledImages,
     attack: EvaluationAttack,
     *,
@@ -154,7 +168,7 @@ def evaluate(
     batch_size: int = 128,
     limit: int | None = None,
     probe: int = PROBE,
-    baseline: ZeroShotClassifier | None = None,
+    baseline: Classifier | None = None,
     folder: str | Path | None = None,
 ) -> EvalResult:
     """Clean and robust accuracy of `classifier`, whose classes become those of the set, and sanity checks of them.
@@ -178,7 +192,7 @@ def evaluate(
         model.set_classes(images.classes, images.templates)
     weights = fingerprint(classifier)
     question = {
-        "model": [weights, classifier.config.to_json_string(), classifier.mean.tolist(), classifier.std.tolist()],
+        "model": [weights, *classifier.identity()],
         "baseline": baseline and fingerprint(baseline),
         "heads": [digest({"head": (1e4 * m.head).round().short()}) for m in (classifier, baseline) if m],
         "data": [images.name, *images.classes, *images.templates],
@@ -261,4 +275,6 @@ def sanity_checks(
         return {"name": check.__name__, "raised": raised, "detail": detail}
 
     data = f"{result.images_digest} {images_digest(outcomes.labels)}"
-    return shared(((f"check {c.__name__} {data}", partial(run, c)) for c in CHECKS), known)
+    with progress_bar(f"{result.dataset}, sanity checks", len(CHECKS), "check") as bar:
+        tasks = ((f"check {c.__name__} {data}", partial(run, c)) for c in CHECKS)
+        return shared(tasks, known, lambda _: bar.update(processes().num_processes))

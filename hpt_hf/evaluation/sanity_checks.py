@@ -18,7 +18,7 @@ from hpt_hf.attacks.noise import Noise
 from hpt_hf.attacks.suite import ATTACKS, TARGETED, EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.evaluation.result import EvalResult
-from hpt_hf.models.zero_shot import ZeroShotClassifier
+from hpt_hf.models.logits_classifier import Classifier
 from hpt_hf.types import Images, Logits
 
 PROBE = 24  # images that the checks look at
@@ -44,12 +44,12 @@ class Seen(NamedTuple):
 class Probe:
     """What the checks look at."""
 
-    classifier: ZeroShotClassifier
+    classifier: Classifier
     attack: EvaluationAttack
     result: EvalResult
     clean_images: Batch  # some that are right
     robust_images: Batch  # some that withstood the attack
-    baseline: ZeroShotClassifier | None = None  # an undefended model
+    baseline: Classifier | None = None  # an undefended model
     baseline_images: Batch = field(default_factory=dict)
 
     def logits(self, images: Images) -> Logits:

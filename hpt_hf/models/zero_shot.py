@@ -147,6 +147,10 @@ class ZeroShotClassifier(torch.nn.Module):
                 state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(layer.active_adapters[0])
         return state
 
+    def identity(self) -> list:
+        """What decides its answers beside its weights and classes, as JSON."""
+        return [self.config.to_json_string(), self.mean.tolist(), self.std.tolist()]
+
     @property
     def config(self):
         return self.model.config
@@ -243,6 +247,6 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
-def fingerprint(classifier: ZeroShotClassifier) -> str:
-    """A digest of the model's weights: equal digests = equal models."""
+def fingerprint(classifier: torch.nn.Module) -> str:
+    """A digest of a classifier's weights, its `plain_state`: equal digests = equal models."""
     return digest(classifier.plain_state())

@@ -39,7 +39,7 @@ class HPTTrainer(CheckpointTrainer):
     (batch,) and, unless the data has none, `labels` (batch,).
 
     Args:
-        student: with its vanilla weights and its classes set; only its vision side is trained.
+        model: the student with its vanilla weights and its classes set; only its vision side is trained.
         args: not changed.
         schedule: the phases; what they leave open is taken from `args`.
         attack: how training images are attacked.
@@ -57,7 +57,7 @@ class HPTTrainer(CheckpointTrainer):
 
     def __init__(
         self,
-        student: ZeroShotClassifier,
+        model: ZeroShotClassifier,
         args: HPTConfig,
         *,
         schedule: Schedule,
@@ -69,6 +69,7 @@ class HPTTrainer(CheckpointTrainer):
     ):
         if not isinstance(args, HPTConfig):
             raise TypeError(f"args: got {type(args).__name__}, expected HPTConfig: its defaults are the method's")
+        student = model
         check_student(student)
         needed = {name for phase in schedule.phases for name in phase.objective.references}
         # Only what an objective asks for is kept: a frozen model that nobody asks costs memory on every device.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from hpt_hf.commands.evaluate import EvaluateArguments
 from hpt_hf.commands.parser import RecipeError, parse
 from hpt_hf.commands.train import DataArguments, MethodArguments, build_attack, build_schedule
 from hpt_hf.evaluation.result import read_results
-from hpt_hf.method.objectives import OBJECTIVES
 from hpt_hf.training.config import HPTConfig
 
 ROOT = Path(__file__).parent.parent.parent
@@ -82,11 +80,6 @@ def test_config_with_an_equals_sign_and_two_recipes(tmp_path):
     assert training.learning_rate == 1e-3, "the later recipe wins"
 
 
-def test_the_methods_on_offer_are_the_objectives_and_gpd():
-    (choices,) = (f.metadata["choices"] for f in dataclasses.fields(MethodArguments) if f.name == "method")
-    assert set(choices) == set(OBJECTIVES) | {"hpt_gpd"}
-
-
 # --- what is refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +90,6 @@ def test_the_methods_on_offer_are_the_objectives_and_gpd():
         (["--prox", "p"], "unknown key --prox"),  # argparse alone would take it for --proxy
         (["--evaluation_strategy", "no"], "unknown key --evaluation_strategy; did you mean eval_strategy"),
         (["--xyzzy=1"], "unknown key --xyzzy; see --help"),
-        (["--method", "hpt_gdp"], "invalid choice: 'hpt_gdp'"),
         (["--on_corrupt", "ignore"], "invalid choice: 'ignore'"),
         (["--norm", "l1"], "invalid choice: 'l1'"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
