@@ -22,7 +22,6 @@ from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.data.splits import held_out, leave_out_classes
 from hpt_hf.data.streaming import open_stream
-from hpt_hf.evaluation.statistics import wilson
 from hpt_hf.method.extension import load_object
 from hpt_hf.method.objectives import ATTACK_LOSSES, OBJECTIVES, TEACHERS, Objective, Teachers
 from hpt_hf.method.schedule import Schedule
@@ -33,6 +32,7 @@ from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.publishing.export import DTYPES, check_apart
 from hpt_hf.publishing.model_card import TRAINED
 from hpt_hf.training.config import HPTConfig
+from hpt_hf.training.record import held_out_report
 from hpt_hf.training.trainer import HPTTrainer
 from hpt_hf.utils import did_you_mean, no_space, progress, shutdown_distributed, write_json
 
@@ -365,32 +365,6 @@ def save(trainer: HPTTrainer) -> None:
         output, rescue = trainer.args.output_dir, tempfile.mkdtemp(prefix="hpt-hf-")
         trainer.save_model(rescue, _internal_call=True)
         raise OSError(f"no space left for {output}: the model lies in {rescue}. Fix: make room and move it") from error
-
-
-def held_out_report(record: dict) -> tuple[str, list[str]]:
-    """(accuracies on the held-out slice with intervals beside the vanilla student's, reasons to doubt the model)."""
-    n, after, before = record["held_out_images"], record["held_out"], record["held_out_vanilla"]
-    if not after:
-        return "", []
-
-    def told(found: dict, prefix: str) -> str:
-        parts = []
-        for kind in ("clean", "robust"):
-            value = found[f"{prefix}_{kind}_accuracy"]
-            parts.append("{} {:.1f}% ({:.1f}–{:.1f})".format(kind, value, *wilson(round(value * n / 100), n)))
-        return ", ".join(parts)
-
-    text, doubts = f"; held-out slice, n = {n}: {told(after, 'eval')}", []
-    clean, chance = after["eval_clean_accuracy"], 100 / record["classes"]
-    if wilson(round(clean * n / 100), n)[0] <= chance:
-        doubts.append(f"it is at chance: {clean:.1f}% clean of {record['classes']} classes")
-    if (record["largest_class_share"] or 0) > 95 > 2 * chance:
-        doubts.append(f"it predicts one class for {record['largest_class_share']:.0f}% of the images")
-    if before:
-        text += f"; vanilla student: {told(before, 'vanilla')}"
-        if all(after[f"eval_{kind}_accuracy"] < before[f"vanilla_{kind}_accuracy"] for kind in ("clean", "robust")):
-            doubts.append("it is worse than the vanilla student, clean and robust")
-    return text, doubts
 
 
 def main(argv: list[str] | None = None) -> None:

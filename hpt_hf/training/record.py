@@ -12,6 +12,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from hpt_hf.attacks.pgd import TrainingAttack
+from hpt_hf.evaluation.statistics import wilson
 from hpt_hf.method.objectives import Objective, Views
 from hpt_hf.models.ensemble import Ensemble, members
 from hpt_hf.models.families import FAMILIES
@@ -170,3 +171,29 @@ def accuracies(prediction: EvalPrediction) -> dict[str, float]:
     found = {f"{k}_accuracy": 100 * float((v.argmax(1) == prediction.label_ids).mean()) for k, v in logits.items()}
     answers = logits["clean"].argmax(1)
     return found | {"largest_class_share": 100 * float(np.bincount(answers).max() / len(answers))}
+
+
+def held_out_report(record: dict) -> tuple[str, list[str]]:
+    """(accuracies on the held-out slice with intervals beside the vanilla student's, reasons to doubt the model)."""
+    n, after, before = record["held_out_images"], record["held_out"], record["held_out_vanilla"]
+    if not after:
+        return "", []
+
+    def told(found: dict, prefix: str) -> str:
+        parts = []
+        for kind in ("clean", "robust"):
+            value = found[f"{prefix}_{kind}_accuracy"]
+            parts.append("{} {:.1f}% ({:.1f}–{:.1f})".format(kind, value, *wilson(round(value * n / 100), n)))
+        return ", ".join(parts)
+
+    text, doubts = f"; held-out slice, n = {n}: {told(after, 'eval')}", []
+    clean, chance = after["eval_clean_accuracy"], 100 / record["classes"]
+    if wilson(round(clean * n / 100), n)[0] <= chance:
+        doubts.append(f"it is at chance: {clean:.1f}% clean of {record['classes']} classes")
+    if (record["largest_class_share"] or 0) > 95 > 2 * chance:
+        doubts.append(f"it predicts one class for {record['largest_class_share']:.0f}% of the images")
+    if before:
+        text += f"; vanilla student: {told(before, 'vanilla')}"
+        if all(after[f"eval_{kind}_accuracy"] < before[f"vanilla_{kind}_accuracy"] for kind in ("clean", "robust")):
+            doubts.append("it is worse than the vanilla student, clean and robust")
+    return text, doubts
