@@ -16,6 +16,7 @@ from hpt_hf.commands.parser import parse
 from hpt_hf.method.objectives import Objective
 from hpt_hf.method.schedule import Schedule
 from hpt_hf.training.config import KEPT, HPTConfig
+from hpt_hf.training.record import held_out_report
 from hpt_hf.training.trainer import HPTTrainer
 
 
@@ -91,7 +92,7 @@ def test_a_collapsed_model_is_no_result_without_a_word(changed, says):
     record = {"held_out_images": 100, "classes": 5, "largest_class_share": changed.get("largest_class_share", 25.0)}
     record["held_out"] = {"eval_clean_accuracy": clean, "eval_robust_accuracy": robust}
     record["held_out_vanilla"] = {"vanilla_clean_accuracy": 70.0, "vanilla_robust_accuracy": 30.0}
-    text, doubts = record.held_out_report(record)
+    text, doubts = held_out_report(record)
     assert f"clean {clean:.1f}% (" in text and "vanilla student: clean 70.0% (" in text
     assert any(says in doubt for doubt in doubts) if says else not doubts
 
