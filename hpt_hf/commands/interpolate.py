@@ -1,7 +1,8 @@
 """`hpt-hf interpolate`: between the original and the robust weights, how much robustness for how much clean accuracy.
 
 theta(w) = (1 - w) theta_original + w theta_robust (WiSE-FT, arXiv 2109.01903, section 3). A point is chosen by rule on training
-data that the model has not seen; test sets may be measured beside it and have no say.
+data that the model has not seen; test sets may be measured beside it and have no say. With `--mask` the coordinates that clean
+accuracy hangs on most stay the original's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hpt_hf.commands.train import DataArguments
 from hpt_hf.data.dataset import DatasetSpec, LabelledImages
 from hpt_hf.data.splits import held_out
 from hpt_hf.evaluation.evaluator import evaluate
+from hpt_hf.evaluation.masked_merge import masked
 from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.evaluation.statistics import mean
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
@@ -40,6 +42,10 @@ class InterpolateArguments:
         metadata={"help": "shares of the robust weights; 0 is the original, 1 the robust model"},
     )
     max_drop: float = field(default=5.0, metadata={"help": "points of clean accuracy that may be paid for robustness"})
+    mask: float = field(
+        default=0.0,
+        metadata={"help": "share of coordinates, those that clean accuracy hangs on most, left as they were"},
+    )
     choose_on: list[str] | None = field(
         default=None, metadata={"help": "training data that the model has not seen; left out: what training held out"}
     )
@@ -130,6 +136,8 @@ def run(args: InterpolateArguments) -> tuple[list[Point], Point]:
     check_apart(args.output_dir, model=args.model, origin=source)
     choosing = [_open(p, args, training=True) for p in args.choose_on or ()] or [_held_out(args, trained)]
     reporting = [_open(p, args, training=False) for p in args.report_on or ()]
+    if args.mask:
+        robust = masked(original, robust, choosing[0], args.mask)
     if args.push_to:
         open_repo(args.push_to, private=args.private)  # what cannot be pushed should not cost the hours before it
     options = {"name": args.model, "limit": args.limit, "batch_size": args.batch_size, "probe": 0}
@@ -146,6 +154,7 @@ def run(args: InterpolateArguments) -> tuple[list[Point], Point]:
     rule = f"the most robust point whose clean accuracy on {names} is at most {args.max_drop:g} points below the original's"
     front = {
         "what": "clean and robust accuracy, %, of (1 - weight) original + weight robust",
+        "mask": args.mask,
         **{"origin": source, "robust": args.model, "attack": asdict(attack), "rule": f"chosen: {rule}"},
         **{"chosen": chosen.weight, "points": [p.to_json() for p in points]},
     }
@@ -153,7 +162,7 @@ def run(args: InterpolateArguments) -> tuple[list[Point], Point]:
     draw(front, Path(args.output_dir) / "front.svg", f"{attack}, {threat}")
     for point in points:
         if point is chosen or point.weight in (args.save or ()):
-            told = {"weight": point.weight, "origin": source, "robust": args.model}
+            told = {"weight": point.weight, "origin": source, "robust": args.model, "mask": args.mask}
             told["rule"] = f"This point was chosen: {rule}." if point is chosen else ""
             records = {MIXED: told} | ({TRAINED: trained} if trained else {})
             _publish(args, point, interpolate(original, robust, point.weight), records)
@@ -174,6 +183,8 @@ def _grid(args: InterpolateArguments) -> list[float]:
     check_sizes(args)
     if not 0 <= args.max_drop < float("inf"):
         raise RecipeError(f"--max_drop: got {args.max_drop}, expected points of clean accuracy, at least 0")
+    if not 0 <= args.mask < 1:
+        raise RecipeError(f"--mask: got {args.mask}, expected a share of at least 0 and below 1")
     grid = sorted({0.0, *args.weights, *(args.save or ())})
     if not all(0 <= w <= 1 for w in grid) or len(grid) < 2:
         raise RecipeError(

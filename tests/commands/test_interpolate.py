@@ -392,6 +392,7 @@ MISTAKES = {
     "a gain that is asked for": (nothing, ["--max_drop", "-1"], "--max_drop: got -1.0"),
     "no limit": (nothing, ["--max_drop", "inf"], "--max_drop: got inf"),
     "no such attack": (nothing, ["--attack", "pdg"], "did you mean pgd"),
+    "all coordinates masked": (nothing, ["--mask", "1"], "--mask: got 1.0"),
     "no such eps": (nothing, ["--eps", "8"], "Fix: '8/255'"),
     "no test set": (nothing, ["--report_on", "/nowhere/at/all"], "no data at /nowhere"),
     "no training images": (nothing, ["--choose_on", "/nowhere/at/all"], "no data at /nowhere"),

@@ -1,0 +1,165 @@
+"""Who should teach, and which objective: every row at the same data, attack and steps, in the glyphs' world or the photographs'.
+
+    python benchmarks/study.py --world glyphs                                          # several processes share the runs
+    python benchmarks/study.py --world photographs --data_dir FOLDER --models FOLDER   # student, proxy and convolution of docs/lab.md
+    python benchmarks/study.py --world glyphs --collect docs/results/study-glyphs.json # what there is so far, as tables
+
+A row is a command line of `hpt-hf sweep` without a choice: its rate was chosen before, on classes left out (docs/experiments.md). Differences are
+paired over the images of the suite, from the control, the student's own vanilla self on clean images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers.utils import logging
+
+from hpt_hf.attacks.suite import EvaluationAttack
+from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.commands.common import ImageArguments, load_model, open_sets, suite_names
+from hpt_hf.commands.sweep import Grid, run
+from hpt_hf.commands.transfer import matrix, means
+from hpt_hf.evaluation.comparison import compare
+from hpt_hf.evaluation.result import read_results_of
+from hpt_hf.utils import hardware, markdown, slug, versions, write_json
+
+REFERENCE = "anchor, clean"
+STEPS = 10  # of PGD in every figure
+
+
+@dataclass(frozen=True)
+class World:
+    """What all rows of a world share; `{models}` is the folder of its pre-trained models."""
+
+    suite: str
+    eps: str
+    flags: str
+    models: dict[str, str]  # student, proxies
+    embedding_rate: str  # of FARE and LORE, whose loss is a squared distance
+
+
+WORLDS = {
+    "glyphs": World(
+        "lab",
+        "6/255",
+        "--config lab/anchor_clean --held_out 0",
+        {"student": "lab:student", "proxy": "lab:proxy", "convolution": "lab:convolution"},
+        "0.001",
+    ),
+    "photographs": World(
+        "photographs",
+        "2/255",
+        "--config photographs/anchor_clean",
+        {name: f"{{models}}/{name}" for name in ("student", "proxy", "convolution")},
+        "0.001",
+    ),
+}
+ROWS = {
+    "TeCoA": "--method tecoa",
+    REFERENCE: "--method anchor_clean",
+    "anchor, clean, attacked by KL": "--method anchor_clean --attack_loss kl",
+    "anchor, clean, mean of the last third": "--method anchor_clean --average_last 0.33",
+    "anchor, clean, layer rates 0.7": "--method anchor_clean --layer_rate_decay 0.7",
+    "AGFT": "--method agft",
+    "UCAT": "--method ucat",
+    "PMG-AFT": "--method pmg_aft",
+    "FARE": "--method fare --learning_rate {embedding_rate}",
+    "LORE": "--method lore --learning_rate {embedding_rate}",
+    "ViT proxy, clean": "--method ga --proxy {proxy}",
+    "ViT proxy, adversarial (HPT)": "--method hpt --proxy {proxy}",
+    "convolution, clean": "--method ga --proxy {convolution}",
+    "convolution, adversarial": "--method hpt --proxy {convolution}",
+    "both proxies, clean": "--method ga --proxy {proxy} {convolution}",
+    "both proxies, adversarial": "--method hpt --proxy {proxy} {convolution}",
+    "anchor + ViT proxy, clean": "--method distillation --teachers anchor_clean proxy_clean --proxy {proxy}",
+    "anchor + convolution, clean": "--method distillation --teachers anchor_clean proxy_clean --proxy {convolution}",
+    "anchor + both, clean": "--method distillation --teachers anchor_clean proxy_clean --proxy {proxy} {convolution}",
+    "anchor + ViT proxy, where they agree": "--method distillation --teachers anchor_clean proxy_clean --proxy {proxy} "
+    "--teachers_agreeing true",
+    "anchor, clean + ViT proxy, adversarial": "--method distillation --teachers anchor_clean proxy_adversarial "
+    "--proxy {proxy}",
+}
+
+
+def row_flags(world: World, row: str, models: str, data_dir: str | None) -> list[str]:
+    paths = {name: path.format(models=models) for name, path in world.models.items()}
+    flags = f"{world.flags} {ROWS[row]} --model {{student}} --disable_tqdm true --logging_strategy no"
+    flags = flags.format(embedding_rate=world.embedding_rate, **paths).split()
+    return [*flags, *(["--data_dir", data_dir] if data_dir else [])]
+
+
+def phenomenon(world: World, models: str, data_dir: str | None, limit: int) -> dict:
+    """What each model answers rightly, clean and on the student's adversarial images, in percent."""
+    opened = {name: load_model(path.format(models=models)) for name, path in world.models.items()}
+    sets = open_sets(ImageArguments("", dataset=list(suite_names(world.suite)), data_dir=data_dir, limit=limit))
+    attack = EvaluationAttack(ThreatModel("linf", world.eps), steps=STEPS)
+    crossed = means(matrix(opened, sets, attack, sources=["student"], limit=limit))
+    return {name: {k: crossed["student", name][k] for k in ("clean", "adversarial", "kl")} for name in opened}
+
+
+def collect(output: Path) -> list[dict]:
+    """Every row that has a run: means, spread over seeds, and paired differences from the reference."""
+    results = []
+    for row in ROWS:
+        for folder in sorted((output / slug(row) / "recipe").glob("seed*")):
+            results += [replace(r, model=f"{row}/{folder.name}") for r in read_results_of(folder)]
+    rows = []
+    for c in compare(results, REFERENCE):
+        found = {"row": c.model, "seeds": c.seeds, "sets": c.sets, "n": c.n, "clean": c.clean, "robust": c.robust}
+        found |= {"spread": c.spread, "dominated_by": c.dominated_by}
+        rows.append(found | {"difference": c.against and {k: vars(d) for k, d in c.against.items()}})
+    return sorted(rows, key=lambda r: list(ROWS).index(r["row"]))
+
+
+def table(found: dict) -> str:
+    cells = []
+    for row in found["rows"]:
+        values = [
+            f"{row[kind]:.1f}" + (f" ± {spread:.1f}" if row["seeds"] > 1 else "")
+            for kind, spread in zip(("clean", "robust"), row["spread"], strict=True)
+        ]
+        gaps = [
+            "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**row["difference"][k]) if row["difference"] else "–"
+            for k in ("clean", "robust")
+        ]
+        cells.append((row["row"], row["seeds"], *values, *gaps))
+    return markdown(("taught by", "seeds", "clean %", "robust %", "clean, paired", "robust, paired"), cells)
+
+
+def kept(found: dict) -> str:
+    rows = [
+        (name, part["clean"], part["adversarial"], 100 * part["adversarial"] / part["clean"])
+        for name, part in found["phenomenon"].items()
+    ]
+    return markdown(("model", "clean %", "on the student's adversarial images %", "kept %"), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=WORLDS, required=True)
+    parser.add_argument("--data_dir")
+    parser.add_argument("--models", default="outputs/photographs", help="folder of the photographs' models")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", default=["0"])
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--output_dir", type=Path)
+    parser.add_argument("--collect", metavar="FILE")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    world, output = WORLDS[args.world], args.output_dir or Path("outputs/study", args.world)
+    if args.collect:
+        found = {"phenomenon": phenomenon(world, args.models, args.data_dir, args.limit), "rows": collect(output)}
+        found |= {"attack": f"pgd-{STEPS}, linf {world.eps}", "limit": args.limit}
+        write_json(args.collect, found | {"versions": versions(), "hardware": hardware()})
+        print(kept(found), table(found), sep="\n\n")
+        return
+    measured = ["--measure_on", world.suite, "--measure_attack_steps", str(STEPS), "--limit", str(args.limit)]
+    for row in args.rows:
+        flags = [*row_flags(world, row, args.models, args.data_dir), *measured, "--seed", *args.seeds]
+        run(Grid.read([*flags, "--output_dir", str(output / slug(row))]))
+
+
+if __name__ == "__main__":
+    main()
