@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 # With the CPU build of torch at hand: make TORCH="torch==2.13.0" quickstart
 TORCH  ?= torch==2.13.0
 
-.PHONY: quickstart smoke demo test-demo interop bench test test-all lint format clean
+.PHONY: quickstart smoke demo test-demo interop bench docs test test-all lint format clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("hpt_hf needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -48,6 +48,10 @@ interop:
 
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/step.py --output outputs/bench
+
+# The site of docs/*.md and the API's docstrings, in outputs/site; a warning is an error.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -66,7 +67,20 @@ def test_a_document_names_files_that_exist(document):
     text = document.read_text(encoding="utf-8")
     named = re.findall(r"(?<![\w/.-])(?:hpt_hf|recipes|tests|benchmarks|docs)/[\w./-]*\w", text)
     named += [f"{document.parent}/{link}" for link in re.findall(r"\]\((?!http)([^)#]+)", text)]
-    assert named and [name for name in named if not (ROOT / name).exists()] == []
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = {f.stem for f in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages == {f.parent.name for f in tmp_path.glob("*/index.html")}
+    assert "hpt_hf.api.evaluate" in (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    named = re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(named) == sorted(f.name for f in (ROOT / "docs").glob("*.md")), "in the navigation, once each"
 
 
 def test_the_page_on_reliability_counts_the_tests_cases():
