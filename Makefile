@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 # With the CPU build of torch at hand: make TORCH="torch==2.13.0" quickstart
 TORCH  ?= torch==2.13.0
 
-.PHONY: quickstart smoke demo test-demo interop bench docs test test-all lint format clean
+.PHONY: quickstart smoke demo test-demo interop bench docs dist test test-all lint format clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("hpt_hf needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -52,6 +52,12 @@ bench: $(VENV)/.installed
 # The site of docs/*.md and the API's docstrings, in outputs/site; a warning is an error.
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+# A release: version in setup.py and CITATION.cff, a heading with its date in CHANGELOG.md, then this, a tag, and an upload with twine.
+dist: $(VENV)/.installed
+	rm -rf dist build
+	$(RUN) -m pip install --quiet --disable-pip-version-check build
+	$(RUN) -m build
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

@@ -12,6 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
+
+import hpt_hf
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,6 +84,20 @@ def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path):
     assert "hpt_hf.api.evaluate" in (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     named = re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert sorted(named) == sorted(f.name for f in (ROOT / "docs").glob("*.md")), "in the navigation, once each"
+
+
+def test_the_version_is_the_same_everywhere():
+    """`CITATION.cff` and the changelog name the one that setup.py gives."""
+    version = hpt_hf.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## {version} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_space_and_the_hooks_name_what_is_there():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {hook["id"] for hook in hooks} == {"ruff", "format", "contract"}
+    front = yaml.safe_load((ROOT / "space" / "README.md").read_text().split("---")[1])
+    assert (ROOT / "space" / front["app_file"]).is_file()
 
 
 def test_the_page_on_reliability_counts_the_tests_cases():
