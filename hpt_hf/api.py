@@ -81,6 +81,7 @@ def evaluate(
     batch_size: int = 128,
     probe: int = evaluator.PROBE,
     baseline: Any = None,
+    save_images: bool = False,
     name: str | None = None,
     output_dir: str | Path | None = None,
     data_dir: str | None = None,
@@ -98,6 +99,7 @@ def evaluate(
         limit: a fixed random sample of so many images of each set.
         probe: images that the sanity checks look at; 0: none are run.
         baseline: an undefended model, which the attack must break.
+        save_images: keep all adversarial images in `output_dir`, under `images/`.
         output_dir: for the results, so that a killed evaluation goes on; None: nothing is written.
 
     Raises:
@@ -110,7 +112,9 @@ def evaluate(
     undefended = None if baseline is None else classifier_of(baseline, image_size=image_size)
     called = name or (model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__)
     options = {"name": str(called), "revision": classifier.revision, "batch_size": batch_size, "limit": limit}
-    options |= {"probe": probe, "baseline": undefended, "folder": output_dir}
+    if save_images and output_dir is None:
+        raise ValueError("save_images: got no output_dir, expected the folder to keep them in")
+    options |= {"probe": probe, "baseline": undefended, "folder": output_dir, "save_images": save_images}
     results = []
     for kind in [attack] if isinstance(attack, str) else attack:
         for radius in [eps] if isinstance(eps, str) else eps:

@@ -159,3 +159,21 @@ def test_a_student_by_name_is_trained_as_the_command_trains_it(paths, images, tm
         hpt_hf.HPTTrainer(str(paths[0]), dataset=images, **settings | {"learnin_rate": 1})
     with pytest.raises(ValueError, match="learns from a proxy"):
         hpt_hf.HPTTrainer(str(paths[0]), dataset=images, **settings | {"method": "hpt"})
+
+
+def test_adversarial_images_are_kept_with_answers_and_distances(paths, images, tmp_path):
+    settings = {"attack": "pgd", "eps": "8/255", "steps": 3, "probe": 0, "batch_size": 8}
+    (found,) = hpt_hf.evaluate(str(paths[0]), images, output_dir=tmp_path, save_images=True, **settings)
+    files = sorted(map(str, tmp_path.glob("images/*/*.parquet")))
+    assert len(files) == 3
+    kept = datasets.Dataset.from_parquet(files)
+    assert "".join(kept["end"]) == found.ends and kept["label"][:] == images.labels
+    for row in kept:
+        clean, attacked = (np.asarray(row[name], float) / 255 for name in ("image", "adversarial"))
+        assert (row["clean_answer"] == row["label"]) == (row["end"] != "w")
+        assert (row["answer"] == row["label"]) == (row["end"] == "r") or row["end"] == "w"
+        assert row["linf"] <= 8 / 255 + 1e-6 and abs(np.abs(attacked - clean).max() - row["linf"]) <= 1 / 255
+        assert abs(np.sqrt(((attacked - clean) ** 2).sum()) - row["l2"]) < 0.1
+        assert row["linf"] > 0 or row["end"] == "w"
+    with pytest.raises(ValueError, match="save_images: got no output_dir"):
+        hpt_hf.evaluate(str(paths[0]), images, save_images=True)

@@ -34,6 +34,9 @@ class EvaluateArguments(ImageArguments):
         default=None, metadata={"help": "the class every image shall be taken for; default: any wrong one"}
     )
     probe: int = field(default=24, metadata={"help": "images that the sanity checks look at; 0: no checks"})
+    save_images: bool = field(
+        default=False, metadata={"help": "keep all adversarial images in output_dir/images, as parquet"}
+    )
     baseline: str | None = field(
         default=None,
         metadata={"help": "an undefended model that the attack must break; default: what the model was trained from"},
@@ -59,7 +62,7 @@ def run(args: EvaluateArguments) -> list[EvalResult]:
     sets = open_sets(args)
     for images in sets:
         images.without_class(args.target)
-    settings = {name: getattr(args, name) for name in ("batch_size", "limit", "probe")}
+    settings = {name: getattr(args, name) for name in ("batch_size", "limit", "probe", "save_images")}
     settings |= {"name": args.model, "revision": classifier.revision, "baseline": baseline, "folder": args.output_dir}
     results = []
     for attack, images in itertools.product(attacks, sets):

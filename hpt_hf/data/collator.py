@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
 import io
@@ -116,8 +115,8 @@ def to_images(pixels: np.ndarray) -> Images:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def to_png(image: torch.Tensor) -> str:
-    """(3, height, width) in [0, 1] -> PNG in base64."""
+def to_png(image: torch.Tensor) -> bytes:
+    """(3, height, width) in [0, 1] -> PNG."""
     file = io.BytesIO()
     Image.fromarray((image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()

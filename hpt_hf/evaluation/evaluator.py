@@ -5,7 +5,9 @@ Attacks run in float32 with random starts that hang on the image: a result hangs
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +21,7 @@ from accelerate.utils import gather_object
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.data.collator import Collator, to_png
 from hpt_hf.data.dataset import LabelledImages
+from hpt_hf.evaluation.adversarial_images import save_images as save_adversarial
 from hpt_hf.evaluation.metric import RobustAccuracy
 from hpt_hf.evaluation.result import EvalResult
 from hpt_hf.evaluation.resume import Findings
@@ -26,7 +29,7 @@ from hpt_hf.evaluation.sanity_checks import CHECKS, PROBE, Probe, run_check
 from hpt_hf.models.logits_classifier import Classifier
 from hpt_hf.models.zero_shot import digest, fingerprint
 from hpt_hf.types import ImageIds
-from hpt_hf.utils import hardware, processes, progress_bar, versions, write_json
+from hpt_hf.utils import hardware, processes, progress_bar, slug, versions, write_json
 
 # How an image ended, if no stage of the attack broke it: wrong already when clean, or right to the end.
 WRONG, ROBUST = -2, -1
@@ -95,8 +98,13 @@ def attack_all(
     batch_size: int = 128,
     limit: int | None = None,
     known: Findings | None = None,
+    keep: Path | None = None,
 ) -> Outcomes:
-    """Attack every image that is right; the processes of a launch share the batches. ValueError: logits not finite."""
+    """Attack every image that is right; the processes of a launch share the batches. ValueError: logits not finite.
+
+    Args:
+        keep: a folder for the adversarial images, a parquet file a batch.
+    """
     collate = Collator(classifier.processor, native=attack.native)
     seen: list[Batch] = []
 
@@ -106,7 +114,8 @@ def attack_all(
             # Named by its images and labels, too: a set that was changed since is attacked afresh.
             name = f"batch {number} {images_digest(torch.cat([batch['image_ids'], batch['labels']]))}"
             # Two batches have enough to show, also where the first is all wrong.
-            yield name, partial(attack_batch, classifier, batch, attack, show=2 if number < 2 else 0)
+            file = keep and keep / f"{number:05d}.parquet"
+            yield name, partial(attack_batch, classifier, batch, attack, show=2 if number < 2 else 0, file=file)
 
     with progress_bar(f"{images.name}, {attack}", len(sample(len(images), limit)), "image") as bar:
         standing = []
@@ -124,8 +133,10 @@ def attack_all(
 
 
 @torch.no_grad()
-def attack_batch(classifier: Classifier, batch: Batch, attack: EvaluationAttack, *, show: int = 0) -> dict:
-    """`ends` of one batch, seconds, and up to `show` broken images. Wrong images are not attacked."""
+def attack_batch(
+    classifier: Classifier, batch: Batch, attack: EvaluationAttack, *, show: int = 0, file: Path | None = None
+) -> dict:
+    """`ends` of one batch, seconds, and up to `show` broken images; all in `file`. Wrong images are not attacked."""
     start = time.time()
     batch = {k: v.to(classifier.device) for k, v in batch.items()}
     logits = classifier.classify(batch["images"]).logits
@@ -133,14 +144,22 @@ def attack_batch(classifier: Classifier, batch: Batch, attack: EvaluationAttack,
         bad = batch["indices"][~logits.isfinite().all(1)].tolist()
         raise ValueError(f"the model's logits are not finite on images {bad[:5]}: it has no accuracy")
     clean = logits.argmax(1) == batch["labels"]
-    ends, examples = torch.full_like(batch["labels"], WRONG), []
+    ends, examples, adversarial = torch.full_like(batch["labels"], WRONG), [], batch["images"].clone()
     if clean.any():
         images, image_ids, labels = (batch[k][clean] for k in ("images", "image_ids", "labels"))
         perturbed, ends[clean] = attack.run(classifier, images, image_ids, labels)
         assert attack.threat.contains(perturbed, images).all(), "the attack left its ball"
+        adversarial[clean] = perturbed
         for i in (ends[clean] >= 0).nonzero()[:show, 0].tolist():
             examples.append(example(classifier, images[i], perturbed[i], int(labels[i])))
+    if file is not None:
+        save_adversarial(file, classifier, batch["images"], adversarial, batch["labels"], letters(ends))
     return {"ends": ends.tolist(), "seconds": round(time.time() - start, 3), "examples": examples}
+
+
+def letters(ends: torch.Tensor) -> list[str]:
+    """How each image ended, as a result says it."""
+    return [{WRONG: "w", ROBUST: "r"}.get(end, str(end)) for end in ends.tolist()]
 
 
 def example(classifier: Classifier, image: torch.Tensor, perturbed: torch.Tensor, label: int) -> dict:
@@ -149,7 +168,8 @@ def example(classifier: Classifier, image: torch.Tensor, perturbed: torch.Tensor
     perturbation = 0.5 + delta / (2 * delta.abs().max().clamp_min(1e-12))
     probabilities = classifier.classify(torch.stack([image, perturbed])).logits.softmax(1)
     said = [f"{classifier.classes[int(p.argmax())]} ({100 * p.max():.0f}%)" for p in probabilities]
-    pngs = {"clean": to_png(image), "perturbation": to_png(perturbation), "attacked": to_png(perturbed)}
+    shown = {"clean": image, "perturbation": perturbation, "attacked": perturbed}
+    pngs = {name: base64.b64encode(to_png(x)).decode() for name, x in shown.items()}
     return {"truth": classifier.classes[label], "said": said[0], "said_attacked": said[1], **pngs}
 
 
@@ -170,6 +190,7 @@ def evaluate(
     probe: int = PROBE,
     baseline: Classifier | None = None,
     folder: str | Path | None = None,
+    save_images: bool = False,
 ) -> EvalResult:
     """Clean and robust accuracy of `classifier`, whose classes become those of the set, and sanity checks of them.
 
@@ -179,6 +200,7 @@ def evaluate(
         probe: how many images the sanity checks look at; 0: none are run.
         baseline: an undefended model, which the attack must break.
         folder: for `progress/`, from which an evaluation that was killed goes on, and `gallery/`, images to show.
+        save_images: all adversarial images in `folder`, under `images/`, with labels, answers and distances.
 
     Raises ValueError for a set without labels or without the attack's target, and for logits that are not finite.
     """
@@ -197,11 +219,14 @@ def evaluate(
         "heads": [digest({"head": (1e4 * m.head).round().short()}) for m in (classifier, baseline) if m],
         "data": [images.name, *images.classes, *images.templates],
         "attack": asdict(attack),
-        "sample": [len(images), limit, batch_size, probe],
+        "sample": [len(images), limit, batch_size, probe, save_images],
         "versions": versions(),
     }
     known = Findings(folder and Path(folder) / "progress", question, processes().process_index)
-    outcomes = attack_all(classifier, images, attack, batch_size=batch_size, limit=limit, known=known)
+    asked = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
+    place = Path(folder, "images", f"{slug(images.name)}--{slug(str(attack))}--{asked}") if save_images else None
+    options = {"batch_size": batch_size, "limit": limit}
+    outcomes = attack_all(classifier, images, attack, **options, known=known, keep=place)
     model = {"model": name, "revision": revision, "fingerprint": weights}
     result = EvalResult(**model, **_measured(images, outcomes, limit))
     if probe:
@@ -230,7 +255,7 @@ def _measured(images: LabelledImages, outcomes: Outcomes, limit: int | None) -> 
         "norm": attack.threat.norm,
         "eps": str(attack.threat.eps),
         **{name: getattr(attack, name) for name in ("steps", "protocol", "seed", "target")},
-        "ends": "".join({WRONG: "w", ROBUST: "r"}.get(end, str(end)) for end in outcomes.ends.tolist()),
+        "ends": "".join(letters(outcomes.ends)),
         "skipped": tuple(reason for _, reason in images.skipped),
         "seconds": round(outcomes.seconds, 2),
         "versions": versions(),

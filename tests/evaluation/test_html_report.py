@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -85,7 +86,7 @@ def made(folder: Path, results=(), *, examples=None, transfer=None) -> Page:
 
 def example(truth: str = "cat", said: str = "dog", shade: float = 0.5) -> dict:
     shades = {"clean": shade, "perturbation": 1.0, "attacked": shade / 2}
-    png = {kind: to_png(torch.full((3, 4, 4), value)) for kind, value in shades.items()}
+    png = {k: base64.b64encode(to_png(torch.full((3, 4, 4), value))).decode() for k, value in shades.items()}
     return {"truth": truth, "said": f"{truth} (90%)", "said_attacked": f"{said} (80%)", **png}
 
 
