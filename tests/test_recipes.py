@@ -24,15 +24,16 @@ def test_the_recipes_that_were_asked_for_are_there():
     wanted = {
         "quickstart.yaml",
         "own_images.yaml",
+        *(f"best/{name}.yaml" for name in ("glyphs", "tiny_imagenet", "imagenet")),
         *(f"lab/{m}.yaml" for m in methods),
-        *(f"real/{m}.yaml" for m in methods),
+        *(f"{world}/{m}.yaml" for m in methods for world in ("real", "photographs")),
     }
     wanted |= {f"tiny_imagenet/hpt_gpd_vit_b32_eps{e}.yaml" for e in (1, 2, 4)} | {
         "tiny_imagenet/hpt_gpd_vit_l14_eps1.yaml"
     }
     wanted |= {f"tiny_imagenet/{m}_vit_b32_eps1.yaml" for m in methods}
     assert wanted <= names
-    assert len(RECIPES) == len(wanted) == 23
+    assert len(RECIPES) == len(wanted) == 32
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -92,7 +93,7 @@ def test_recipe_runs_two_steps(recipe, tmp_path, student_path, proxy_path, monke
 
 def test_recipes_of_one_experiment_differ_only_in_the_method():
     """`diff` between two of them is the science: the data, the threat and the number of epochs are the same lines."""
-    for group in ("lab", "real", "tiny_imagenet"):
+    for group in ("lab", "real", "photographs", "tiny_imagenet"):
         same = (
             "dataset:",
             "eps:",

@@ -35,8 +35,8 @@ def test_readme_and_results_show_the_quickstarts_own_table():
     summary = json.loads((ROOT / "docs" / "results" / "quickstart.json").read_text())
     assert summary["smoke"] is False and len(summary["tasks"]) >= 12
     table = result_table(summary)
-    assert len(table.splitlines()) == 2 + 5
-    for document in ("README.md", "docs/results.md"):
+    assert len(table.splitlines()) == 2 + 6
+    for document in ("README.md", "docs/experiments.md"):
         assert missing(table, document) == [], document
 
 
@@ -52,8 +52,8 @@ def test_results_show_the_comparisons_own_tables(group, sets):
             assert compare.recipe(group, method, [])[2].learning_rate == chosen, (
                 "the recipe holds the rate that was chosen"
             )
-    assert missing(compare.table(results), "docs/results.md") == []
-    assert missing(compare.rate_table(results), "docs/results.md") == []
+    assert missing(compare.table(results), "docs/experiments.md") == []
+    assert missing(compare.rate_table(results), "docs/experiments.md") == []
     assert len(compare.table(results).splitlines()) == 2 + len(results) + 2
 
 
@@ -64,7 +64,7 @@ def test_the_recipe_for_own_images_holds_the_rate_that_its_rule_chooses():
     flags = ["--config", "own_images", "--dataset", "x", "--output_dir", "out", "--use_cpu", "true"]
     _, method, training = parse(RECIPE, flags)
     assert training.learning_rate == chosen and method.ga_learning_rate == pytest.approx(0.3 * chosen)
-    assert missing(table, "docs/results.md") == []
+    assert missing(table, "docs/experiments.md") == []
 
 
 def test_the_page_on_families_shows_how_far_the_resize_inside_the_model_is_from_each_processor():
@@ -78,7 +78,11 @@ def test_the_page_on_families_shows_how_far_the_resize_inside_the_model_is_from_
 
 def test_results_show_what_each_proxy_keeps_and_teaches():
     found = json.loads((ROOT / "docs" / "results" / "proxies.json").read_text())
-    assert missing(proxies.kept(found), "docs/results.md") == [] == missing(proxies.table(found), "docs/results.md")
+    assert (
+        missing(proxies.kept(found), "docs/experiments.md")
+        == []
+        == missing(proxies.table(found), "docs/experiments.md")
+    )
     assert sum(run["row"] in proxies.PROXIES for run in found["runs"]) == len(proxies.PROXIES) * len(proxies.SEEDS)
 
 
@@ -106,13 +110,13 @@ def strict_table(strict: dict) -> str:
 def test_results_show_the_strict_evaluation():
     strict = json.loads((ROOT / "docs" / "results" / "strict.json").read_text())
     assert len(strict["sets"]) == 12 and {s["n"] for s in strict["sets"].values()} == {200}
-    assert missing(strict_table(strict), "docs/results.md") == []
+    assert missing(strict_table(strict), "docs/experiments.md") == []
 
 
 def test_results_show_the_dial():
     front = json.loads((ROOT / "docs" / "results" / "dial.json").read_text())
     assert len(front["points"]) == 11 and len(front["points"][0]["reported"]["sets"]) == 5
-    assert missing(dial.table(front), "docs/results.md") == []
+    assert missing(dial.table(front), "docs/experiments.md") == []
 
 
 def test_performance_shows_the_benchmarks_own_table(tmp_path):

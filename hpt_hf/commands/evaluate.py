@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hpt_hf.evaluation.html_report import write_html_report
 from hpt_hf.evaluation.result import EvalResult, read_results_of
 from hpt_hf.models.fast_layers import keep_memory
 from hpt_hf.publishing.model_card import TRAINED, read_record
-from hpt_hf.utils import processes, progress, shutdown_distributed, write_json
+from hpt_hf.utils import duration, processes, progress, shutdown_distributed, write_json
 
 
 @dataclass
@@ -64,8 +65,9 @@ def run(args: EvaluateArguments) -> list[EvalResult]:
         images.without_class(args.target)
     settings = {name: getattr(args, name) for name in ("batch_size", "limit", "probe", "save_images")}
     settings |= {"name": args.model, "revision": classifier.revision, "baseline": baseline, "folder": args.output_dir}
-    results = []
-    for attack, images in itertools.product(attacks, sets):
+    results: list[EvalResult] = []
+    asked, start = list(itertools.product(attacks, sets)), time.time()
+    for attack, images in asked:
         results.append(result := evaluate(classifier, images, attack, **settings))
         if processes().is_main_process:
             write_json(Path(args.output_dir) / "results" / result.file_name, result.to_json())
@@ -75,6 +77,9 @@ def run(args: EvaluateArguments) -> list[EvalResult]:
                 f"{result.dataset}: clean {result.clean:.1f}%, robust {result.robust:.1f}% ({low:.1f}–{high:.1f}) "
                 f"under {attack} at {attack.threat}, n = {result.n}, {result.verdict}{doubts}"
             )
+            if left := len(asked) - len(results):
+                seconds = (time.time() - start) / len(results) * left
+                progress(f"{len(results)} of {len(asked)} done, about {duration(seconds)} to go")
     if processes().is_main_process:
         write_html_report(args.output_dir)
     processes().wait_for_everyone()

@@ -201,9 +201,9 @@ def lore(views: Views, objective: Objective) -> Terms:
     The multiplier is one number, by dual ascent (`hpt_hf.method.multiplier`), where LORE learns one an image.
     """
     anchor = views.anchor.clean.embeds
-    moved, allowed = squared_distance(views.student.clean, anchor).mean(), RHO * anchor.square().sum(-1).mean()
-    views.violation = RHO * (moved.detach() / allowed - 1)
-    return fare(views, objective) | {"constraint": views.multiplier * (moved - allowed)}
+    moved, length = squared_distance(views.student.clean, anchor), anchor.square().sum(-1)
+    views.violation = (moved.detach() / length - RHO).mean()
+    return fare(views, objective) | {"constraint": views.multiplier * (moved - RHO * length).mean()}
 
 
 def pmg_aft(views: Views, objective: Objective) -> Terms:
@@ -282,9 +282,10 @@ class Objective:
             raise ValueError(
                 f"attack_on: got {self.attack_on!r}, expected 'student', or 'proxy' where {self.name} has one"
             )
-        possible = ["ce"] + ["kl"] * bool(self.teachers) + ["embedding"] * (self.name in ("fare", "lore"))
-        if self.attack.name not in possible:
-            raise ValueError(f"attack_loss: got {self.attack.name!r}, expected of {self.name} {' or '.join(possible)}")
+        if self.attack.name == "kl" and self.teachers is None:
+            raise ValueError(f"attack_loss: got 'kl', expected 'ce': {self.name} has no teacher")
+        if self.attack.name == "embedding" and "anchor" not in self.references:
+            raise ValueError(f"attack_loss: got 'embedding', expected 'ce' or 'kl': {self.name} has no anchor")
 
     @property
     def references(self) -> tuple[str, ...]:
