@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, CLIPVisionModel
 
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.publishing.export import SEAL, TOLERANCE, probe_images, seal_form
-from hpt_hf.utils import written_whole
+from hpt_hf.utils import read_json, written_whole
 
 
 def vision_tower(classifier: ZeroShotClassifier, image_size: int | None = None) -> CLIPVisionModel:
@@ -50,7 +50,7 @@ def export_tower(
         ValueError: no such size; or what was written does not give the model's own hidden states, and nothing is left.
     """
     folder, own = Path(folder), classifier.image_size
-    if folder.exists() and any(file.name != ".part" for file in folder.iterdir()):
+    if _holds_something_else(folder):
         raise ValueError(f"{folder} is not empty: a vision tower goes into a folder of its own")
     tower = vision_tower(classifier, image_size).to(dtype)
     size, processor = tower.config.image_size, copy.deepcopy(classifier.processor.image_processor)
@@ -66,6 +66,13 @@ def export_tower(
             raise ValueError(f"opened afresh, the tower's hidden states differ by {worst:.2g}: nothing was written")
         seal_form(stage, folder, "vision_tower", classifier, records, size=size)
     return count
+
+
+def _holds_something_else(folder: Path) -> bool:
+    """Than a tower, whole or killed while it was written: the same command must go on from either."""
+    if (folder / SEAL).is_file():
+        return read_json(folder / SEAL).get("form") != "vision_tower"
+    return folder.exists() and any(folder.iterdir()) and not (folder / ".part").exists()
 
 
 @torch.no_grad()

@@ -127,8 +127,25 @@ def test_a_folder_that_holds_something_is_refused(model, whole, tmp_path):
     with pytest.raises(ValueError, match=f"{whole} is not empty"):
         export_tower(model, whole)
     assert contents(whole) == before
-    (tmp_path / "empty").mkdir()
-    assert export_tower(model, tmp_path / "empty")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        export_tower(model, tmp_path / "notes")
+
+
+@pytest.mark.parametrize("left", ["nothing", "a part", "a part and some files", "all"])
+def test_killed_at_any_moment_it_is_written_again(model, tmp_path, left):
+    export_tower(model, tmp_path / "alone")
+    folder = tmp_path / "tower"
+    folder.mkdir()
+    if left.startswith("a part"):
+        (folder / ".part").mkdir()
+    if left.endswith("files"):
+        (folder / "config.json").write_text("{}")
+    if left == "all":
+        export_tower(model, folder)
+    export_tower(model, folder)
+    assert contents(folder).keys() == contents(tmp_path / "alone").keys()
 
 
 def positions(change):
