@@ -25,7 +25,7 @@ smoke: $(VENV)/.installed
 .venv-demo/.installed: setup.py
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]' playwright
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
 	touch $@
 
 demo: .venv-demo/.installed

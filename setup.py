@@ -50,7 +50,7 @@ setup(
         "demo": ["gradio>=6.31,<7"],
         "test": [
             *("pytest>=8", "pytest-cov>=6", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
-            *("beartype>=0.20", "ruff>=0.12", "mypy>=1.15", "peft>=0.17"),
+            *("beartype>=0.20", "ruff>=0.12", "mypy>=1.15", "peft>=0.17", "playwright>=1.50"),
             *("mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30"),
         ],
     },

@@ -15,6 +15,7 @@ COMMANDS = {
     "transfer": "which proxy suits a student: accuracy on images attacked for another model",
     "sweep": "settings of a recipe, chosen by rule on classes left out of training, then over seeds",
     "compare": "models on the same images: paired differences with intervals, the Pareto front",
+    "leaderboard": "a static page that ranks results",
     "verify": "measure again what a model's results claim",
     "interpolate": "between the original and the robust weights, a point chosen by rule",
     "convert": "read others' checkpoints; write transformers', open_clip's form or a vision tower",

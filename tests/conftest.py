@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -50,6 +51,23 @@ from hpt_hf.training.config import HPTConfig  # noqa: E402
 from hpt_hf.training.trainer import HPTTrainer  # noqa: E402
 
 CLASSES = ("cat", "dog", "house", "tree", "red car")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium of the machine's; no test is skipped for the want of one where NEEDS_BROWSER is set (.ci/run)."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None and not os.environ.get("NEEDS_BROWSER"):
+        pytest.skip("there is no chromium")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=flags)
+        yield opened
+        opened.close()
+
+
 # Each word twice as often as the one before: BPE breaks ties between equal counts by chance, and no two runs would have one tokenizer.
 WORDS = [w for i, w in enumerate(sorted(set(f"this is a photo of {' '.join(CLASSES)}".split()))) for _ in range(2**i)]
 

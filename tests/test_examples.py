@@ -11,6 +11,9 @@ import pytest
 import torch
 from conftest import make_images, write_image_folder
 
+from hpt_hf.attacks.suite import EvaluationAttack
+from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.commands import evaluate, verify
 from hpt_hf.commands.parser import parse
 from hpt_hf.commands.train import RECIPE, build_schedule, run
 
@@ -45,10 +48,37 @@ def test_each_example_runs_and_prints_what_it_says(folder, paths, tmp_path, monk
     assert f"model='{tmp_path / 'out'}'" in capsys.readouterr().out and (tmp_path / "out" / "README.md").is_file()
 
 
+def test_an_attack_of_ones_own_is_evaluated_by_its_path_and_again(folder, paths, tmp_path, capsys):
+    own = f"{EXAMPLES / 'own_attack.py'}:lower_gap"
+    flags = ["--model", paths[0], "--dataset", str(folder), "--eps", "8/255", "--output_dir", str(tmp_path)]
+    (result,) = evaluate.run(*parse((evaluate.EvaluateArguments,), [*flags, "--attack", own]))
+    (cw,) = evaluate.run(*parse((evaluate.EvaluateArguments,), [*flags, "--attack", "cw", "--attack_steps", "10"]))
+    assert result.attack == f"{own}-10" and result.ends == cw.ends, "the example's loss is CW's"
+    with pytest.raises(SystemExit) as verdict:
+        verify.main([paths[0], "--results", str(tmp_path)])
+    assert verdict.value.code == 0 and own in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("", "got no 'mine'"),
+        ("mine = 3", "got int, expected OwnAttack"),
+        ("1 / 0", "cannot be imported .ZeroDivisionError"),
+        (None, "no file"),
+    ],
+)
+def test_a_broken_attack_of_ones_own_is_one_line(code, said, tmp_path):
+    if code is not None:
+        (tmp_path / "my.py").write_text(code)
+    with pytest.raises(ValueError, match=said):
+        EvaluationAttack(ThreatModel("linf", "1/255"), f"{tmp_path / 'my.py'}:mine")
+
+
 def test_there_is_no_other_example():
     assert {f.stem for f in EXAMPLES.glob("*.py")} == {
         *("evaluate_pipeline", "evaluate_module", "compare_two_models", "train_on_a_folder", "own_objective"),
-        "save_adversarial_images",
+        *("save_adversarial_images", "own_attack"),
     }
     assert all(len(f.read_text().splitlines()) <= 24 for f in EXAMPLES.glob("*.py"))
 

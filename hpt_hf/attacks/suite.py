@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -16,7 +17,7 @@ from hpt_hf.attacks.pgd import PGD
 from hpt_hf.attacks.square import Square
 from hpt_hf.attacks.threat_model import PROTOCOLS, ThreatModel
 from hpt_hf.types import ImageIds, Images, Labels
-from hpt_hf.utils import did_you_mean
+from hpt_hf.utils import did_you_mean, load_object, sha256
 
 
 def plain(loss_fn, strategy, logits_fn, images, labels, threat, steps, noise, criterion=misclassification) -> Outcome:
@@ -78,11 +79,34 @@ STANDARD = {"apgd-ce": 100, "apgd-t": 100, "square": 500}
 
 
 @dataclass(frozen=True)
+class OwnAttack:
+    """An attack of the user's own, named by import path: `--attack my_file.py:my_attack`.
+
+    Args:
+        run: (logits_fn, images, labels, threat, steps, noise) -> `Outcome`; for a loss, `partial(plain, loss, PGD)`.
+        steps: its own number of steps.
+    """
+
+    run: Callable[..., Outcome]
+    steps: int
+
+
+def named(name: str) -> tuple[Callable[..., Outcome], int]:
+    """An attack and its own number of steps: a row of `ATTACKS`, or `OwnAttack` by import path."""
+    if ":" not in name:
+        return ATTACKS[name]
+    own = load_object(name, OwnAttack)
+    return own.run, own.steps
+
+
+@dataclass(frozen=True)
 class EvaluationAttack:
     """An attack by the field's name, in a ball, under a protocol."""
 
     threat: ThreatModel
-    name: str = "pgd"  # a row of `ATTACKS`, or "standard": the worst case of `STANDARD`
+    name: str = (
+        "pgd"  # a row of `ATTACKS`; "standard", the worst case of `STANDARD`; or the import path of an `OwnAttack`
+    )
     steps: int | None = None  # gradient steps, or queries of Square; None: each attack's own number
     protocol: str = "input"  # a row of `PROTOCOLS`
     seed: int = 0
@@ -90,7 +114,9 @@ class EvaluationAttack:
 
     def __post_init__(self) -> None:
         known, towards = (tuple(TARGETED), " towards a target") if self.target else ((*ATTACKS, "standard"), "")
-        if self.name not in known:
+        if ":" in self.name and not self.target:
+            named(self.name)
+        elif self.name not in known:
             hint = did_you_mean(self.name, known, f"there are {', '.join(known)}")
             raise ValueError(f"no attack{towards} is called {self.name!r}{hint}")
         if self.protocol not in PROTOCOLS:
@@ -105,16 +131,25 @@ class EvaluationAttack:
         return tuple(STANDARD) if self.name == "standard" else (self.name,)
 
     @property
+    def code(self) -> str | None:
+        """The digest of the user's own file: what was found with another version of it is another attack's."""
+        file = Path(self.name.rpartition(":")[0])
+        return sha256(file) if file.is_file() else None
+
+    @property
+    def own_steps(self) -> tuple[int, ...]:
+        """Of each stage, where `steps` does not say otherwise."""
+        return tuple(STANDARD.values()) if self.name == "standard" else (named(self.name)[1],)
+
+    @property
     def native(self) -> bool:
         return self.protocol == "native"
 
     def run(self, classifier, images: Images, image_ids: ImageIds, labels: Labels) -> Outcome:
         """(perturbed images, (batch,) which of `stages` broke each, at its first success; -1: it stands)."""
-        attacks, goals = ATTACKS, labels
-        if self.target:
-            attacks, goals = TARGETED, torch.full_like(labels, classifier.classes.index(self.target))
-        own = STANDARD if self.name == "standard" else {self.name: attacks[self.name][1]}
-        stages = [(attacks[name][0], self.steps or own[name]) for name in self.stages]
+        goals = torch.full_like(labels, classifier.classes.index(self.target)) if self.target else labels
+        rows = [TARGETED[name] if self.target else named(name) for name in self.stages]
+        stages = [(attack, self.steps or own) for (attack, _), own in zip(rows, self.own_steps, strict=True)]
         noise = Noise(image_ids, self.seed)
         with frozen(classifier):
             return worst_case(stages, lambda x: classifier.classify(x).logits, images, goals, self.threat, noise)
@@ -131,6 +166,6 @@ class EvaluationAttack:
 
     def __str__(self) -> str:
         """`pgd-20`, `apgd-ce-100`, `standard`, `standard-7`, `pgd-20 towards cat`."""
-        steps = self.steps or (ATTACKS[self.name][1] if self.name in ATTACKS else None)
+        steps = self.steps or (None if self.name == "standard" else self.own_steps[0])
         towards = f" towards {self.target}" if self.target else ""
         return (f"{self.name}-{steps}" if steps else self.name) + towards

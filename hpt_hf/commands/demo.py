@@ -177,10 +177,17 @@ def build(sources: Sequence[str], note: str = ""):
             for name in list(models)[:2]:
                 with gr.Column():
                     chosen.append(gr.Dropdown(list(models), value=name, label="Model"))
-                    outputs += [gr.Markdown(), gr.Gallery(columns=3, height=200, label="images")]
+                    outputs += [gr.Markdown(elem_id=f"said-{len(chosen)}")]
+                    outputs += [gr.Gallery(columns=3, height=200, label="images")]
                     outputs += [gr.Label(num_top_classes=4, label="says of the clean image")]
                     outputs += [gr.Label(num_top_classes=4, label="says of the attacked one")]
-        button.click(attack, [image, labels, truth, template, eps, steps, *chosen], outputs, api_name="attack")
+        asked = [image, labels, truth, template, eps, steps, *chosen]
+        attacked = button.click(attack, asked, outputs, api_name="attack")
+        # On a phone the answer lies below the window (scroll_to_output leaves it there).
+        attacked.success(None, js="() => document.getElementById('said-1').scrollIntoView({block: 'center'})")
+        # Whatever the question changes, its answer goes; that of a running attack would come too late.
+        blank, quiet = [None] * len(outputs), {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        gr.on([part.change for part in asked], lambda: blank, None, outputs, cancels=[attacked], **quiet)
     return page.queue(max_size=16, default_concurrency_limit=1)
 
 

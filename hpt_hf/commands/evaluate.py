@@ -11,6 +11,7 @@ from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.commands.common import ImageArguments, ball, load_model, on_device, open_sets
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.evaluator import evaluate
+from hpt_hf.evaluation.forecast import forecast
 from hpt_hf.evaluation.html_report import write_html_report
 from hpt_hf.evaluation.result import EvalResult, read_results_of
 from hpt_hf.models.fast_layers import keep_memory
@@ -25,7 +26,9 @@ class EvaluateArguments(ImageArguments):
     model_revision: str | None = None
     attack: list[str] = field(
         default_factory=lambda: ["pgd"],
-        metadata={"help": "pgd, cw, apgd-ce, apgd-t, square, or standard: the last three, worst case"},
+        metadata={
+            "help": "pgd, cw, apgd-ce, apgd-t, square; standard: the last three, worst case; or my_file.py:my_attack"
+        },
     )
     attack_steps: int | None = field(
         default=None, metadata={"help": "default: PGD and CW 20, APGD 100, Square 5000 (500 in standard)"}
@@ -38,6 +41,7 @@ class EvaluateArguments(ImageArguments):
     save_images: bool = field(
         default=False, metadata={"help": "keep all adversarial images in output_dir/images, as parquet"}
     )
+    estimate: bool = field(default=False, metadata={"help": "only say how long it would take"})
     baseline: str | None = field(
         default=None,
         metadata={"help": "an undefended model that the attack must break; default: what the model was trained from"},
@@ -63,10 +67,17 @@ def run(args: EvaluateArguments) -> list[EvalResult]:
     sets = open_sets(args)
     for images in sets:
         images.without_class(args.target)
+    asked = list(itertools.product(attacks, sets))
+    sizes = {"limit": args.limit, "probe": args.probe}
+    ahead = [forecast(classifier, images, attack, **sizes) for attack, images in asked]
+    whole = f"{len(asked)} evaluations" if len(asked) > 1 else f"{sets[0].name}, {attacks[0]}"
+    progress(f"{whole}: about {duration(sum(ahead))}")
+    if args.estimate:
+        return []
     settings = {name: getattr(args, name) for name in ("batch_size", "limit", "probe", "save_images")}
     settings |= {"name": args.model, "revision": classifier.revision, "baseline": baseline, "folder": args.output_dir}
     results: list[EvalResult] = []
-    asked, start = list(itertools.product(attacks, sets)), time.time()
+    start = time.time()
     for attack, images in asked:
         results.append(result := evaluate(classifier, images, attack, **settings))
         if processes().is_main_process:
@@ -78,8 +89,8 @@ def run(args: EvaluateArguments) -> list[EvalResult]:
                 f"under {attack} at {attack.threat}, n = {result.n}, {result.verdict}{doubts}"
             )
             if left := len(asked) - len(results):
-                seconds = (time.time() - start) / len(results) * left
-                progress(f"{len(results)} of {len(asked)} done, about {duration(seconds)} to go")
+                pace = (time.time() - start) / sum(ahead[: len(results)])
+                progress(f"{len(results)} of {len(asked)} done, about {duration(pace * sum(ahead[-left:]))} to go")
     if processes().is_main_process:
         write_html_report(args.output_dir)
     processes().wait_for_everyone()
@@ -97,6 +108,6 @@ def main(argv: list[str] | None = None) -> None:
         (args,) = parse((EvaluateArguments,), argv)
         keep_memory()
         run(args)
-    if processes().is_main_process:
+    if processes().is_main_process and not args.estimate:
         print((Path(args.output_dir) / "report.md").read_text(encoding="utf-8"))
     shutdown_distributed()

@@ -22,7 +22,6 @@ from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.data.splits import held_out, leave_out_classes
 from hpt_hf.data.streaming import open_stream
-from hpt_hf.method.extension import load_object
 from hpt_hf.method.objectives import ATTACK_LOSSES, OBJECTIVES, TEACHERS, Objective, Teachers
 from hpt_hf.method.schedule import Schedule
 from hpt_hf.models.ensemble import Ensemble
@@ -34,7 +33,7 @@ from hpt_hf.publishing.model_card import TRAINED
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.record import held_out_report
 from hpt_hf.training.trainer import HPTTrainer
-from hpt_hf.utils import did_you_mean, no_space, progress, shutdown_distributed, write_json
+from hpt_hf.utils import did_you_mean, load_object, no_space, progress, shutdown_distributed, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -345,6 +344,7 @@ def run(data: DataArguments, method: MethodArguments, training: HPTConfig) -> di
         try:
             if trainer.eval_dataset is not None:
                 trainer.evaluate()
+                trainer.save_state()
         except (ValueError, OSError, RuntimeError) as error:
             progress(f"the held-out slice could not be measured ({error}); the model stands in {training.output_dir}")
         if training.push_to_hub:
@@ -356,7 +356,7 @@ def run(data: DataArguments, method: MethodArguments, training: HPTConfig) -> di
 
 
 def save(trainer: HPTTrainer) -> None:
-    """Export to `output_dir`; with a full disk there, to the system's temporary folder, so that no training is lost."""
+    """Export to `output_dir`, and the log; with a full disk there, to the system's temporary folder, so that no training is lost."""
     try:
         trainer.save_model(_internal_call=True)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -365,6 +365,7 @@ def save(trainer: HPTTrainer) -> None:
         output, rescue = trainer.args.output_dir, tempfile.mkdtemp(prefix="hpt-hf-")
         trainer.save_model(rescue, _internal_call=True)
         raise OSError(f"no space left for {output}: the model lies in {rescue}. Fix: make room and move it") from error
+    trainer.save_state()
 
 
 def main(argv: list[str] | None = None) -> None:

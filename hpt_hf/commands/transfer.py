@@ -18,11 +18,11 @@ from hpt_hf.commands.common import ImageArguments, ball, load_model, on_device, 
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages
-from hpt_hf.evaluation.evaluator import batches
+from hpt_hf.evaluation.evaluator import batches, sample
 from hpt_hf.evaluation.html_report import write_html_report
 from hpt_hf.evaluation.statistics import percent, wilson
 from hpt_hf.models.zero_shot import ZeroShotClassifier
-from hpt_hf.utils import markdown, write_json
+from hpt_hf.utils import markdown, progress_bar, write_json
 
 
 @dataclass
@@ -68,6 +68,7 @@ def transfer(
         model.set_classes(images.classes, images.templates)
     attacked, n = models[source], 0
     clean, adversarial, kl = Counter(), Counter(), Counter()
+    bar = progress_bar(f"{images.name}, attacked for {source}", len(sample(len(images), limit)), "image")
     for batch in batches(images, Collator(attacked.processor, native=attack.native), batch_size, limit):
         batch = {k: v.to(attacked.device) for k, v in batch.items()}
         perturbed = attack.craft(attacked, batch["images"], batch["image_ids"], batch["labels"])
@@ -77,6 +78,8 @@ def transfer(
             clean[name] += int((before.argmax(1) == batch["labels"]).sum())
             adversarial[name] += int((after.argmax(1) == batch["labels"]).sum())
             kl[name] += float((after.exp() * (after - before)).sum())
+        bar.update(len(perturbed))
+    bar.close()
     found = []
     for name in models:
         accuracies = percent(clean[name], n), percent(adversarial[name], n), wilson(adversarial[name], n)

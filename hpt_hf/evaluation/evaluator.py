@@ -218,7 +218,7 @@ def evaluate(
         "baseline": baseline and fingerprint(baseline),
         "heads": [digest({"head": (1e4 * m.head).round().short()}) for m in (classifier, baseline) if m],
         "data": [images.name, *images.classes, *images.templates],
-        "attack": asdict(attack),
+        "attack": asdict(attack) | {"code": attack.code},
         "sample": [len(images), limit, batch_size, probe, save_images],
         "versions": versions(),
     }

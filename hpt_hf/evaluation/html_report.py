@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +11,22 @@ from pathlib import Path
 import jinja2
 
 from hpt_hf.attacks.threat_model import parse_eps
-from hpt_hf.evaluation.result import EvalResult, read_results_of, told_apart
-from hpt_hf.evaluation.statistics import mean
+from hpt_hf.evaluation.comparison import Compared, compare
+from hpt_hf.evaluation.result import REMARKS, EvalResult, read_results_of, told_apart
+from hpt_hf.evaluation.sanity_checks import CHECKS
+from hpt_hf.evaluation.statistics import percent, wilson
 from hpt_hf.evaluation.tables import result_table
 from hpt_hf.utils import escaped, write_text
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 EXAMPLES = 12  # attacked images that are shown at most
-
-
-VERDICTS = (
-    "Verdicts: *clear*: no sanity check raised anything; *remark*: the set-up says little (few images or classes, a ball "
-    "in which an undefended model stands as well); *suspicious*: the figure itself is in doubt; *unchecked*: not checked."
-)
+VERDICTS = {
+    "clear": "no sanity check raised anything",
+    "remark": "the set-up says little: few images or classes, a ball in which an undefended model stands as well",
+    "suspicious": "the figure itself is in doubt",
+    "unchecked": "the sanity checks were not run",
+}
+MEANINGS = {check.__name__: check.__doc__ for check in CHECKS}  # what stands at a check is what the page says of it
 
 
 def write_html_report(folder: str | Path) -> Path:
@@ -36,26 +40,33 @@ def write_html_report(folder: str | Path) -> Path:
     names = short_names(results)
     examples = gallery(folder, results, names)
     results = told_apart([replace(r, model=names[r.model, r.fingerprint]) for r in results])
-    tables = [(str(part[0].question), part) for part in _grouped(results, lambda r: r.question)]
+    parts = _grouped(results, lambda r: r.question)
     models = list(dict.fromkeys(r.model for r in results))
     skipped = sum(len(r.skipped) for r in results)
-    text = [
-        escaped(f"# {', '.join(models) or 'Transfer'}"),
-        "95% intervals: Wilson. Means: unweighted over data sets.",
-    ]
-    for heading, part in tables:
-        text += [f"## {heading}", result_table(part)]
+    text = [escaped(f"# {', '.join(models) or 'Transfer'}")]
+    text += ["95% intervals: Wilson. Means: unweighted over data sets."]
+    for part in parts:
+        text += [f"## {part[0].question}", result_table(part)]
         text += [escaped(f"- {r.dataset} ({r.model}): {c['name']}: {c['detail']}") for r in part for c in r.raised]
     if skipped:
         text.append(f"{skipped} unreadable images were left out; the files of the results list them.")
     if transfer:
         text += ["## Transfer", transfer["table"]]
     write_text(folder / "report.md", "\n\n".join(text) + "\n")
-    page = {"models": models, "summary": summary(results), "tables": tables, "plots": curves(summary(results))}
-    page |= {"gallery": examples, "transfer": transfer, "skipped": skipped}
-    settings = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    template = jinja2.Environment(**settings).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return write_text(folder / "report.html", template.render(page))
+    rows, tables = summary(results), [(str(part[0].question), part, differences(part)) for part in parts]
+    page = {"models": models, "summary": rows, "tables": tables, "plots": curves(rows), "single": bars(results, rows)}
+    page |= {"gallery": examples, "transfer": transfer, "skipped": skipped, "verdicts": VERDICTS, "remarks": REMARKS}
+    page |= {"raised": {c["name"]: MEANINGS.get(c["name"], "") for r in results for c in r.raised}}
+    order = [*transfer["ranking"], transfer["student"]] if transfer and transfer.get("ranking") else []
+    page["ranked"] = ranked(transfer["sets"], order) if order else None
+    page["cells"] = sorted(transfer["cells"], key=lambda c: [*order, c["judge"]].index(c["judge"])) if transfer else []
+    return write_text(folder / "report.html", rendered(TEMPLATE, page))
+
+
+def rendered(template: Path, page: dict) -> str:
+    """A page from its template; whatever stands in `page` is text, never HTML."""
+    jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return jinja.from_string(template.read_text(encoding="utf-8")).render(page)
 
 
 def _read(file: Path):
@@ -77,16 +88,40 @@ def _grouped(items: Iterable, key: Callable) -> list[list]:
     return [*groups.values()]
 
 
+def measured(counts: Sequence[tuple[int, int, int]]) -> dict:
+    """Unweighted means over sets, each (images, right, robust), with 95% intervals: Wilson's ones combined.
+
+    Zou & Donner (2008); of one set it is Wilson's. Sets are fixed, images a sample.
+    """
+    found: dict = {}
+    for kind, place in (("clean", 1), ("robust", 2)):
+        ends = [(percent(one[place], one[0]), *wilson(one[place], one[0])) for one in counts]
+        value = sum(p for p, *_ in ends) / len(ends)
+        below, above = (math.hypot(*(end[0] - end[side] for end in ends)) / len(ends) for side in (1, 2))
+        found |= {kind: value, f"{kind}_interval": (value - below, value + above)}
+    return found
+
+
 def summary(results: Sequence[EvalResult]) -> list[dict]:
     """One row a question and model: means over its data sets, the worst verdict, and how many sets are doubted."""
     rows = []
     for part in _grouped(results, lambda r: (r.question, r.model)):
-        verdicts = [r.verdict for r in part]
+        verdicts, q, sets = [r.verdict for r in part], part[0].question, sorted((r.dataset, r.n) for r in part)
         worst = next((v for v in ("suspicious", "remark", "unchecked") if v in verdicts), "clear")
-        row = {"question": part[0].question, "model": part[0].model, "n": sum(r.n for r in part), **mean(part)}
-        row["data"] = tuple(sorted((r.dataset, r.n) for r in part))
-        rows.append(row | {"verdict": worst, "doubted": verdicts.count("suspicious")})
+        row = {"question": q, "model": part[0].model, "n": sum(r.n for r in part), "data": tuple(sets)}
+        row |= {"verdict": worst, "doubted": verdicts.count("suspicious")}
+        rest = f", {q.limit} images a set" * bool(q.limit) + f", seed {q.seed}" * bool(q.seed)
+        row["asked"] = f"{q.attack} on {sets[0][0] if len(sets) == 1 else f'{len(sets)} sets'}{rest}"
+        rows.append(row | measured([(r.n, r.n_clean, r.n_robust) for r in part]))
     return rows
+
+
+def differences(part: Sequence[EvalResult]) -> list[Compared]:
+    """The best model of one question, then the others with their paired differences from it; [] if not comparable."""
+    try:
+        return compare(part, compare(part)[0].model)
+    except ValueError:
+        return []
 
 
 def gallery(folder: Path, results: Sequence[EvalResult], names: dict[tuple[str, str], str]) -> list[dict]:
@@ -106,16 +141,50 @@ def gallery(folder: Path, results: Sequence[EvalResult], names: dict[tuple[str, 
 def curves(rows: Sequence[dict]) -> list[dict]:
     """Robust accuracy over eps, clean accuracy at 0: a plot a protocol and norm, since an axis has one unit.
 
-    A line joins means over the same images of the same sets.
+    A line joins means over the same images of the same sets; where none has two radii there is no plot.
     """
     plots = []
     for part in _grouped(rows, lambda r: (r["question"].protocol, r["question"].norm)):
-        lines = []
+        lines, ticks = [], {"0": 0.0} | {r["question"].eps: parse_eps(r["question"].eps) for r in part}
         for line in _grouped(part, lambda r: (r["model"], r["data"], r["question"]._replace(eps=""))):
-            points = [(0.0, line[0]["clean"]), *((parse_eps(r["question"].eps), r["robust"]) for r in line)]
-            if len(line) > 1:
-                lines.append({"name": f"{line[0]['model']}, {line[0]['question'].attack}", "points": points})
-        if lines:
-            ticks = {"0": 0.0} | {r["question"].eps: parse_eps(r["question"].eps) for r in part}
-            plots.append({"question": part[0]["question"], "lines": lines, "ticks": ticks})
+            points = [(0.0, line[0]["clean"], line[0]["clean_interval"])]
+            points += [(parse_eps(r["question"].eps), r["robust"], r["robust_interval"]) for r in line]
+            lines.append({"model": line[0]["model"], "asked": line[0]["asked"], "points": points})
+        if any(len(line["points"]) > 2 for line in lines):
+            widest, shown = max(ticks.values()) or 1, dict[str, float]()
+            for name, eps in sorted(ticks.items(), key=lambda tick: -tick[1]):  # names that would overlap are left out
+                shown |= {name: eps} if not shown or min(shown.values()) - eps > widest / 7 else {}
+            plots.append({"question": part[0]["question"], "lines": lines, "ticks": shown, "widest": widest})
     return plots
+
+
+def bars(results: Sequence[EvalResult], rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """Of each question that no plot shows: the data sets of one model and their mean, or the means of several models."""
+    plotted, found = {(p["question"].protocol, p["question"].norm) for p in curves(rows)}, {}
+    for means in _grouped(rows, lambda r: r["question"]):
+        if (means[0]["question"].protocol, means[0]["question"].norm) in plotted:
+            continue
+        many = len({row["data"] for row in means}) > 1
+        named = [row | {"name": f"{row['model']}, {row['asked']}" if many else row["model"]} for row in means]
+        if len(means) == 1:
+            sets = [r for r in results if r.question == means[0]["question"]]
+            named = [{"name": r.dataset, "model": r.model} | measured([(r.n, r.n_clean, r.n_robust)]) for r in sets]
+            named += [means[0] | {"name": "mean"}] * (len(sets) > 1)
+        found[str(means[0]["question"])] = named
+    return found
+
+
+def ranked(sets: Sequence[dict], order: Sequence[str]) -> tuple[list[dict], str]:
+    """Candidate proxies, best first, and last the student, with their accuracy on its attack; and which one to take."""
+    rows = []
+    for name in order:
+        part = [t for t in sets if t["judge"] == name]
+        counts = [(t["n"], *(round(t[k] * t["n"] / 100) for k in ("clean", "adversarial"))) for t in part]
+        rows.append({"name": name, "model": name} | measured(counts))
+    best, *others, own = rows
+    if best["robust_interval"][0] <= own["robust_interval"][1]:
+        return rows, f"Take none: not even {best['name']} is better there than {own['name']} itself, beyond chance."
+    said = f"Take {best['name']}: it is right on {best['robust']:.1f}% of the images attacked for {own['name']}."
+    if close := [r["name"] for r in others if r["robust_interval"][1] >= best["robust_interval"][0]]:
+        said += f" Chance may have put it before {', '.join(close)}: more images tell."
+    return rows, said

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import http.client
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -170,19 +169,13 @@ def test_other_names_of_this_machine_are_not_answered_and_the_end_takes_the_uplo
         assert page.wait(60) == 143 and not folder.exists()
 
 
-def test_a_stranger_sees_a_model_fooled(served, tmp_path):
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("there is no chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1280, "height": 1400})
-        tab.goto(served)
-        tab.get_by_text("white chess king", exact=True).first.click()
-        tab.wait_for_function("document.querySelector('textarea').value.includes('black chess pawn')")
-        tab.get_by_role("button", name="Attack", exact=True).click()
-        tab.get_by_text("lab:student: fooled").wait_for()
-        tab.screenshot(path=tmp_path / "demo.png", full_page=True)
-        browser.close()
+def test_a_stranger_sees_a_model_fooled(served, browser, tmp_path):
+    tab = browser.new_page(viewport={"width": 1280, "height": 1400})
+    tab.goto(served)
+    tab.get_by_text("white chess king", exact=True).first.click()
+    tab.wait_for_function("document.querySelector('textarea').value.includes('black chess pawn')")
+    tab.get_by_role("button", name="Attack", exact=True).click()
+    tab.get_by_text("lab:student: fooled").wait_for()
+    tab.screenshot(path=tmp_path / "demo.png", full_page=True)
+    tab.close()
     assert (tmp_path / "demo.png").stat().st_size > 10_000

@@ -1,0 +1,145 @@
+"""`hpt-hf leaderboard RESULTS …`: results and the zoo as one static page, a row a model and question, to sort and filter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+from hpt_hf.attacks.threat_model import parse_eps
+from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.evaluation.html_report import rendered, short_names, summary
+from hpt_hf.evaluation.result import EvalResult, read_results_of
+from hpt_hf.utils import did_you_mean, read_json, write_text
+
+TEMPLATE = Path(__file__).with_name("leaderboard.html.j2")
+# Field of a zoo file -> what its text must look like, in a pattern and in words. `paper` and `model` become links.
+FORMS = {
+    "name": (r"\S.*", "a name"),
+    "model": (r"lab:\w+|[\w.-]+/[\w.-]+", "a Hub id, owner/name, or lab:NAME"),
+    "method": (r"\S.*", "a name"),
+    "architecture": (r"\S.*", "a name"),
+    "command": (r"(.* && )?hpt-hf evaluate .*--model [\w.].*", "`… && hpt-hf evaluate … --model …`"),
+    "paper": (r"\d{4}\.\d{4,5}", "an arXiv id, as '2402.12336'"),
+    "trained_for": (r"(linf|l2) [\d.]+(/\d+)?", "norm and eps, as 'linf 4/255'"),
+    "results": (r"results/\w[\w.-]*", "a folder of the zoo, as 'results/NAME'"),
+}
+
+
+@dataclass
+class LeaderboardArguments:
+    results: list[str] = field(default_factory=list, metadata={"help": "folders of evaluations or models"})
+    zoo: str | None = field(
+        default=None, metadata={"help": "a folder of model files, whose results are shown as well"}
+    )
+    output_dir: str = field(default="outputs/leaderboard", metadata={"help": "for index.html"})
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """One file of the zoo: what a model is, and how it was or would be measured."""
+
+    name: str
+    model: str
+    method: str
+    architecture: str
+    command: str
+    paper: str | None = None  # that published these weights
+    trained_for: str | None = None  # as its authors state it
+    results: str | None = None  # None: not measured here
+
+    @property
+    def measured_as(self) -> str:
+        """What the results of its command call it."""
+        words = shlex.split(self.command)
+        return words[words.index("--model") + 1]
+
+    @classmethod
+    def read(cls, file: Path) -> ZooModel:
+        """From its JSON. Raises RecipeError for a field that is unknown, missing or says what cannot be."""
+        content = read_json(file)
+        if odd := [name for name in content if name not in FORMS]:
+            expected = f"{', '.join(FORMS)}. Fix: delete it{did_you_mean(odd[0], FORMS) or '.'}"
+            raise RecipeError(f"{file}: unknown field: got {odd[0]!r}, expected one of {expected}")
+        for known in fields(cls):
+            (pattern, expected), value = FORMS[known.name], content.get(known.name, known.default)
+            if value is not known.default and not (isinstance(value, str) and re.fullmatch(pattern, value)):
+                raise RecipeError(f"{file}: {known.name}: got {value!r}, expected {expected}. Fix: write it so.")
+            if value is MISSING:
+                raise RecipeError(f"{file}: {known.name}: got no such field, expected {expected}. Fix: add it.")
+        return cls(**content)
+
+
+def read_zoo(folder: str | Path) -> tuple[list[ZooModel], list[EvalResult]]:
+    """All models of a zoo, and the results that lie in it."""
+    files = sorted(Path(folder).glob("*.json"))
+    if not files:
+        raise RecipeError(f"--zoo: got {folder}, expected a folder with a JSON file a model. Fix: --zoo zoo.")
+    models = [ZooModel.read(file) for file in files]
+    return models, read_all(Path(folder, model.results) for model in models if model.results)
+
+
+def read_all(folders: Iterable[str | Path]) -> list[EvalResult]:
+    found = []
+    for folder in folders:
+        found += (results := read_results_of(folder))
+        if not results:
+            raise RecipeError(f"results: got {folder}, expected a folder with results/*.json. Fix: evaluate first.")
+    return found
+
+
+def images_key(part: Sequence[EvalResult]) -> str:
+    """Sets × images, and a digest of sets, splits, prompts and images a class: rows may be compared where it is the same."""
+    classes = [[[name, counts[0]] for name, counts in r.per_class.items()] for r in part]
+    asked = [[r.dataset, r.source.get("split"), r.templates, c] for r, c in zip(part, classes, strict=True)]
+    sizes = {r.n for r in part}
+    size = f"{len(part)} × {sizes.pop()}" if len(sizes) == 1 else f"{len(part)} sets, {sum(r.n for r in part)}"
+    return f"{size} · {_digest(map(json.dumps, asked))[:6]}"
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+def rows(results: Iterable[EvalResult], zoo: Sequence[ZooModel]) -> list[dict]:
+    """One row a model and question; of one measurement that lies in several folders, the last."""
+    results = list({r.file_name: r for r in results}.values())
+    names, known = short_names(results), {model.measured_as: model for model in zoo}
+    groups: dict[tuple, list[EvalResult]] = {}
+    for r in results:
+        groups.setdefault((r.question, r.target, r.model, r.fingerprint), []).append(r)
+    made = []
+    for (question, target, model, weights), part in groups.items():
+        (row,) = summary(part)
+        seed = f", seed {question.seed}" if question.seed else ""
+        row |= {"model": names[model, weights], "zoo": known.get(model), "protocol": question.protocol}
+        row |= {"attack": question.attack + (f", for {target!r}" if target else "") + seed}
+        row |= {"eps": f"{question.norm} {question.eps}", "radius": parse_eps(question.eps)}
+        row |= {"images": images_key(part), "weights": weights[:8], "sets": len(part)}
+        made.append(row | {"digest": _digest(r.images_digest for r in part)[:8]})
+    question = ("protocol", "attack", "radius", "eps", "images")
+    return sorted(made, key=lambda row: (*(row[name] for name in question), -row["robust"]))
+
+
+def run(args: LeaderboardArguments) -> Path:
+    """Write the page; nothing is written if a result or a file of the zoo cannot be read."""
+    zoo, results = read_zoo(args.zoo) if args.zoo else ([], [])
+    results += read_all(args.results)
+    if not (zoo or results):
+        raise RecipeError("results: got none, expected folders with results/*.json. Fix: name them, or --zoo zoo.")
+    found = rows(results, zoo)
+    by_eps = sorted(found, key=lambda row: row["radius"])
+    choices = {n: dict.fromkeys(r[n] for r in by_eps) for n in ("eps", "protocol", "attack", "verdict", "images")}
+    waiting = [m for m in zoo if m.measured_as not in {r.model for r in results}]
+    page = {"rows": found, "choices": choices, "waiting": waiting}
+    return write_text(Path(args.output_dir, "index.html"), rendered(TEMPLATE, page))
+
+
+def main(argv: list[str] | None = None) -> None:
+    with exit_on_user_error("hpt-hf leaderboard"):
+        (args,) = parse((LeaderboardArguments,), argv, positional=("results",))
+        print(run(args))

@@ -1,0 +1,288 @@
+"""Proves that the page ranks what was measured, keeps apart what is not comparable, and reads at every width; and that the zoo is sound."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import make_result
+
+from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.commands import leaderboard
+from hpt_hf.commands.convert import ConvertArguments
+from hpt_hf.commands.evaluate import EvaluateArguments
+from hpt_hf.commands.leaderboard import ZooModel, images_key, main, rows
+from hpt_hf.commands.parser import RecipeError, parse
+from hpt_hf.utils import write_json
+
+ZOO = Path(__file__).parents[2] / "zoo"
+FILES = sorted(ZOO.glob("*.json"))
+ENTRY = {
+    "name": "A model",
+    "model": "owner/name",
+    "method": "FARE",
+    "architecture": "ViT-B/32",
+    "command": "hpt-hf convert owner/name out --base b && hpt-hf evaluate --model out --suite lab",
+}
+EVIL = '<img src=x onerror="document.title=1">'
+CLEAR, DOUBT = ({"name": name, "raised": name == "more_steps", "detail": ""} for name in ("detached", "more_steps"))
+
+
+def write_results(folder, results) -> str:
+    for result in results:
+        write_json(Path(folder) / "results" / result.file_name, result.to_json())
+    return str(folder)
+
+
+def several() -> list:
+    """Two models on two sets at two radii; one more under another protocol; one on other images."""
+    made = [
+        make_result(10 * i + 50, 10 * i, model=f"m/{m}", fingerprint=m * 8, dataset=d, eps=e, sanity_checks=(c,))
+        for i, (m, c) in enumerate((("a", CLEAR), ("b", DOUBT)), 1)
+        for d in ("cats", "dogs")
+        for e in ("1/255", "10/255")
+    ]
+    made += [make_result(40.0, 15.0, model="m/c", fingerprint="cccccccc", protocol="native")]
+    return [*made, make_result(90.0, 80.0, model="m/d", fingerprint="dddddddd", attack="standard")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The page of several results and the whole zoo."""
+    place = tmp_path_factory.mktemp("leaderboard")
+    main([write_results(place / "made", several()), "--zoo", str(ZOO), "--output_dir", str(place)])
+    return place
+
+
+@pytest.fixture
+def open_page(browser):
+    """A page in the browser; it may write nothing to the console and ask for nothing but itself."""
+    opened, said = [], []
+
+    def open_file(place, **how):
+        opened.append(page := browser.new_page(**how))
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url) if not request.url.startswith("file:") else None)
+        page.goto((Path(place) / "index.html").as_uri())
+        return page
+
+    yield open_file
+    [page.close() for page in opened]
+    assert said == []
+
+
+def column(page, name: str) -> list[str]:
+    """The cells of the rows that are visible."""
+    heads = page.locator("th").evaluate_all("all => all.map(one => one.dataset.column)")
+    cells = page.locator(f"tbody tr:not([hidden]) > :nth-child({heads.index(name) + 1})")
+    return [text.split("\n")[0] for text in cells.all_inner_texts()]
+
+
+# --- figures
+
+
+def test_a_row_is_a_model_and_a_question_with_the_means_and_the_worst_verdict():
+    made = {(r["model"], r["protocol"], r["attack"], r["eps"]): r for r in rows(several(), [])}
+    assert len(made) == 6
+    row = made["b", "input", "pgd-20", "linf 10/255"]
+    assert (row["clean"], row["robust"], row["n"], row["sets"], row["verdict"]) == (70, 20, 20_000, 2, "suspicious")
+    assert made["a", "input", "pgd-20", "linf 1/255"]["verdict"] == "clear" and row["weights"] == "bbbbbbbb"
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"images_digest": "0" * 16}, True),  # another size of the same images
+        ({"model": "m/other", "eps": "2/255"}, True),
+        ({"dataset": "dogs"}, False),
+        ({"templates": ("a drawing of a {}",)}, False),
+        ({"source": {"path": "pictures/cats", "split": "train", "limit": None}}, False),
+        ({"per_class": {"cat": (50, 40, 30), "wolf": (50, 20, 10)}}, False),
+        ({"per_class": {"cat": (50, 40, 30), "dog": (51, 20, 10)}}, False),
+    ],
+)
+def test_the_key_of_the_images_differs_where_rows_are_not_comparable(change, same):
+    assert (images_key([make_result()]) == images_key([make_result(**change)])) == same
+
+
+def test_seed_and_target_and_weights_are_rows_of_their_own_and_a_copy_is_not():
+    changes = ({}, {}, {"seed": 1}, {"target": "cat"}, {"fingerprint": "f" * 16})
+    made = rows([make_result(**change) for change in changes], [])
+    assert sorted(r["attack"] for r in made) == ["pgd-20", "pgd-20", "pgd-20, for 'cat'", "pgd-20, seed 1"]
+    assert len({r["model"] for r in made}) == 2, "equal names are told apart by their weights"
+
+
+# --- the page
+
+
+def test_a_click_on_a_head_sorts_and_a_second_one_turns_it_round(folder, open_page):
+    page = open_page(folder)
+    before = column(page, "model")
+    head = page.locator("th[data-column=robust]")
+    for state, down in (("descending", True), ("ascending", False)):
+        head.get_by_role("button").click()
+        figures = [float(cell.split()[0]) for cell in column(page, "robust")]
+        assert figures == sorted(figures, reverse=down) and head.get_attribute("aria-sort") == state
+    assert len(figures) == 9 and column(page, "model") != before
+    page.locator("th[data-column=eps]").get_by_role("button").click()
+    assert list(dict.fromkeys(column(page, "eps"))) == ["linf 1/255", "linf 6/255", "linf 10/255"]
+    assert head.get_attribute("aria-sort") is None, "only one column is the order"
+    page.locator("th[data-column=model]").get_by_role("button").focus()
+    page.keyboard.press("Enter")
+    assert column(page, "model") == sorted(column(page, "model"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "models"),
+    [
+        ("eps", "linf 10/255", {"a", "b"}),
+        ("protocol", "native", {"c"}),
+        ("attack", "standard", {"d", "lab:student", "lab:proxy", "lab:convolution"}),
+        ("verdict", "suspicious", {"b"}),
+        ("images", None, {"lab:student", "lab:proxy", "lab:convolution"}),
+    ],
+)
+def test_a_filter_hides_the_other_rows_and_all_brings_them_back(folder, open_page, name, value, models):
+    page = open_page(folder)
+    options = page.locator(f"[data-filter={name}] option").all_inner_texts()
+    value = value or next(option for option in options if option.startswith("15 × 20"))
+    page.select_option(f"[data-filter={name}]", value)
+    assert set(column(page, "model")) == models and set(column(page, name)) == {value}
+    page.select_option(f"[data-filter={name}]", "")
+    assert len(column(page, "model")) == 9
+
+
+def test_the_text_filter_reaches_rows_and_the_models_that_wait(folder, open_page):
+    page = open_page(folder)
+    cards = page.locator(".card:visible")
+    waiting = [file for file in FILES if "results" not in json.loads(file.read_text())]
+    assert cards.count() == len(waiting) > 15
+    page.fill("#text", "TECOA")
+    assert column(page, "model") == [] and 0 < cards.count() < len(waiting)
+    page.fill("#text", "convnext")
+    assert column(page, "model") == ["lab:convolution"], "what the zoo says of a measured model is found, too"
+
+
+def test_the_page_says_when_rows_of_several_questions_are_shown(folder, open_page):
+    page = open_page(folder)
+    assert page.inner_text("#said").startswith("9 of 9 rows, of 5 questions or image sets that are not comparable")
+    page.select_option("[data-filter=eps]", "linf 10/255")
+    assert page.inner_text("#said") == "2 of 9 rows"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_cut_off_at_any_width(folder, open_page, width, scheme, tmp_path):
+    page = open_page(folder, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    out = "all => all.filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.textContent)"
+    assert page.locator("td, .card, pre").evaluate_all(out) == []
+    wide = page.evaluate("(([box]) => box.scrollWidth > box.clientWidth)(document.getElementsByClassName('scroll'))")
+    assert page.locator(".hint").is_visible() == wide == (width == 390), "a table that is wider says so"
+    ground, ink = page.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))")
+    assert (sum(map(int, ground[4:-1].split(","))) < sum(map(int, ink[4:-1].split(",")))) == (scheme == "dark")
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_names_are_text_and_never_html(tmp_path, open_page):
+    evil = make_result(model=EVIL, fingerprint=EVIL, attack=EVIL, eps="1/255", target=EVIL, images_digest=EVIL)
+    write_json(
+        tmp_path / "zoo" / "a.json", ENTRY | {"name": EVIL, "method": EVIL, "command": f"{ENTRY['command']} {EVIL}"}
+    )
+    main([write_results(tmp_path / "made", [evil]), "--zoo", str(tmp_path / "zoo"), "--output_dir", str(tmp_path)])
+    page = open_page(tmp_path)
+    assert page.locator("img").count() == 0 and page.title() != "1"
+    assert EVIL in page.inner_text("tbody td") and page.locator(".card b").inner_text() == EVIL
+
+
+def test_the_page_is_the_same_each_time_and_asks_for_nothing(folder, tmp_path):
+    main([str(folder / "made"), "--zoo", str(ZOO), "--output_dir", str(tmp_path)])
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == text
+    assert not [word for word in ("src=", "<link", "@import", "url(", "fetch(") if word in text]
+
+
+# --- the zoo
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_file_of_the_zoo_can_be_read_and_its_command_parses(file):
+    model = ZooModel.read(file)
+    *first, last = (shlex.split(part) for part in model.command.split(" && "))
+    assert last[:2] == ["hpt-hf", "evaluate"]
+    (asked,) = parse((EvaluateArguments,), last[2:])
+    assert asked.limit and asked.suite and asked.model == model.measured_as
+    for words in first:
+        if words[:2] == ["hpt-hf", "convert"]:
+            (given,) = parse((ConvertArguments,), words[2:], positional=("model", "output_dir"))
+            assert given.output_dir == asked.model and given.base
+        else:
+            assert words[:3] == ["hf", "download", model.model]
+    if model.trained_for:
+        ThreatModel(*model.trained_for.split())
+
+
+def test_what_the_zoo_calls_measured_was_measured_by_its_command():
+    models, results = leaderboard.read_zoo(ZOO)
+    measured = {m.measured_as: parse((EvaluateArguments,), shlex.split(m.command)[2:])[0] for m in models if m.results}
+    assert {r.model for r in results} == set(measured) == {"lab:student", "lab:proxy", "lab:convolution"}
+    for r in results:
+        asked = measured[r.model]
+        assert ([r.attack], [r.eps], r.norm, r.n) == (asked.attack, asked.eps, asked.norm, asked.limit)
+    assert len({images_key([r for r in results if r.model == name]) for name in measured}) == 1
+    assert sum(f.stat().st_size for f in ZOO.glob("results/*/results/*.json")) < 150_000
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"papr": "x"}, r"unknown field: got 'papr', expected one of name, .*Fix: delete it; did you mean paper\?"),
+        ({"name": ...}, r"name: got no such field, expected a name. Fix: add it\."),
+        ({"command": ...}, "command: got no such field, expected `.*hpt-hf evaluate"),
+        ({"name": 3}, "name: got 3, expected a name. Fix: write it so"),
+        ({"name": ""}, "name: got '', expected a name"),
+        ({"model": "a/b/c"}, "model: got 'a/b/c', expected a Hub id"),
+        ({"model": "javascript:x"}, "model: got 'javascript:x'"),
+        ({"paper": "arXiv 1"}, "paper: got 'arXiv 1', expected an arXiv id"),
+        ({"trained_for": "4/255"}, "trained_for: got '4/255', expected norm and eps"),
+        ({"command": "hpt-hf evaluate --suite lab"}, "command: got 'hpt-hf evaluate --suite lab'"),
+        ({"command": "rm -r x"}, "command: got 'rm -r x'"),
+        ({"results": "../../x"}, "results: got '../../x', expected a folder of the zoo"),
+        ({"results": "results/none"}, "got .*results/none, expected a folder with results/"),
+    ],
+)
+def test_a_bad_file_of_the_zoo_is_one_clear_line_and_nothing_is_written(tmp_path, change, says):
+    content = {name: value for name, value in (ENTRY | change).items() if value is not ...}
+    write_json(tmp_path / "zoo" / "bad.json", content)
+    with pytest.raises(SystemExit, match=f"^hpt-hf leaderboard: .*{says}") as error:
+        main(["--zoo", str(tmp_path / "zoo"), "--output_dir", str(tmp_path / "out")])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "results: got none, expected folders"),
+        (["{empty}"], "results: got .*, expected a folder with results"),
+        (["--zoo", "{empty}"], "--zoo: got .*, expected a folder with a JSON file a model"),
+        (["--zo", "zoo"], "unknown key --zo; did you mean zoo"),
+    ],
+)
+def test_a_wrong_line_is_one_clear_line(tmp_path, argv, says):
+    with pytest.raises(SystemExit, match=says):
+        main([part.format(empty=tmp_path) for part in argv])
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="bad.json is damaged"):
+        ZooModel.read(tmp_path / "bad.json")
+    write_json(tmp_path / "good.json", ENTRY)
+    assert ZooModel.read(tmp_path / "good.json").measured_as == "out"
+    with pytest.raises(RecipeError, match="expected a folder with a JSON file a model"):
+        leaderboard.read_zoo(tmp_path / "none")
