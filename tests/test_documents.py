@@ -1,10 +1,13 @@
-"""Every command line in the documents and recipes parses, and every file that the documents name exists."""
+"""Every command line in the documents and recipes parses, some run, and every file and anchor that is named exists."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,27 +16,55 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from conftest import write_image_folder
+from markdown.extensions.toc import slugify
+from torch.distributed.run import get_args_parser
 
 import hpt_hf
+from hpt_hf import cli
+from hpt_hf.cli import COMMANDS
+from hpt_hf.commands.recipes import find_recipe
+from hpt_hf.data.zero_shot_sets import SETS
+from hpt_hf.lab.datasets import lab_images
+from hpt_hf.training import config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:\bhpt-hf |\brecipes/|\bhpt_hf\.commands\.)(\w+)(?:\.py)?(?= --| [\w./]+| *$)(.*)")
 # Of a longer text only what follows these at the beginning is a command line.
-BEGINS = re.compile(r"(?:`|    |# command: +|\t)(?:python|accelerate launch|torchrun|hpt-hf|\$\(RUN\) -m) ?.*")
+BEGINS = re.compile(r"(?:`|    |# command: +|\t)(?:python|accelerate launch|torchrun|hpt-hf|make|\$\(RUN\) -m) ?.*")
+FENCED = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BENCHMARK = re.compile(r"python (benchmarks/\w+\.py)(.*)")
+LAUNCHER = re.compile(r"(accelerate launch|torchrun) (.*)")
+TARGET = re.compile(r"^[` ]*make ([\w-]+)")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def command_lines() -> list[tuple[str, str]]:
-    """(command, its arguments), of README, documents, recipes' headers and the Makefile."""
-    found = {}
-    for file in (*DOCUMENTS, ROOT / "Makefile", *sorted((ROOT / "recipes").rglob("*.yaml"))):
-        for line in BEGINS.findall(file.read_text(encoding="utf-8")):
-            if match := COMMAND.search(line.split("` ")[0].split("`,")[0].rstrip("`.,)")):
-                found[match.groups()] = file
-    return list(found)
+def text_of(file: Path) -> str:
+    """What a reader sees, commands in fences indented as the others are; of a notebook its text."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return FENCED.sub(lambda match: re.sub("^", "    ", match[1], flags=re.MULTILINE), text)
 
 
-LINES = command_lines()
+def lines_of(*files: Path) -> list[str]:
+    begun = (line for file in files for line in BEGINS.findall(text_of(file)))
+    return list(dict.fromkeys(line.split("` ")[0].split("`,")[0].rstrip("`.,)") for line in begun))
+
+
+# Of README, documents and notebooks; then also of recipes' headers and the Makefile.
+WRITTEN = lines_of(*DOCUMENTS, *NOTEBOOKS)
+EVERYWHERE = [*WRITTEN, *lines_of(ROOT / "Makefile", *sorted((ROOT / "recipes").rglob("*.yaml")))]
+
+
+def found(pattern: re.Pattern, lines: list[str]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys(match.groups() for line in lines if (match := pattern.search(line))))
+
+
+LINES = found(COMMAND, EVERYWHERE)
 
 
 class Parsed(Exception):
@@ -43,6 +74,10 @@ class Parsed(Exception):
 @pytest.mark.parametrize(("command", "rest"), LINES, ids=lambda part: part.strip()[:60])
 def test_a_command_line_parses(command, rest, monkeypatch):
     monkeypatch.chdir(ROOT)
+    assert command in COMMANDS
+    if not rest.strip() or rest.strip().startswith("#"):  # a mention
+        return
+    monkeypatch.setattr(config, "get_available_reporting_integrations", lambda: config.TRACKERS)
     module = importlib.import_module(f"hpt_hf.commands.{command}")
 
     def stop_after(parser):
@@ -61,8 +96,118 @@ def test_a_command_line_parses(command, rest, monkeypatch):
         module.main(argv)
 
 
+@pytest.mark.parametrize(("script", "rest"), found(BENCHMARK, EVERYWHERE), ids=lambda part: part.strip()[:60])
+def test_a_benchmarks_line_parses(script, rest, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop_after(*args):
+        parse(*args)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after)
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(rest, comments=True)])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+@pytest.mark.parametrize(("launcher", "rest"), found(LAUNCHER, EVERYWHERE), ids=lambda part: part.strip()[:60])
+def test_a_launchers_own_flags_parse(launcher, rest):
+    parser = launch_command_parser() if launcher == "accelerate launch" else get_args_parser()
+    words = shlex.split(rest.replace("…", ""), comments=True)
+    args = parser.parse_args(words if any(w.endswith(".py") for w in words) else [*words, "recipes/train.py"])
+    assert (ROOT / args.training_script).is_file()
+    assert (ROOT / (getattr(args, "config_file", None) or "")).exists()
+
+
+def test_every_target_of_make_is_there():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {match[1] for line in WRITTEN if (match := TARGET.search(line))}
+    assert len(named) >= 8 and named - targets == set()
+
+
 def test_the_search_found_the_command_lines():
     assert len(LINES) >= 40 and {"train", "evaluate", "push", "convert", "transfer"} <= {c for c, _ in LINES}
+    assert len(found(BENCHMARK, WRITTEN)) >= 6 and len(found(LAUNCHER, EVERYWHERE)) >= 20
+
+
+HERE = ("outputs", "recipes", "benchmarks", "examples", "docs", "hpt_hf", "data", "my_images", "W")
+
+
+def elsewhere(rest: str) -> bool:
+    """Does a line need the Hub, or what is not here? Hub ids, sets that are downloaded, recipes of a Hub's CLIP."""
+    for word in shlex.split(rest, comments=True):
+        recipe = find_recipe(word)
+        if recipe and re.search(r"^model: (?!lab:)", recipe.read_text(), re.MULTILINE):
+            return True
+        owner, _, name = word.partition("/")
+        hub_id = re.fullmatch(r"[\w.-]*[a-z][\w.-]*", name) and owner.isidentifier() and owner not in HERE
+        if word in SETS or word == "FOLDER" or (hub_id and recipe is None):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("rest", "expected"),
+    [
+        ("--model openai/clip-vit-base-patch32 --dataset lab:digits", True),
+        ("outputs/my_model you/my-robust-clip", True),
+        ("--config tiny_imagenet/hpt_gpd_vit_b32_eps1", True),
+        ("--config recipes/tiny_imagenet/hpt_gpd_vit_b32_eps1.yaml", True),
+        ("--model outputs/my_model --dataset cifar10 dtd", True),
+        ("--world real --data_dir FOLDER", True),
+        ("--config lab/hpt --eps 6/255 --output_dir outputs/my_model", False),
+        ("--config recipes/quickstart.yaml --dataset my_images/", False),
+        ("--model lab:student --suite lab --limit 60  # openai/clip-vit-base-patch32 likewise", False),
+    ],
+)
+def test_what_cannot_run_here_is_told_from_the_line(rest, expected):
+    assert elsewhere(rest) == expected
+
+
+# Lines of the documents that end in seconds once they are shortened, in an order in which each finds what it needs.
+TRAIN = "--max_steps 2 --ga_epochs 1 --warmup_steps 1 --per_device_train_batch_size 8 --use_cpu true"
+MEASURE = "--limit 8 --attack_steps 2"
+RUN = [
+    ("train", "--config quickstart --max_steps 20 --output_dir m", TRAIN, "hpt_gpd: 2 steps"),
+    ("evaluate", "--model m --dataset lab:digits --limit 20", f"{MEASURE} --probe 0", "| lab:digits |"),
+    ("train", "--config own_images --dataset my_images/ --output_dir outputs/my_model", TRAIN, "-> outputs/my_model"),
+    ("estimate", "--config quickstart --output_dir outputs/my_model", f"{TRAIN} --probe_steps 1", "hours"),
+    ("convert", "outputs/my_model outputs/my_model_bf16 --dtype bfloat16", "", "outputs/my_model_bf16"),
+    ("interpolate", "outputs/my_model --output_dir outputs/interpolated", f"{MEASURE} --weights 0 1", "chosen"),
+]
+
+
+def test_lines_of_the_documents_run(tmp_path, monkeypatch, capsys):
+    """And `hpt-hf --help` names every command that they use."""
+    monkeypatch.chdir(tmp_path)
+    write_image_folder(tmp_path / "my_images", lab_images("digits", 60, faces="train"))
+    documented = {(command, " ".join(shlex.split(rest, comments=True))) for command, rest in found(COMMAND, WRITTEN)}
+    for command, rest, shorter, printed in RUN:
+        assert (command, rest) in documented and not elsewhere(rest)
+        cli.main([command, *rest.split(), *shorter.split()])
+        assert printed in capsys.readouterr().out
+    cli.main(["--help"])
+    told = capsys.readouterr().out
+    assert [c for c, _ in documented if f"\n  {c} " not in told] == []
+
+
+def slugs(file: Path) -> set[str]:
+    """The anchors of a file's headings, where GitHub and the site make the same ones: a link must hold on both."""
+    titles = re.findall(
+        r"^#+ (.*)", re.sub(r"^```.*?^```", "", text_of(file), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    titles = [re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", title) for title in titles]
+    on_github = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    return on_github & {slugify(title, "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *NOTEBOOKS], ids=lambda path: path.name)
+def test_every_link_inside_leads_somewhere(document):
+    links = re.findall(r"\]\((?!https?:|mailto:)([^)\s#]*)(?:#([^)\s]*))?\)", text_of(document))
+    for path, anchor in links:
+        target = document.parent / path if path else document
+        assert target.exists(), f"{document.name}: {path}"
+        assert not anchor or anchor in slugs(target), f"{document.name}: {path}#{anchor}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

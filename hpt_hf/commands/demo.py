@@ -130,6 +130,20 @@ def examples() -> list[list]:
     return found
 
 
+def _answers(gr, models: list[str]):
+    """Side by side, for two models: which one, and what it says."""
+    chosen, outputs = [], []
+    with gr.Row():
+        for name in models[:2]:
+            with gr.Column():
+                chosen.append(gr.Dropdown(models, value=name, label="Model"))
+                outputs += [gr.Markdown(elem_id=f"said-{len(chosen)}")]
+                outputs += [gr.Gallery(columns=3, height=200, label="images")]
+                outputs += [gr.Label(num_top_classes=4, label="says of the clean image")]
+                outputs += [gr.Label(num_top_classes=4, label="says of the attacked one")]
+    return chosen, outputs
+
+
 def build(sources: Sequence[str], note: str = ""):
     """The page as gradio Blocks. `sources`: the vanilla model, then others, as folders or Hub ids.
 
@@ -172,15 +186,7 @@ def build(sources: Sequence[str], note: str = ""):
         rows = examples()
         gr.Examples(rows, [image, labels, truth, template], example_labels=[row[2] for row in rows])
         button = gr.Button("Attack", variant="primary")
-        chosen, outputs = [], []
-        with gr.Row():
-            for name in list(models)[:2]:
-                with gr.Column():
-                    chosen.append(gr.Dropdown(list(models), value=name, label="Model"))
-                    outputs += [gr.Markdown(elem_id=f"said-{len(chosen)}")]
-                    outputs += [gr.Gallery(columns=3, height=200, label="images")]
-                    outputs += [gr.Label(num_top_classes=4, label="says of the clean image")]
-                    outputs += [gr.Label(num_top_classes=4, label="says of the attacked one")]
+        chosen, outputs = _answers(gr, list(models))
         asked = [image, labels, truth, template, eps, steps, *chosen]
         attacked = button.click(attack, asked, outputs, api_name="attack")
         # On a phone the answer lies below the window (scroll_to_output leaves it there).

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from hpt_hf.method.schedule import DECAYS, Schedule
@@ -38,6 +40,8 @@ KEPT = {
     "remove_unused_columns": (False, "leave it out: batches carry images that the model's signature does not name"),
     "label_names": (["labels"], "leave it out: the evaluation looks for them"),
 }
+# Trackers that are called as their package; of the others transformers tells itself, once the models are loaded.
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "swanlab", "clearml", "codecarbon", "dvclive", "neptune")
 # Numbers, and the least that they may be.
 LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
 LEAST |= {"seed": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "dataloader_num_workers": 0}
@@ -90,6 +94,8 @@ class HPTConfig(TrainingArguments):
         default=False, metadata={"help": "with --push_to_hub: replace a model that the repository holds"}
     )
 
+    told = dict[str, Any]()  # without an annotation: no flag, but what a trainer sets, for trackers
+
     def __post_init__(self):
         if self.hub_token:  # the message must not repeat it
             raise ValueError("hub_token would be stored in clear. Fix: `hf auth login`, or set HF_TOKEN")
@@ -106,6 +112,9 @@ class HPTConfig(TrainingArguments):
                 f"max_steps: got {self.max_steps}, expected at least 1, or -1: --num_train_epochs decides"
             )
         super().__post_init__()
+        if asked := set(TRACKERS).intersection(self.report_to):
+            for name in asked.difference(get_available_reporting_integrations()):
+                raise ValueError(f"report_to: got {name!r}, which is not installed. Fix: pip install {name}")
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise ValueError("load_best_model_at_end: got no evaluations. Fix: --eval_strategy, --held_out")
         if self.decay not in DECAYS:
@@ -113,6 +122,10 @@ class HPTConfig(TrainingArguments):
         if self.dataloader_pin_memory and self.device.type != "cpu":
             # The copy of a batch goes on while the step before is computed.
             self.accelerator_config.non_blocking = True
+
+    def to_dict(self) -> dict:
+        """What trackers keep of a run: the arguments, and what a trainer has told of method, attack and data."""
+        return super().to_dict() | self.told
 
     @property
     def decay(self) -> str:

@@ -28,6 +28,7 @@ from hpt_hf.training.layer_rates import split_by_depth
 from hpt_hf.training.record import accuracies, agreements, beginning, check_attack, check_proxy, check_student
 from hpt_hf.training.standstill import Standstill
 from hpt_hf.training.timing import Stopwatch
+from hpt_hf.training.tracking import keep_beside, tell
 from hpt_hf.types import Images
 from hpt_hf.utils import kept_random_state
 
@@ -85,6 +86,7 @@ class HPTTrainer(CheckpointTrainer):
         self.full_schedule = args.resolve(schedule, args.steps_per_epoch(len(kwargs["train_dataset"])))
         self.schedule = self.full_schedule.shortened(shortened) if shortened else self.full_schedule
         args.max_steps = self.schedule.total_steps
+        tell(self, args, kwargs["train_dataset"])
         # The Trainer's own would compile the wrapped forward alone: neither attack nor references go through it.
         compiled = args.torch_compile and {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
         args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
@@ -94,6 +96,7 @@ class HPTTrainer(CheckpointTrainer):
         kwargs.setdefault("compute_metrics", accuracies)
         with kept_random_state():  # which the Trainer's own would seed
             super().__init__(model=student, args=args, processing_class=student.processor, **kwargs)
+        keep_beside(self)
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed: GPD cannot follow its sharding. Fix: FSDP2 (accelerate/fsdp2.yaml)")
         self.anchor: Any = None

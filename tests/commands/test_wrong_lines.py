@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from unittest import mock
 
 import pytest
 from conftest import make_images, write_image_folder
@@ -99,6 +101,7 @@ def places(tmp_path_factory, paths):
 
 @pytest.mark.parametrize(("command", "line"), LINES, ids=lambda v: v.replace("--", ""))
 @pytest.mark.filterwarnings("ignore")
+@mock.patch.dict(os.environ)  # --fsdp sets variables, for good
 def test_a_wrong_line_is_one_line_and_writes_nothing(command, line, places, tmp_path):
     argv = line.format(**places, out=tmp_path / "out").split()
     if "--output_dir" not in argv and command not in ("verify", "convert", "push", "demo"):

@@ -1,0 +1,111 @@
+"""Proves that a tracker can tell runs apart, that its files lie beside the model, and that a missing one costs a line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import classifier, gpd_schedule, make_images, make_trainer, single_schedule, write_image_folder
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from hpt_hf.commands.parser import parse
+from hpt_hf.commands.train import RECIPE, build, run
+from hpt_hf.models.ensemble import Ensemble
+from hpt_hf.training import config
+from hpt_hf.training.config import TRACKERS, HPTConfig
+
+FLAGS = "--max_steps 2 --per_device_train_batch_size 8 --use_cpu true --disable_tqdm true --learning_rate 1e-3"
+
+
+class Tracker(TrainerCallback):
+    """Reads of a run what transformers' trackers read: the name, and the arguments as a dict."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.name, self.config = args.run_name, json.loads(args.to_json_string())
+
+
+class Board(TensorBoardCallback):
+    """Without tensorboard: notes the folder that each of its writers would write to."""
+
+    def __init__(self):
+        self.logging_dir = self.tb_writer = None
+        self.folders = []
+
+    def _init_summary_writer(self, args):
+        self.folders.append(self.logging_dir)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs)
+
+
+def flags(folder, paths, output, *more):
+    data = write_image_folder(folder / "images", make_images())
+    return f"{FLAGS} --model {paths[0]} --dataset {data} --output_dir {output}".split() + list(more)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected", "named"),
+    [
+        ("--method hpt_gpd --eps 8/255", {"method": "hpt_gpd", "eps": "8/255", "norm": "linf"}, "hpt_gpd, linf 8/255"),
+        ("--method tecoa --norm l2 --eps 0.5", {"method": "tecoa", "eps": "0.5", "proxy": None}, "tecoa, l2 0.5"),
+        ("--method hpt --attack_steps 5", {"attack_steps": 5, "learning_rate": 1e-3}, "5 attack steps"),
+        ("--method hpt --run_name mine", {"method": "hpt", "ga_epochs": 1.0}, "mine"),
+    ],
+)
+def test_a_tracker_is_told_method_attack_models_and_data(more, expected, named, paths, tmp_path):
+    more = more.split() + (["--proxy", paths[1]] if "hpt" in more else [])
+    trainer = build(*parse(RECIPE, flags(tmp_path, paths, tmp_path / "out", *more)))
+    trainer.add_callback(tracker := Tracker())
+    trainer.train()
+    assert {k: tracker.config[k] for k in expected} == expected
+    assert tracker.config["student"] == paths[0] and tracker.config["dataset"] == "images"
+    assert named in tracker.name and (("proxy" in tracker.name) == ("--proxy" in more) or named == "mine")
+    assert tracker.name == "mine" or tracker.name.startswith(f"{tmp_path / 'out'}: ") and "images" in tracker.name
+
+
+def test_a_trainer_made_of_parts_tells_it_as_well_and_names_every_proxy(paths, student, proxy, tmp_path):
+    proxies = Ensemble(
+        [proxy, classifier(paths[0]).with_weights({n: w + 1e-3 for n, w in student.plain_state().items()})]
+    )
+    trainer = make_trainer(tmp_path, student, gpd_schedule(), proxy=proxies)
+    told = trainer.args.to_dict()
+    assert (told["method"], told["eps"], told["dataset"]) == ("ga+hpt", "8/255", "made")
+    assert told["proxy"] == " + ".join(str(m.model.name_or_path) for m in proxies.members)
+    assert trainer.args.run_name.count("proxy ") == 2
+
+
+def test_what_tensorboard_writes_lies_beside_the_model_whatever_is_logged_first(student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    schedule, held_out = single_schedule("tecoa", steps=2), make_images(8, seed=3)
+    trainer = make_trainer(tmp_path / "out", student, schedule, held_out=held_out, callbacks=[board := Board()])
+    trainer.evaluate(metric_key_prefix="vanilla")
+    trainer.train()
+    (folder,) = set(board.folders)
+    assert folder.startswith(f"{tmp_path / 'out' / 'runs'}/") and folder.endswith(
+        "tecoa-linf-8-255-2-attack-steps-made"
+    )
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_missing_tracker_is_told_before_anything_is_loaded(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "get_available_reporting_integrations", lambda: [t for t in TRACKERS if t != name])
+    with pytest.raises(
+        ValueError, match=f"^report_to: got '{name}', which is not installed. Fix: pip install {name}$"
+    ):
+        HPTConfig(output_dir=str(tmp_path), report_to=name)
+    others = [t for t in TRACKERS if t != name]
+    assert HPTConfig(output_dir=str(tmp_path), report_to=others).report_to == others
+    assert HPTConfig(output_dir=str(tmp_path)).report_to == []
+
+
+@pytest.mark.parametrize("held_out", ["0", "0.2"])
+def test_the_log_stays_beside_the_model(held_out, paths, tmp_path):
+    more = ("--method", "tecoa", "--held_out", held_out, "--logging_steps", "1")
+    run(*parse(RECIPE, flags(tmp_path, paths, tmp_path / "out", *more)))
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in log if "loss" in row] == [1, 2]
+    assert any("eval_robust_accuracy" in row for row in log) == (held_out != "0")
