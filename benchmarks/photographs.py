@@ -23,8 +23,17 @@ from hpt_hf.utils import hardware, markdown, versions, write_json
 
 # Names of cars are longer than the context of 32 tokens.
 READ = [name for name in SETS if name != "stanford_cars"]
-ALL = [f"photos:{name}" for name in ("tiny_imagenet groups", "tiny_imagenet", *READ, *(f"pacs {d}" for d in DOMAINS))]
-ATTACKED = ("photos:tiny_imagenet groups", "photos:tiny_imagenet", "photos:caltech101", "photos:food101")
+ALL = [
+    f"photos:{name}"
+    for name in (
+        "tiny_imagenet unseen",
+        "tiny_imagenet groups",
+        "tiny_imagenet",
+        *READ,
+        *(f"pacs {d}" for d in DOMAINS),
+    )
+]
+ATTACKED = ("photos:tiny_imagenet unseen", "photos:tiny_imagenet groups")
 TIMES_CHANCE = 3.0
 
 

@@ -77,7 +77,8 @@ def opened(name: str, folder, *, training=False):
         ("tiny_imagenet", NAMES, 16),
         ("tiny_imagenet narrow", ("collie", "robin"), 4),
         ("tiny_imagenet held out", ("tabby cat", "school bus"), 4),
-        ("tiny_imagenet tuning", ("collie", "lion", "goldfish", "robin", "pizza", "abacus"), 12),
+        ("tiny_imagenet seen", ("collie", "lion", "robin", "pizza"), 8),
+        ("tiny_imagenet unseen", ("goldfish", "abacus"), 4),
         ("pacs cartoon", ("dog", "horse"), 2),
         ("cifar10", ("cat", "ship"), 6),
     ],
@@ -95,10 +96,11 @@ def test_a_class_is_asked_for_by_the_first_kind_in_its_chain_and_left_out_withou
     assert told == ["dog", "feline", "feline", "sea creature", "bird", "vehicle", "food"]
 
 
-def test_settings_are_chosen_on_neither_the_suites_sets_nor_the_classes_of_a_tuning_run(folder):
+def test_settings_are_chosen_on_neither_the_suites_sets_nor_classes_that_training_sees(folder):
     assert not set(PHOTO_VALIDATION) & set(PHOTO_SUITE)
-    tuned = opened("tiny_imagenet tuning", folder, training=True)
-    assert not set(tuned.classes) & set(opened("tiny_imagenet held out", folder).classes)
+    trained = set(opened("tiny_imagenet seen", folder, training=True).classes)
+    held_out, unseen = (set(opened(f"tiny_imagenet {part}", folder).classes) for part in ("held out", "unseen"))
+    assert not trained & held_out and not trained & unseen and not held_out & unseen
 
 
 @pytest.mark.parametrize(
