@@ -9,7 +9,7 @@ from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.result import read_results, read_results_of
 from hpt_hf.publishing.export import check
 from hpt_hf.publishing.hub import push
-from hpt_hf.publishing.model_card import own_results, write_model_card
+from hpt_hf.publishing.model_card import own_results, vanilla, write_model_card
 from hpt_hf.utils import write_json
 
 
@@ -41,11 +41,12 @@ def main(argv: list[str] | None = None) -> None:
 def adopt(folder: Path, source: Path) -> None:
     """Copy the results of an evaluation that were measured on the folder's weights into it, for its card."""
     weights = check(folder)["fingerprint"]
-    own = [r for r in read_results_of(source) or read_results(source) if r.fingerprint == weights]
-    if not own:
+    results = read_results_of(source) or read_results(source)
+    if not any(r.fingerprint == weights for r in results):
         raise RecipeError(
             f"no result in {source} was measured on the weights in {folder}. Fix: hpt-hf evaluate {folder}"
         )
-    for result in own:
+    # Those of what it was trained from stand in the card beside its own.
+    for result in (r for r in results if r.fingerprint in (weights, vanilla(folder))):
         write_json(folder / "results" / result.file_name, result.to_json())
     write_model_card(folder)

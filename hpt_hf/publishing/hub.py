@@ -19,7 +19,7 @@ from hpt_hf.models.lora import WEIGHTS as ADAPTER_WEIGHTS
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.convert_checkpoint import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, read_checkpoint
 from hpt_hf.publishing.export import check
-from hpt_hf.publishing.model_card import RECORDS, SEAL, card, check_figures, own_results
+from hpt_hf.publishing.model_card import RECORDS, SEAL, card, check_figures, own_results, vanilla_results
 from hpt_hf.utils import progress, read_json, sha256, write_json, write_text
 
 # What may leave this machine, as patterns of names in the folder; and the results that were measured on its weights.
@@ -145,7 +145,7 @@ def _stage(folder: Path, stage: Path, patterns: tuple[str, ...], repo_id: str, r
             (stage / file.name).symlink_to(file.absolute())
     if (folder / SEAL).is_file():
         results = own_results(folder)
-        for result in results:
+        for result in (*results, *vanilla_results(folder, results)):
             write_json(stage / "results" / result.file_name, _without_folders(result.to_json()))
         write_text(stage / "README.md", card(folder, results=results, repo_id=repo_id, revision=revision))
     return {file.relative_to(stage).as_posix() for file in stage.rglob("*")}

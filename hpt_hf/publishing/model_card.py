@@ -73,6 +73,8 @@ def card(folder: str | Path, *, results=None, repo_id: str | None = None, revisi
     tables: dict[str, list[EvalResult]] = {}
     for result in results:
         tables.setdefault(str(result.question), []).append(dataclasses.replace(result, model="this model"))
+    for result in vanilla_results(folder, results):
+        tables[str(result.question)].append(dataclasses.replace(result, model="vanilla"))
     seal = read_json(folder / SEAL)
     templates = prompts(trained, results, seal)
     form = seal.get("form", "transformers")
@@ -97,9 +99,20 @@ def write_model_card(folder: str | Path) -> Path:
 def own_results(folder: str | Path) -> list[EvalResult]:
     """The folder's results that were measured on its own weights; others are named and left out."""
     weights, results = read_json(Path(folder) / SEAL)["fingerprint"], read_results_of(folder)
-    if others := sorted({r.dataset for r in results if r.fingerprint != weights}):
+    if others := sorted({r.dataset for r in results if r.fingerprint not in (weights, vanilla(folder))}):
         progress(f"{folder}: results of other weights are left out ({', '.join(others[:4])})")
     return [r for r in results if r.fingerprint == weights]
+
+
+def vanilla(folder: str | Path) -> str | None:
+    """The fingerprint of what a model was trained from."""
+    return read_record(folder, TRAINED).get("student", {}).get("fingerprint")
+
+
+def vanilla_results(folder: str | Path, own: Sequence[EvalResult]) -> list[EvalResult]:
+    """The folder's results of what it was trained from, to questions and sets that its own answer, too."""
+    asked, weights = {(r.question, r.dataset) for r in own}, vanilla(folder)
+    return [r for r in read_results_of(folder) if r.fingerprint == weights and (r.question, r.dataset) in asked]
 
 
 def check_figures(text: str, results: Sequence[EvalResult]) -> int:

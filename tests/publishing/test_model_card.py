@@ -154,6 +154,17 @@ def test_every_figure_of_the_card_is_its_results(folder, fingerprint):
     }
 
 
+def test_what_it_was_trained_from_stands_beside_it_and_is_no_figure_of_it(folder, fingerprint, record):
+    write_json(folder / TRAINED, record)
+    own, asked_more = make_result(fingerprint=fingerprint), make_result(fingerprint="0" * 16, eps="4/255")
+    before = make_result(fingerprint="0" * 16, per_class={"cat": (50, 45, 3), "dog": (50, 44, 1)})
+    assert put_results(folder, own, before, asked_more) == [own]
+    text = card(folder)
+    shown = {row[1]: row for row in rows(text) if row[0] == own.dataset}
+    assert shown.keys() == {"this model", "vanilla"} and shown["vanilla"][4] == "89.0"
+    assert len(claims(text)) == 2 and check_figures(text, [own]) == 2 and "4/255" not in text.split("## Results")[1][:400]
+
+
 @pytest.mark.parametrize(
     ("changes", "figures"),
     [
