@@ -1,7 +1,7 @@
 """Objectives: what the student minimises and what the attack maximises, each a few lines over the views of one batch.
 
-Sources: HPT and GA (arXiv 2601.12865), TeCoA (2212.07016), FARE (2402.12336), PMG-AFT (2401.04350), UCAT (2512.12997);
-AGFT as docs/methods.md tells it.
+Sources: HPT and GA (arXiv 2601.12865), TeCoA (2212.07016), FARE (2402.12336), PMG-AFT (2401.04350), UCAT (2512.12997),
+AGFT (2603.29410), LORE (2505.18884).
 """
 
 from __future__ import annotations

@@ -40,6 +40,13 @@ PAPERS["fare"] = (
     "2402.12336",
 )
 
+PAPERS["agft"] = (
+    "AGFT: Alignment-Guided Fine-Tuning for Zero-Shot Adversarial Robustness of Vision-Language Models",
+    "2603.29410",
+)
+PAPERS["ucat"] = ("Calibrating Uncertainty for Zero-Shot Adversarial CLIP", "2512.12997")
+PAPERS["lore"] = ("LORE: Lagrangian-Optimized Robust Embeddings for Visual Encoders", "2505.18884")
+
 
 def prompts(trained: dict, results: Sequence[EvalResult], seal: dict) -> tuple[str, ...]:
     """The templates that the figures were measured with, else those of training, else the checked one."""
