@@ -19,6 +19,7 @@ from transformers.utils import logging
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import ImageArguments, load_model, open_sets, suite_names
+from hpt_hf.commands.compare import front
 from hpt_hf.commands.sweep import Grid, run
 from hpt_hf.commands.transfer import matrix, means
 from hpt_hf.evaluation.comparison import compare
@@ -37,6 +38,7 @@ class World:
     eps: str
     flags: str
     models: dict[str, str]  # student, proxies
+    recipes: str  # folder of the recipes that rows begin with
     embedding_rate: str  # of FARE and LORE, whose loss is a squared distance
 
 
@@ -46,6 +48,7 @@ WORLDS = {
         "6/255",
         "--config lab/anchor_clean --held_out 0",
         {"student": "lab:student", "proxy": "lab:proxy", "convolution": "lab:convolution"},
+        "lab",
         "0.001",
     ),
     "photographs": World(
@@ -53,6 +56,7 @@ WORLDS = {
         "2/255",
         "--config photographs/anchor_clean",
         {name: f"{{models}}/{name}" for name in ("student", "proxy", "convolution")},
+        "photographs",
         "0.001",
     ),
 }
@@ -67,6 +71,7 @@ ROWS = {
     "PMG-AFT": "--method pmg_aft",
     "FARE": "--method fare --learning_rate {embedding_rate}",
     "LORE": "--method lore --learning_rate {embedding_rate}",
+    "HPT-GPD": "--config {recipes}/hpt_gpd --proxy {proxy}",
     "ViT proxy, clean": "--method ga --proxy {proxy}",
     "ViT proxy, adversarial (HPT)": "--method hpt --proxy {proxy}",
     "convolution, clean": "--method ga --proxy {convolution}",
@@ -86,7 +91,7 @@ ROWS = {
 def row_flags(world: World, row: str, models: str, data_dir: str | None) -> list[str]:
     paths = {name: path.format(models=models) for name, path in world.models.items()}
     flags = f"{world.flags} {ROWS[row]} --model {{student}} --disable_tqdm true --logging_strategy no"
-    flags = flags.format(embedding_rate=world.embedding_rate, **paths).split()
+    flags = flags.format(embedding_rate=world.embedding_rate, recipes=world.recipes, **paths).split()
     return [*flags, *(["--data_dir", data_dir] if data_dir else [])]
 
 
@@ -99,14 +104,15 @@ def phenomenon(world: World, models: str, data_dir: str | None, limit: int) -> d
     return {name: {k: crossed["student", name][k] for k in ("clean", "adversarial", "kl")} for name in opened}
 
 
-def collect(output: Path) -> list[dict]:
-    """Every row that has a run: means, spread over seeds, and paired differences from the reference."""
+def collect(output: Path, picture: Path) -> list[dict]:
+    """Every row that has a run: means, spread over seeds, and paired differences from the reference; all in a picture."""
     results = []
     for row in ROWS:
         for folder in sorted((output / slug(row) / "recipe").glob("seed*")):
             results += [replace(r, model=f"{row}/{folder.name}") for r in read_results_of(folder)]
-    rows = []
-    for c in compare(results, REFERENCE):
+    rows, compared = [], compare(results, REFERENCE)
+    front({str(results[0].question): compared}, picture)
+    for c in compared:
         found = {"row": c.model, "seeds": c.seeds, "sets": c.sets, "n": c.n, "clean": c.clean, "robust": c.robust}
         found |= {"spread": c.spread, "dominated_by": c.dominated_by}
         rows.append(found | {"difference": c.against and {k: vars(d) for k, d in c.against.items()}})
@@ -150,7 +156,8 @@ def main() -> None:
     logging.disable_progress_bar()
     world, output = WORLDS[args.world], args.output_dir or Path("outputs/study", args.world)
     if args.collect:
-        found = {"phenomenon": phenomenon(world, args.models, args.data_dir, args.limit), "rows": collect(output)}
+        found = {"phenomenon": phenomenon(world, args.models, args.data_dir, args.limit)}
+        found["rows"] = collect(output, Path(args.collect).with_suffix(".svg"))
         found |= {"attack": f"pgd-{STEPS}, linf {world.eps}", "limit": args.limit}
         write_json(args.collect, found | {"versions": versions(), "hardware": hardware()})
         print(kept(found), table(found), sep="\n\n")
