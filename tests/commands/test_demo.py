@@ -179,3 +179,18 @@ def test_a_stranger_sees_a_model_fooled(served, browser, tmp_path):
     tab.screenshot(path=tmp_path / "demo.png", full_page=True)
     tab.close()
     assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+def test_on_a_phone_the_answer_comes_into_view_and_goes_when_the_question_changes(served, browser):
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    tab.goto(served)
+    tab.get_by_text("white chess king", exact=True).first.click()
+    tab.wait_for_function("document.querySelector('textarea').value.includes('black chess pawn')")
+    tab.get_by_role("button", name="Attack", exact=True).click()
+    said = tab.get_by_text("lab:student: fooled")
+    said.wait_for()
+    tab.wait_for_function("() => document.getElementById('said-1').getBoundingClientRect().top < innerHeight")
+    assert said.bounding_box()["y"] >= 0
+    tab.locator("textarea").first.fill("a cat\na dog")
+    said.wait_for(state="detached")
+    tab.close()
