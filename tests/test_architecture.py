@@ -14,7 +14,7 @@ SEAMS = {
     "datasets": {"data", "evaluation", "lab"},
     "huggingface_hub": {"commands", "data", "publishing"},
     "accelerate": {"evaluation", "models", "utils"},  # training leaves it to the Trainer
-    "matplotlib": {"commands", "lab"},
+    "matplotlib": {"commands", "lab", "training"},
     "jinja2": {"evaluation"},
     "evaluate": {"evaluation"},
     "yaml": {"commands"},

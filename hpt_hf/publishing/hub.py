@@ -19,12 +19,12 @@ from hpt_hf.models.lora import WEIGHTS as ADAPTER_WEIGHTS
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.convert_checkpoint import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, read_checkpoint
 from hpt_hf.publishing.export import check
-from hpt_hf.publishing.model_card import RECORDS, SEAL, card, check_figures, own_results, vanilla_results
+from hpt_hf.publishing.model_card import CURVE, RECORDS, SEAL, card, check_figures, own_results, vanilla_results
 from hpt_hf.utils import progress, read_json, sha256, write_json, write_text
 
 # What may leave this machine, as patterns of names in the folder; and the results that were measured on its weights.
 SENT = (
-    *("README.md", SEAL, *RECORDS, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS),
+    *("README.md", SEAL, CURVE, *RECORDS, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS),
     *("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("adapter_config.json", ADAPTER_WEIGHTS),
     *("processor_config.json", "preprocessor_config.json"),

@@ -23,6 +23,7 @@ SEAL = "parity.json"  # what `hpt_hf.publishing.export` checked
 TRAINED, CONVERTED, MIXED = "train.json", "convert.json", "interpolate.json"  # how a model was made
 MIXED_BEFORE = "dial.json"  # what 0.1 called it
 RECORDS = (TRAINED, CONVERTED, MIXED, MIXED_BEFORE)
+CURVE = "training.png"  # which `hpt_hf.training.tracking` draws
 TASK = "zero-shot-image-classification"
 
 _RENAMED = {"model_name_or_path": "model", "proxy_name_or_path": "proxy", "dataset_split": "split"}  # since 0.1
@@ -92,6 +93,7 @@ def card(folder: str | Path, *, results=None, repo_id: str | None = None, revisi
         **{"trained": trained, "recipe": trained.get("recipe", {}), "converted": converted, "mixed": mixed},
         **{"seal": seal, "prompts": templates, "prompt": json.dumps(for_pipeline(templates[0]))},
         family=FAMILIES[seal.get("family", "clip")],
+        curve=CURVE if (folder / CURVE).is_file() and not mixed else None,
         paper=PAPERS.get(trained.get("method")),
         vision=seal.get("vision") or read_json(folder / "config.json")["vision_config"],
         tables={question: result_table(part) for question, part in tables.items()},

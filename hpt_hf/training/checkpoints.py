@@ -21,6 +21,7 @@ from hpt_hf.publishing.hub import holds_model, open_repo, push, push_checkpoint
 from hpt_hf.publishing.model_card import TRAINED, write_model_card
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.record import decided_by, differences, training_record
+from hpt_hf.training.tracking import draw_log
 from hpt_hf.utils import file_digests, no_space, processes, read_json, write_json
 
 DIGESTS = "digests.json"
@@ -65,6 +66,7 @@ class CheckpointTrainer(Trainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         if self.is_world_process_zero():
+            draw_log(self.args.output_dir)
             write_model_card(self.args.output_dir)
 
     def last_checkpoint(self) -> str:

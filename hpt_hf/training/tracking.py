@@ -1,4 +1,4 @@
-"""What trackers are told of a run, through what transformers' own callbacks read: `run_name` and `args.to_dict()`."""
+"""What trackers are told of a run (`run_name`, `args.to_dict()`), and its curve for the card."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import default_logdir
+
+from hpt_hf.publishing.model_card import CURVE
+from hpt_hf.utils import read_json
 
 
 def tell(trainer, args, data) -> None:
@@ -27,6 +30,22 @@ def keep_beside(trainer) -> None:
         if isinstance(callback, TensorBoardCallback) and not callback.logging_dir:
             words = re.sub("[^0-9A-Za-z_.]+", "-", _in_words(trainer.args.told))
             callback.logging_dir = str(Path(trainer.args.output_dir, f"{default_logdir()}_{words}"))
+
+
+def draw_log(folder: str | Path) -> None:
+    """`training.png` from the log of a run: loss, and robust accuracy of the training batches, over steps."""
+    from matplotlib.figure import Figure
+
+    state = Path(folder, "trainer_state.json")
+    rows = [row for row in read_json(state)["log_history"] if "loss" in row] if state.is_file() else []
+    if len(rows) < 2:
+        return
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "robust_batch_accuracy"), strict=True):
+        axes.plot([row["step"] for row in rows], [row.get(name) for row in rows])
+        axes.set(xlabel="step", title=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+    figure.savefig(Path(folder, CURVE), metadata={"Software": None})
 
 
 def _in_words(told: dict) -> str:

@@ -162,7 +162,9 @@ def test_what_it_was_trained_from_stands_beside_it_and_is_no_figure_of_it(folder
     text = card(folder)
     shown = {row[1]: row for row in rows(text) if row[0] == own.dataset}
     assert shown.keys() == {"this model", "vanilla"} and shown["vanilla"][4] == "89.0"
-    assert len(claims(text)) == 2 and check_figures(text, [own]) == 2 and "4/255" not in text.split("## Results")[1][:400]
+    assert (
+        len(claims(text)) == 2 and check_figures(text, [own]) == 2 and "4/255" not in text.split("## Results")[1][:400]
+    )
 
 
 @pytest.mark.parametrize(
