@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--data_dir")
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rates", type=float, nargs="+")
     parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/narrow"))
@@ -138,7 +139,7 @@ def main() -> None:
         print(table(found))
         return
     for epochs in args.epochs:
-        for method in METHODS:
+        for method in args.methods:
             for rate in args.rates or (world.rate,):
                 name = f"{args.world}-{slug(method)}-{epochs}-{rate:g}-{args.seed}"
                 file = args.output_dir / f"{name}.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hpt_hf.attacks.threat_model import parse_eps
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
-from hpt_hf.evaluation.html_report import rendered, short_names, summary
+from hpt_hf.evaluation.html_report import VERDICTS, rendered, short_names, summary
 from hpt_hf.evaluation.result import EvalResult, read_results_of
 from hpt_hf.utils import did_you_mean, read_json, write_text
 
@@ -135,7 +135,7 @@ def run(args: LeaderboardArguments) -> Path:
     by_eps = sorted(found, key=lambda row: row["radius"])
     choices = {n: dict.fromkeys(r[n] for r in by_eps) for n in ("eps", "protocol", "attack", "verdict", "images")}
     waiting = [m for m in zoo if m.measured_as not in {r.model for r in results}]
-    page = {"rows": found, "choices": choices, "waiting": waiting}
+    page = {"rows": found, "choices": choices, "waiting": waiting, "verdicts": VERDICTS}
     return write_text(Path(args.output_dir, "index.html"), rendered(TEMPLATE, page))
 
 
