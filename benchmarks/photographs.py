@@ -82,7 +82,7 @@ def main() -> None:
     for name in names:
         record = json.loads((args.models / name / "pretrain.json").read_text())
         losses = [entry["loss"] for entry in record["log"] if "loss" in entry]
-        told = {"parameters": record["parameters"], "seconds": record["seconds"], "loss": losses[-1]}
+        told = {"parameters": record["parameters"], "seconds": record["seconds"], "loss": losses[-1], "losses": losses}
         found["models"][name] = told | {"steps": record["arguments"]["max_steps"]}
     for images in open_sets(ImageArguments("", dataset=ALL, data_dir=args.data_dir)):
         clean = {name: reading(model, images) for name, model in models.items()}
