@@ -90,13 +90,15 @@ def measured(world: World, method: str, epochs: int, rate: float, args, folder: 
 
 def table(found: dict) -> str:
     """Clean / robust of each row after each number of epochs."""
-    cells = []
+    cells, epochs = [], sorted({r["epochs"] for r in found["runs"]})
     for rate in sorted({r["rate"] for r in found["runs"]}):
         for row in dict.fromkeys(r["row"] for r in found["runs"]):
             own = {r["epochs"]: r for r in found["runs"] if (r["row"], r["rate"]) == (row, rate)}
-            said = ["{clean:.1f} / {robust:.1f}".format(**own[e]) if e in own else "–" for e in EPOCHS]
+            if not own:
+                continue
+            said = ["{clean:.1f} / {robust:.1f}".format(**own[e]) if e in own else "–" for e in epochs]
             cells.append((row, f"{rate:g}", *said))
-    return markdown(("trained by", "rate", *(f"{e} epochs" if e > 1 else "1 epoch" for e in EPOCHS)), cells)
+    return markdown(("trained by", "rate", *(f"{e} epochs" if e > 1 else "1 epoch" for e in epochs)), cells)
 
 
 def draw(found: dict, file: Path) -> None:
@@ -106,11 +108,13 @@ def draw(found: dict, file: Path) -> None:
         for number, row in enumerate(dict.fromkeys(r["row"] for r in found["runs"])):
             own = sorted((r for r in found["runs"] if (r["row"], r["rate"]) == (row, rate)), key=lambda r: r["epochs"])
             style = {"ls": ":" if "way" in row else "-", "marker": "o", "ms": 4, "color": f"C{number}"}
-            axes.plot([r["clean"] for r in own], [r["robust"] for r in own], label=row, **style)
-            axes.annotate(str(own[-1]["epochs"]), (own[-1]["clean"], own[-1]["robust"]), fontsize=7)
-        axes.set(xlabel="clean accuracy %", ylabel="robust accuracy %", title=f"rate {rate:g}, 1 to 30 epochs")
+            if own:
+                axes.plot([r["clean"] for r in own], [r["robust"] for r in own], label=row, **style)
+            for r in own:
+                axes.annotate(str(r["epochs"]), (r["clean"], r["robust"]), fontsize=7)
+        axes.set(xlabel="clean accuracy %", ylabel="robust accuracy %", title=f"rate {rate:g}; numbers: epochs")
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+        axes.legend(fontsize=7)
     figure.savefig(file, metadata={"Date": None})
 
 

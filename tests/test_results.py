@@ -9,17 +9,21 @@ import attack_cost
 import compare
 import independent
 import lora
+import narrow
 import own_images
+import photographs
 import preprocessing
 import proxies
 import pytest
 import scaling
 import step
+import study
 
 from hpt_hf.commands import interpolate as dial
 from hpt_hf.commands.parser import parse
 from hpt_hf.commands.quickstart import result_table
 from hpt_hf.commands.train import RECIPE, build_attack
+from hpt_hf.lab.photographs import PHOTO_SUITE
 from hpt_hf.utils import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +100,28 @@ def test_evaluation_shows_the_comparison_with_the_independent_implementation():
                 "another implementation of the same attacks, the same accuracy"
             )
     assert len({eps for run in runs for eps in run["eps"]}) == 3
+
+
+@pytest.mark.parametrize("world", study.WORLDS)
+def test_results_show_the_study_of_teachers(world):
+    found = json.loads((ROOT / "docs" / "results" / f"study-{world}.json").read_text())
+    assert missing(study.kept(found), "docs/results.md") == [] == missing(study.table(found), "docs/results.md")
+    assert {row["row"] for row in found["rows"]} <= set(study.ROWS) and len(found["rows"]) >= 8
+    assert all(row["difference"] or row["row"] == study.REFERENCE for row in found["rows"])
+
+
+def test_results_show_the_narrow_regime():
+    found = json.loads((ROOT / "docs" / "results" / "narrow-glyphs.json").read_text())
+    assert missing(narrow.table(found), "docs/results.md") == [] and len({r["epochs"] for r in found["runs"]}) >= 2
+
+
+def test_the_lab_shows_what_the_photographs_models_read():
+    found = json.loads((ROOT / "docs" / "results" / "photographs.json").read_text())
+    assert (
+        missing(photographs.table(found), "docs/lab.md") == [] == missing(photographs.kept_table(found), "docs/lab.md")
+    )
+    read = {name for name, one in found["sets"].items() if one["clean"]["student"] * one["classes"] >= 300}
+    assert read == set(PHOTO_SUITE), "the suite is what the student reads"
 
 
 def strict_table(strict: dict) -> str:

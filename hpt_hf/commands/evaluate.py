@@ -68,7 +68,7 @@ def run(args: EvaluateArguments) -> list[EvalResult]:
     for images in sets:
         images.without_class(args.target)
     asked = list(itertools.product(attacks, sets))
-    sizes = {"limit": args.limit, "probe": args.probe}
+    sizes = {"limit": args.limit, "probe": args.probe, "batch_size": args.batch_size}
     ahead = [forecast(classifier, images, attack, **sizes) for attack, images in asked]
     whole = f"{len(asked)} evaluations" if len(asked) > 1 else f"{sets[0].name}, {attacks[0]}"
     progress(f"{whole}: about {duration(sum(ahead))}")
