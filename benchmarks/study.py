@@ -22,11 +22,12 @@ from hpt_hf.commands.common import ImageArguments, load_model, open_sets, suite_
 from hpt_hf.commands.compare import front
 from hpt_hf.commands.sweep import Grid, run
 from hpt_hf.commands.transfer import matrix, means
-from hpt_hf.evaluation.comparison import compare
+from hpt_hf.evaluation.comparison import Compared, compare
 from hpt_hf.evaluation.result import read_results_of
 from hpt_hf.utils import hardware, markdown, slug, versions, write_json
 
 REFERENCE = "anchor, clean"
+WINNER = "anchor, clean, attacked by KL"  # on glyphs; its margins are counted against every row
 STEPS = 10  # of PGD in every figure
 
 
@@ -115,8 +116,24 @@ def collect(output: Path, picture: Path) -> list[dict]:
     for c in compared:
         found = {"row": c.model, "seeds": c.seeds, "sets": c.sets, "n": c.n, "clean": c.clean, "robust": c.robust}
         found |= {"spread": c.spread, "dominated_by": c.dominated_by}
-        rows.append(found | {"difference": c.against and {k: vars(d) for k, d in c.against.items()}})
+        rows.append(found | {"difference": told(c)})
+    behind = {c.model: told(c) for c in compare(results, WINNER)}
+    rows = [row | {"from_winner": behind[row["row"]]} for row in rows]
     return sorted(rows, key=lambda r: list(ROWS).index(r["row"]))
+
+
+def told(c: Compared) -> dict | None:
+    return c.against and {k: vars(d) for k, d in c.against.items()}
+
+
+def margins(found: dict) -> str:
+    """By how much the winner is above each other row, image by image, over the seeds that each has."""
+    cells = []
+    for row in found["rows"]:
+        if gap := row["from_winner"]:
+            said = [f"{-g['value']:+.1f} ({-g['high']:+.1f} to {-g['low']:+.1f})" for g in gap.values()]
+            cells.append((row["row"], row["seeds"], *said))
+    return markdown((f"{WINNER}, above", "its seeds", "clean, paired", "robust, paired"), cells)
 
 
 def table(found: dict) -> str:

@@ -88,13 +88,15 @@ def front(compared: dict[str, list[Compared]], file: Path) -> None:
     for axes, (question, rows) in zip(
         figure.subplots(1, len(compared), squeeze=False)[0], compared.items(), strict=True
     ):
-        names = named(rows)
+        names, middle = named(rows), sum(row.clean for row in rows) / len(rows)
         for row in rows:
             color = "tab:blue"
             style = {"mfc": "white" if row.dominated_by else color, "mec": color, "ecolor": color, "capsize": 2}
             x, y = row.spread
             axes.errorbar(row.clean, row.robust, xerr=x or None, yerr=y or None, fmt="o", **style)
-            axes.annotate(names[row.model], (row.clean, row.robust), xytext=(5, 4), textcoords="offset points", size=8)
+            side = -1 if row.clean > middle else 1  # names at the right end would leave the picture
+            place = {"xytext": (5 * side, 4), "textcoords": "offset points", "ha": "left" if side == 1 else "right"}
+            axes.annotate(names[row.model], (row.clean, row.robust), size=8, **place)
         axes.set(xlabel="clean accuracy %", ylabel="robust accuracy %")
         axes.set_title(question, fontsize=9)
         axes.margins(0.15)
