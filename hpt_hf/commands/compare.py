@@ -84,22 +84,29 @@ def front(compared: dict[str, list[Compared]], file: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(compared), 4.5), layout="constrained")
+    figure = Figure(figsize=(8 * len(compared), 4.5), layout="constrained")
     for axes, (question, rows) in zip(
         figure.subplots(1, len(compared), squeeze=False)[0], compared.items(), strict=True
     ):
-        names, middle = named(rows), sum(row.clean for row in rows) / len(rows)
-        for row in rows:
+        names = named(rows)
+        for number, row in enumerate(rows, 1):  # names of neighbours would overlap
             color = "tab:blue"
             style = {"mfc": "white" if row.dominated_by else color, "mec": color, "ecolor": color, "capsize": 2}
             x, y = row.spread
-            axes.errorbar(row.clean, row.robust, xerr=x or None, yerr=y or None, fmt="o", **style)
-            side = -1 if row.clean > middle else 1  # names at the right end would leave the picture
-            place = {"xytext": (5 * side, 4), "textcoords": "offset points", "ha": "left" if side == 1 else "right"}
-            axes.annotate(names[row.model], (row.clean, row.robust), size=8, **place)
+            axes.errorbar(
+                row.clean,
+                row.robust,
+                xerr=x or None,
+                yerr=y or None,
+                fmt="o",
+                label=f"{number} {names[row.model]}",
+                **style,
+            )
+            axes.annotate(str(number), (row.clean, row.robust), xytext=(5, 4), textcoords="offset points", size=8)
         axes.set(xlabel="clean accuracy %", ylabel="robust accuracy %")
         axes.set_title(question, fontsize=9)
-        axes.margins(0.15)
+        axes.margins(0.1)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         axes.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):  # the same front, the same file
