@@ -14,7 +14,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from transformers.utils import logging
 
@@ -23,6 +22,7 @@ from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import ImageArguments, load_model, open_sets, suite_names
 from hpt_hf.commands.interpolate import interpolate
 from hpt_hf.commands.parser import parse
+from hpt_hf.commands.sweep import sole
 from hpt_hf.commands.train import RECIPE, run
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.statistics import mean
@@ -38,23 +38,24 @@ class World:
     suite: str
     eps: str
     student: str
+    narrow: str  # what is trained on
     flags: str
     rate: float
 
 
 WORLDS = {
     "glyphs": World(
-        "lab", "6/255", "lab:student", "--config lab/hpt --dataset {narrow} --held_out 0 --warmup_steps 10", 0.03
+        "lab", "6/255", "lab:student", "lab:latin capitals", "--config lab/hpt --held_out 0 --warmup_steps 10", 0.03
     ),
     "photographs": World(
         "photographs",
         "2/255",
         "outputs/photographs/student",
-        "--config photographs/hpt --dataset {narrow} --warmup_steps 30",
+        "photos:tiny_imagenet narrow",
+        "--config photographs/hpt --warmup_steps 30",
         0.03,
     ),
 }
-NARROW = {"glyphs": "lab:latin capitals", "photographs": "photos:tiny_imagenet narrow"}
 METHODS = {
     "HPT": "--method hpt --num_train_epochs {epochs}",
     "HPT, mean of all weights": "--method hpt --num_train_epochs {epochs} --average_last 1.0",
@@ -66,11 +67,9 @@ METHODS = {
 
 def measured(world: World, method: str, epochs: int, rate: float, args, folder: Path) -> list[dict]:
     """Trained once, measured on the suite; plain HPT at the points on the way from vanilla, too."""
-    flags = f"{world.flags} {METHODS[method]} --learning_rate {rate:g} --disable_tqdm true --logging_strategy no"
-    numbers = {"epochs": epochs, "third": epochs / 3, "rest": 2 * epochs / 3, "low": rate / 3}
-    argv = [word.format(narrow="{narrow}", **numbers) for word in flags.split()]
-    argv = [NARROW[args.world] if word == "{narrow}" else word for word in argv]
-    argv += ["--output_dir", str(folder), "--seed", str(args.seed)]
+    method_flags = METHODS[method].format(epochs=epochs, third=epochs / 3, rest=2 * epochs / 3, low=rate / 3)
+    argv = f"{world.flags} {method_flags} --learning_rate {rate:g} --disable_tqdm true --logging_strategy no".split()
+    argv += ["--dataset", world.narrow, "--output_dir", str(folder), "--seed", str(args.seed)]
     argv += ["--data_dir", args.data_dir] if args.data_dir else []
     run(*parse(RECIPE, argv))
     sets = open_sets(
@@ -147,14 +146,8 @@ def main() -> None:
             for rate in args.rates or (world.rate,):
                 name = f"{args.world}-{slug(method)}-{epochs}-{rate:g}-{args.seed}"
                 file = args.output_dir / f"{name}.json"
-                args.output_dir.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(file.with_suffix(".lock"))
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    continue
-                with lock:
-                    if not file.is_file():
+                with sole(file) as mine:
+                    if mine and not file.is_file():
                         write_json(file, measured(world, method, epochs, rate, args, args.output_dir / name))
                         print(file, flush=True)
 

@@ -104,9 +104,7 @@ class EvaluationAttack:
     """An attack by the field's name, in a ball, under a protocol."""
 
     threat: ThreatModel
-    name: str = (
-        "pgd"  # a row of `ATTACKS`; "standard", the worst case of `STANDARD`; or the import path of an `OwnAttack`
-    )
+    name: str = "pgd"  # a row of `ATTACKS`, "standard" (the worst case of `STANDARD`) or the path of an `OwnAttack`
     steps: int | None = None  # gradient steps, or queries of Square; None: each attack's own number
     protocol: str = "input"  # a row of `PROTOCOLS`
     seed: int = 0

@@ -93,15 +93,8 @@ def front(compared: dict[str, list[Compared]], file: Path) -> None:
             color = "tab:blue"
             style = {"mfc": "white" if row.dominated_by else color, "mec": color, "ecolor": color, "capsize": 2}
             x, y = row.spread
-            axes.errorbar(
-                row.clean,
-                row.robust,
-                xerr=x or None,
-                yerr=y or None,
-                fmt="o",
-                label=f"{number} {names[row.model]}",
-                **style,
-            )
+            style |= {"xerr": x or None, "yerr": y or None, "label": f"{number} {names[row.model]}"}
+            axes.errorbar(row.clean, row.robust, fmt="o", **style)
             axes.annotate(str(number), (row.clean, row.robust), xytext=(5, 4), textcoords="offset points", size=8)
         axes.set(xlabel="clean accuracy %", ylabel="robust accuracy %")
         axes.set_title(question, fontsize=9)

@@ -40,7 +40,6 @@ PAPERS["fare"] = (
     "Robust CLIP: Unsupervised Adversarial Fine-Tuning of Vision Embeddings for Robust Large Vision-Language Models",
     "2402.12336",
 )
-
 PAPERS["agft"] = (
     "AGFT: Alignment-Guided Fine-Tuning for Zero-Shot Adversarial Robustness of Vision-Language Models",
     "2603.29410",
