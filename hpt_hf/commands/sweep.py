@@ -23,7 +23,7 @@ from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation.comparison import compare as compared
 from hpt_hf.evaluation.evaluator import evaluate
-from hpt_hf.evaluation.result import EvalResult, read_results_of
+from hpt_hf.evaluation.result import EvalResult, Question, read_results_of
 from hpt_hf.evaluation.statistics import mean
 from hpt_hf.utils import did_you_mean, processes, progress, write_json, write_text
 
@@ -125,7 +125,16 @@ def sole(folder: Path) -> Iterator[bool]:
 def run_one(grid: Grid, folder: Path, recipe, sets: list[LabelledImages], probe: int = 0) -> list[EvalResult] | None:
     """Train, unless it stands there, and measure on the sets; None: another process is at it."""
     data, method, training = recipe
-    if Path(training.output_dir, train.TRAINED).is_file() and len(done := read_results_of(folder)) >= len(sets):
+    args, names = grid.args, {images.name for images in sets}
+    attack = EvaluationAttack(ball(method.norm, method.eps), args.measure_attack, args.measure_attack_steps)
+    asked = Question.of(attack, args.limit)
+
+    def found() -> list[EvalResult]:
+        """What stands there already, of this question and of no other."""
+        results = [r for r in read_results_of(folder) if r.question == asked and r.dataset in names]
+        return [r for r in results if not probe or r.verdict != "unchecked"]
+
+    if (folder / train.TRAINED).is_file() and len(done := found()) >= len(sets):
         return done
     with sole(folder) as mine:
         if not mine:
@@ -133,16 +142,15 @@ def run_one(grid: Grid, folder: Path, recipe, sets: list[LabelledImages], probe:
         if not (folder / train.TRAINED).is_file():
             progress(f"training {folder}")
             train.run(data, method, training)
-        model, args = on_device(load_model(str(folder))), grid.args
+        model = on_device(load_model(str(folder)))
         baseline = on_device(load_model(method.model)) if probe else None
-        attack = EvaluationAttack(ball(method.norm, method.eps), args.measure_attack, args.measure_attack_steps)
         results: list[EvalResult] = []
         for images in sets:
             settings = {"name": str(folder), "limit": args.limit, "probe": probe, "baseline": baseline}
             results.append(result := evaluate(model, images, attack, folder=folder, **settings))
             write_json(folder / "results" / result.file_name, result.to_json())
         progress(f"{folder}: " + ", ".join(f"{kind} {value:.1f}%" for kind, value in mean(results).items()))
-        return read_results_of(folder)
+        return found()
 
 
 def choose(grid: Grid) -> tuple[Setting, dict]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import NamedTuple, get_origin, get_type_hints
 
+from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.evaluation.statistics import percent, wilson
 from hpt_hf.utils import slug
 
@@ -26,6 +27,11 @@ class Question(NamedTuple):
     eps: str
     limit: int | None
     seed: int
+
+    @classmethod
+    def of(cls, attack: EvaluationAttack, limit: int | None) -> Question:
+        threat = attack.threat
+        return cls(attack.protocol, str(attack), threat.norm, str(threat.eps), limit, attack.seed)
 
     def __str__(self) -> str:
         limit = f", {self.limit} images a set" if self.limit else ""

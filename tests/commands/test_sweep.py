@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from conftest import contents, make_images
@@ -65,6 +66,22 @@ def test_nothing_is_run_twice_and_what_is_missing_is(swept, flags, monkeypatch):
     sweep.main([*flags, "--output_dir", str(swept)])
     (swept / "aside.json").rename(swept / chosen(swept) / "seed1" / "train.json")
     assert [folder.split("/")[-1] for folder in trained] == ["seed1"]
+
+
+@pytest.mark.parametrize(
+    ("more", "probe", "told"),
+    [
+        (["--measure_attack_steps", "3"], 0, ("pgd-3", 20, "unchecked")),
+        (["--limit", "15"], 0, ("pgd-2", 15, "unchecked")),
+        ([], 8, ("pgd-2", 20, "remark")),
+    ],
+)
+def test_what_stands_there_answers_no_other_question(more, probe, told, swept, flags, tmp_path):
+    grid = sweep.Grid.read([*flags, *more, "--output_dir", str(tmp_path)])
+    folder = shutil.copytree(swept / chosen(swept) / "seed0", tmp_path / "seed0")
+    sets = sweep._opened(grid.args.measure_on, None, None)
+    (found,) = sweep.run_one(grid, folder, grid.recipe({}, "0", folder), sets, probe)
+    assert (found.attack, found.n, found.verdict) == told
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(swept):
