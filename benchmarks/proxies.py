@@ -5,14 +5,13 @@
 
 Rows: the quickstart's recipe with the ViT proxy, with the convolution, with both (mean of probabilities), and with the ViT and LoRA
 adapters of rank 16 at three rates. Clean and robust accuracy (PGD-10) are means over the 15 zero-shot tasks, which no setting
-was chosen on. `--collect` also measures the phenomenon: what each proxy keeps on the student's adversarial images.
+was chosen on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -20,11 +19,10 @@ from transformers.utils import logging
 
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
-from hpt_hf.commands.common import load_model, open_images
+from hpt_hf.commands.common import ImageArguments, load_model, open_sets
 from hpt_hf.commands.parser import parse
+from hpt_hf.commands.sweep import sole
 from hpt_hf.commands.train import RECIPE, run
-from hpt_hf.commands.transfer import matrix, means
-from hpt_hf.data.dataset import DatasetSpec
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.statistics import mean
 from hpt_hf.lab.datasets import LAB_SUITE
@@ -36,10 +34,6 @@ SEEDS = (0, 1, 2)
 ATTACK = EvaluationAttack(ThreatModel("linf", "6/255"), "pgd", 10)
 
 
-def suite(limit: int) -> list:
-    return [open_images(DatasetSpec(name), training=False, limit=limit) for name in LAB_SUITE]
-
-
 def measure(row: str, seed: int, limit: int) -> dict:
     proxies, more = PROXIES.get(row, PROXIES["ViT"]), []
     if row in LORA:
@@ -49,17 +43,11 @@ def measure(row: str, seed: int, limit: int) -> dict:
         flags = ["--config", "quickstart", "--proxy", *proxies, "--seed", str(seed), "--output_dir", folder, *more]
         record = run(*parse(RECIPE, [*flags, "--disable_tqdm", "true"]))
         model = load_model(folder)
-        results = [evaluate(model, images, ATTACK, name=row, limit=limit, probe=0) for images in suite(limit)]
+        sets = open_sets(ImageArguments("", dataset=list(LAB_SUITE), limit=limit))
+        results = [evaluate(model, images, ATTACK, name=row, limit=limit, probe=0) for images in sets]
     student = record["trainer"].model
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     return {"row": row, "seed": seed, **mean(results), "seconds": record["seconds"], "trained_parameters": trained}
-
-
-def phenomenon(limit: int) -> dict:
-    """What student and proxies answer rightly, clean and on the student's adversarial images, in percent."""
-    models = {name: load_model(f"lab:{name}") for name in ("student", "proxy", "convolution")}
-    crossed = means(matrix(models, suite(limit), ATTACK, sources=["student"], limit=limit))
-    return {name: {k: crossed["student", name][k] for k in ("clean", "adversarial")} for name in models}
 
 
 def table(found: dict) -> str:
@@ -76,14 +64,6 @@ def table(found: dict) -> str:
     return markdown(("HPT-GPD with", "clean %", "robust %", "trained, millions", "seconds"), rows)
 
 
-def kept(found: dict) -> str:
-    rows = [
-        (name, part["clean"], part["adversarial"], 100 * part["adversarial"] / part["clean"])
-        for name, part in found["phenomenon"].items()
-    ]
-    return markdown(("model", "clean %", "on the student's adversarial images %", "kept %"), rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="outputs/proxies")
@@ -92,23 +72,20 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable_progress_bar()
     place = Path(args.output)
-    place.mkdir(parents=True, exist_ok=True)
     if args.collect:
         runs = [json.loads(f.read_text()) for f in sorted(place.glob("*.json"))]
         order = [*PROXIES, *LORA]
         runs.sort(key=lambda r: (order.index(r["row"]), r["seed"]))
-        found = {"phenomenon": phenomenon(args.limit), "runs": runs, "limit": args.limit, "attack": str(ATTACK)}
+        found = {"runs": runs, "limit": args.limit, "attack": str(ATTACK)}
         write_json(args.collect, found | {"versions": versions(), "hardware": hardware()})
-        print(kept(found), table(found), sep="\n\n")
+        print(table(found))
         return
     for row, seeds in [*((row, SEEDS) for row in PROXIES), *((row, SEEDS[:1]) for row in LORA)]:
         for seed in seeds:
             file = place / f"{row.replace(' ', '_')}-{seed}.json"
-            try:  # the one that makes it runs it
-                os.close(os.open(file.with_suffix(".taken"), os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                continue
-            write_json(file, measure(row, seed, args.limit))
+            with sole(file) as mine:
+                if mine and not file.is_file():
+                    write_json(file, measure(row, seed, args.limit))
 
 
 if __name__ == "__main__":

@@ -80,13 +80,9 @@ def test_the_page_on_families_shows_how_far_the_resize_inside_the_model_is_from_
     assert all(most <= 1.2 for each in found.values() for most, _ in each.values())
 
 
-def test_results_show_what_each_proxy_keeps_and_teaches():
+def test_the_log_shows_what_each_proxy_teaches():
     found = json.loads((ROOT / "docs" / "results" / "proxies.json").read_text())
-    assert (
-        missing(proxies.kept(found), "docs/experiments.md")
-        == []
-        == missing(proxies.table(found), "docs/experiments.md")
-    )
+    assert missing(proxies.table(found), "docs/experiments.md") == []
     assert sum(run["row"] in proxies.PROXIES for run in found["runs"]) == len(proxies.PROXIES) * len(proxies.SEEDS)
 
 
