@@ -19,12 +19,11 @@ def class_names(file: Path) -> list[str]:
     return [n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Arguments")]
 
 
-def flags(file: Path, name: str) -> list[tuple[str, str, str]]:
-    """(flag, type, help with the default) of every field of a dataclass; those of a base in `common.py` stand first."""
+def flags(file: Path, name: str) -> dict[str, tuple[str, str]]:
+    """Flag -> (type, help with the default), of every field of a dataclass; those of a base in `common.py` first."""
     (node,) = (n for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if getattr(n, "name", None) == name)
-    found = [
-        f for base in node.bases if ast.unparse(base) == "ImageArguments" for f in flags(HERE / "common.py", base.id)
-    ]
+    inherits = "ImageArguments" in map(ast.unparse, node.bases)
+    found = flags(HERE / "common.py", "ImageArguments") if inherits else {}
     for field in node.body:
         if not isinstance(field, ast.AnnAssign) or field.target.id.startswith("_"):
             continue
@@ -37,13 +36,13 @@ def flags(file: Path, name: str) -> list[tuple[str, str, str]]:
         said = " ".join(ast.literal_eval(text).split()) if isinstance(text, ast.Constant) else ""
         shown = ast.unparse(default).removeprefix("lambda: ").strip("'") if default else "None"
         kind = ast.unparse(field.annotation).replace(" | None", "").removeprefix("Literal").strip("'").replace("'", "")
-        found.append((field.target.id, kind, said + f" ({shown})" * (shown != "None")))
+        found[field.target.id] = kind, said + f" ({shown})" * (shown != "None")
     return found
 
 
-def show(title: str, rows: list[tuple[str, str, str]]) -> None:
+def show(title: str, rows: dict[str, tuple[str, str]]) -> None:
     print(f"\n{title}:")
-    for name, kind, said in rows:
+    for name, (kind, said) in rows.items():
         print(textwrap.fill(f"{f'  --{name} {kind}':<38} {said}".rstrip(), 118, subsequent_indent=" " * 39))
 
 
@@ -57,8 +56,10 @@ def print_help(command: str, what: str) -> None:
         for name in class_names(file):
             show(name.removesuffix("Arguments").lower(), flags(file, name))
     if command in ("train", "estimate"):
-        show("the Trainer's, with the method's defaults", flags(HERE.parent / "training" / "config.py", "HPTConfig"))
+        own = flags(HERE.parent / "training" / "config.py", "HPTConfig")
+        show("the Trainer's, with the method's defaults", own)
         transformers = Path(importlib.util.find_spec("transformers").origin).parent
-        show("the Trainer's, all of them", flags(transformers / "training_args.py", "TrainingArguments"))
+        theirs = flags(transformers / "training_args.py", "TrainingArguments")
+        show("the Trainer's, all others", {name: row for name, row in theirs.items() if name not in own})
         print(f"\nrecipes and accelerate configs, in {recipes_folder()}:")
         print(textwrap.fill(", ".join(recipe_names()), 118, initial_indent="  ", subsequent_indent="  "))
