@@ -1,9 +1,6 @@
-"""An exported vision tower gives a VLM the hidden states of the robust CLIP, every layer and every patch; another is told."""
-
-from __future__ import annotations
+"""An exported vision tower gives a VLM the hidden states of the robust CLIP, every layer and every patch."""
 
 import copy
-import json
 import re
 import shutil
 import warnings
@@ -85,17 +82,19 @@ def test_every_hidden_state_is_that_of_the_stock_tower_of_the_whole_checkpoint(m
     assert [n.split(".")[-2] for n in changed] == ([] if size == 32 else ["position_embedding"])
     names = {"README.md", "parity.json", "config.json", "model.safetensors", "preprocessor_config.json"}
     assert {f.name for f in towers[size].iterdir()} == names
-    assert json.loads((towers[size] / "config.json").read_text())["model_type"] == "clip_vision_model"
+    text = (towers[size] / "README.md").read_text()
+    assert f"at {size} px" in text and "with the whole CLIP at 32 px" in text and not re.search(r"\d%", text)
+    assert "nothing is claimed until it is measured there" in text and "pipeline_tag: image-feature" in text
+    assert ("position embeddings resized from 32 px" in text) == (size != 32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_the_same_tower_rounded_once_and_the_model_is_not_touched(towers, model, tmp_path, dtype):
+def test_half_precision_is_the_same_tower_rounded_once_and_the_model_is_not_touched(towers, model, tmp_path):
     before, config = weights(model), copy.deepcopy(model.config)
     processor = model.processor.image_processor.to_dict()
-    export_tower(model, tmp_path / "tower", image_size=64, dtype=dtype)
+    export_tower(model, tmp_path / "tower", image_size=64, dtype=torch.float16)
     half, full = load_file(tmp_path / "tower" / "model.safetensors"), load_file(towers[64] / "model.safetensors")
-    assert half.keys() == full.keys() and all(torch.equal(half[n], full[n].to(dtype)) for n in full)
-    assert CLIPVisionModel.from_pretrained(tmp_path / "tower").dtype == dtype
+    assert half.keys() == full.keys() and all(torch.equal(half[n], full[n].half()) for n in full)
+    assert CLIPVisionModel.from_pretrained(tmp_path / "tower").dtype == torch.float16
     assert all(torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in weights(model).items())
     assert model.config.to_dict() == config.to_dict() and model.processor.image_processor.to_dict() == processor
 
@@ -112,9 +111,6 @@ def test_a_processor_that_squashes_is_kept_as_it_is(student_path, tmp_path):
         assert torch.equal(ours, image(shot, return_tensors="pt")["pixel_values"])
 
 
-# --- what is refused
-
-
 @pytest.mark.parametrize(("size", "near"), [(33, 32), (37, 40), (7, 8), (0, 8), (-8, 8), (335, 336)])
 def test_a_size_that_patches_do_not_fill_is_refused_with_one_that_they_do(model, tmp_path, size, near):
     with pytest.raises(ValueError, match=f"image_size {size}: patches of 8 px do not fill it; {near} would do"):
@@ -123,52 +119,32 @@ def test_a_size_that_patches_do_not_fill_is_refused_with_one_that_they_do(model,
 
 
 def test_a_folder_that_holds_something_is_refused(model, whole, tmp_path):
-    before = contents(whole)
-    with pytest.raises(ValueError, match=f"{whole} is not empty"):
-        export_tower(model, whole)
-    assert contents(whole) == before
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty"):
-        export_tower(model, tmp_path / "notes")
+    (tmp_path / "mine.txt").write_text("mine")
+    for folder in (whole, tmp_path):
+        before = contents(folder)
+        with pytest.raises(ValueError, match=f"{folder} is not empty"):
+            export_tower(model, folder)
+        assert contents(folder) == before
 
 
-@pytest.mark.parametrize("left", ["nothing", "a part", "a part and some files", "all"])
-def test_killed_at_any_moment_it_is_written_again(model, tmp_path, left):
-    export_tower(model, tmp_path / "alone")
-    folder = tmp_path / "tower"
-    folder.mkdir()
-    if left.startswith("a part"):
+@pytest.mark.parametrize("left", ["nothing", ".part", ".part and config.json", "all"])
+def test_killed_at_any_moment_it_is_written_again(model, towers, tmp_path, left):
+    folder = shutil.copytree(towers[32], tmp_path / "tower") if left == "all" else tmp_path / "tower"
+    folder.mkdir(exist_ok=True)
+    if ".part" in left:
         (folder / ".part").mkdir()
-    if left.endswith("files"):
+    if "config" in left:
         (folder / "config.json").write_text("{}")
-    if left == "all":
-        export_tower(model, folder)
     export_tower(model, folder)
-    assert contents(folder).keys() == contents(tmp_path / "alone").keys()
+    assert contents(folder).keys() == contents(towers[32]).keys()
 
 
-def positions(change):
-    def tamper(state):
-        name = next(n for n in state if n.endswith("position_embedding.weight"))
-        state[name] = change(state[name]).contiguous()
-
-    return tamper
-
-
-def scaled(name):
-    def tamper(state):
-        state[next(n for n in state if n.endswith(name))] *= 1.05
-
-    return tamper
-
-
-WRONG = {
-    "patches in another order": positions(lambda t: torch.cat([t[:1], t[1:].flip(0)])),
-    "shifted by one": positions(lambda t: t.roll(1, 0)),
-    "two patches swapped": positions(lambda t: t[[0, 2, 1, *range(3, len(t))]]),
-    "the last layer": scaled("encoder.layers.1.mlp.fc2.weight"),
-    "the last norm": scaled("post_layernorm.weight"),
+WRONG = {  # a tensor, and what becomes of it
+    "patches in another order": ("position_embedding.weight", lambda t: torch.cat([t[:1], t[1:].flip(0)])),
+    "shifted by one": ("position_embedding.weight", lambda t: t.roll(1, 0)),
+    "two patches swapped": ("position_embedding.weight", lambda t: t[[0, 2, 1, *range(3, len(t))]]),
+    "the last layer": ("encoder.layers.1.mlp.fc2.weight", lambda t: 1.05 * t),
+    "the last norm": ("post_layernorm.weight", lambda t: 1.05 * t),
 }
 
 
@@ -177,7 +153,9 @@ WRONG = {
 def test_a_tower_that_is_another_is_seen(model, towers, tmp_path, size, what):
     folder = shutil.copytree(towers[size], tmp_path / "tower")
     state = load_file(folder / "model.safetensors")
-    WRONG[what](state)
+    ending, change = WRONG[what]
+    (name,) = [n for n in state if n.endswith(ending)]
+    state[name] = change(state[name]).contiguous()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     worst, count = compare_tower(model, folder)
     assert worst > 1e-3 and count == 5 * (LAYERS + 2)
@@ -198,53 +176,37 @@ def test_a_tower_that_was_written_wrongly_is_not_left(model, tmp_path, monkeypat
     assert not (tmp_path / "tower").exists()
 
 
-# --- in a LLaVA
-
-IMAGE = "<image>"
-
-
 @pytest.fixture
 def llava(student_path):
-    """A tiny random LLaVA with its processor, around a vision tower of the student's architecture and other weights."""
+    """A tiny random LLaVA with its processor, around a vision tower of the student's sizes."""
     tokenizer = AutoTokenizer.from_pretrained(student_path)
-    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokenizer.model_max_length = 512
     torch.manual_seed(3)
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    default = {"vision_feature_select_strategy": "default"}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            **size | {"intermediate_size": 64}, image_size=32, patch_size=8, hidden_act="gelu"
-        ),
+        vision_config=CLIPVisionConfig(**size, image_size=32, patch_size=8, hidden_act="gelu"),
         text_config=LlamaConfig(**size, **ids, vocab_size=len(tokenizer), max_position_embeddings=512),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        **default,
     )
-    processor = LlavaProcessor(
+    images, sizes = (
         AutoImageProcessor.from_pretrained(student_path),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
+        {"patch_size": 8, "num_additional_image_tokens": 1},
     )
-    return LlavaForConditionalGeneration(config).eval(), processor
+    return LlavaForConditionalGeneration(config).eval(), LlavaProcessor(images, tokenizer, **sizes, **default)
 
 
+@torch.no_grad()
 def ask(llava, processor):
-    """(pixels, features of the pictures, logits, what it generates)."""
-    inputs = processor(images=shown(2), text=[f"{IMAGE} this is a photo"] * 2, return_tensors="pt")
-    with torch.no_grad():
-        features = llava.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
-        logits = llava(**inputs).logits
-        said = llava.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    assert said.shape == (2, inputs["input_ids"].shape[1] + 4)
-    return inputs, torch.stack(list(features)), logits
+    """(pixels and tokens, features of the pictures, logits)."""
+    inputs = processor(images=shown(2), text=["<image> this is a photo"] * 2, return_tensors="pt")
+    features = llava.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+    said = llava.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert said.shape == (2, inputs["input_ids"].shape[1] + 2)
+    return inputs, torch.stack(list(features)), llava(**inputs).logits
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -259,30 +221,14 @@ def test_what_the_card_says_makes_a_llava_see_with_the_robust_tower(llava, tower
     patches = (size // 8) ** 2
     assert inputs["pixel_values"].shape == (2, 3, size, size) and features.shape == (2, patches, 32)
     assert (inputs["input_ids"] == llava.config.image_token_index).sum() == 2 * patches, "a token for every patch"
-    tower = CLIPVisionModel.from_pretrained(towers[size])
     with torch.no_grad():
-        states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
-        ours = llava.model.multi_modal_projector(states)
-    torch.testing.assert_close(features, ours, atol=1e-6, rtol=1e-5)
+        states = hidden(CLIPVisionModel.from_pretrained(towers[size]), inputs["pixel_values"])[LAYERS - 1][:, 1:]
+        torch.testing.assert_close(features, llava.model.multi_modal_projector(states), atol=1e-6, rtol=1e-5)
     assert torch.isfinite(logits).all() and logits.shape[1] == inputs["input_ids"].shape[1]
     if size == 32:
-        assert torch.equal(inputs["pixel_values"], before["pixel_values"]) and torch.equal(
-            inputs["input_ids"], before["input_ids"]
-        )
+        assert all(torch.equal(inputs[name], before[name]) for name in ("pixel_values", "input_ids"))
         assert float((features - features_before).abs().max()) > 0.01 < float((logits - logits_before).abs().max())
     llava.save_pretrained(tmp_path / "llava")
     with warnings.catch_warnings(action="ignore"):
         again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").eval()
     torch.testing.assert_close(ask(again, processor)[2], logits, atol=1e-5, rtol=1e-4)
-
-
-def test_the_card_says_for_what_it_was_not_measured(towers):
-    for size, folder in towers.items():
-        text = (folder / "README.md").read_text()
-        assert (
-            f"at {size} px" in text
-            and "with the whole CLIP at 32 px" in text
-            and "nothing is claimed until it is measured there" in text
-        )
-        assert ("position embeddings resized from 32 px" in text) == (size != 32)
-        assert "pipeline_tag: image-feature-extraction" in text and not re.search(r"\d%", text)
