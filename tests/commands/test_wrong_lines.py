@@ -1,13 +1,15 @@
-"""Proves that a wrong command line costs one line, whatever the command, and writes nothing."""
-
-from __future__ import annotations
+"""A wrong command line costs one line that says what is wrong, whatever the command, and writes nothing."""
 
 import importlib
 import os
+import re
+import shlex
 from unittest import mock
 
 import pytest
-from conftest import make_images, write_image_folder
+import torch
+from conftest import contents, make_images, relabelled, write_image_folder
+from transformers import CLIPModel
 
 from hpt_hf import cli
 from hpt_hf.commands.parser import exit_on_user_error
@@ -15,79 +17,195 @@ from hpt_hf.commands.parser import exit_on_user_error
 TRAIN = "--method tecoa --dataset {data} --model {model} --use_cpu true --max_steps 1 --per_device_train_batch_size 8"
 GPD = f"{TRAIN} --method hpt_gpd --proxy {{proxy}}"
 EVALUATE, TRANSFER = "--model {model} --dataset {data}", "--model {model} --proxies {proxy} --dataset {data}"
+BETWEEN = "transfer is between models: got .* alone, expected at least two"
+WHICH = "expected --model STUDENT --proxies"
 DIAL = "{model} --origin {model} --choose_on {data}"
 
+
+def ends(text: str) -> dict[str, str]:
+    """Ends of lines whose refusals are told in other tests, or by argparse."""
+    return dict.fromkeys(text.split(" | "), "")
+
+
+def numbers(name: str, *values) -> dict[str, str]:
+    return {f"--{name} {value}": rf"{name}: got {value}(\.0)?, expected" for value in values}
+
+
+# Command -> how its line begins -> how it ends -> what the refusal says.
 WRONG = {
     "train": {
-        TRAIN: (
-            *(
-                "--eps 0",
-                "--eps -1",
-                "--eps nan",
-                "--eps 1e400",
-                "--norm l3",
-                "--ga_epochs -3",
-                "--num_train_epochs 0",
-            ),
-            *("--num_train_epochs inf", "--save_steps 0", "--gradient_accumulation_steps 0", "--learning_rate nan"),
-            *("--per_device_train_batch_size 0", "--temperature 0", "--attack_steps 0", "--attack_step_size 0"),
-            *("--held_out 1", "--held_out nan", "--method nope", "--method hpt", "--model /nowhere", "--model {file}"),
-            *("--model {empty}", "--dataset {empty}", "--dataset {file}", "--dataset /nowhere", "--split nope"),
-            *("--classes a", "--templates x", "--classes_file /nowhere", "--config {empty}", "--config /nowhere.yaml"),
-            *("--config", "--output_dir {file}", "--resume_from_checkpoint /nowhere", "--max_steps 0", "--unknown 3"),
-            *("--lr_scheduler_type nope", "--optim nope", "--report_to nope", "--report_to wandb", "--images 5"),
-            *("--streaming true", "--warmup_steps -1", "--seed -1", "--seed x", "--license", "--eval_strategy steps"),
-            *("--load_best_model_at_end true", "--fsdp full_shard", "--deepspeed x.json", "--hub_token x"),
-            *("--label_smoothing_factor 0.1", "--do_train false", "--bf16_full_eval true", "--ignore_data_skip true"),
-        ),
-        GPD: ("--ga_epochs nan", "--ema 2", "--pull nan", "--interval 0", "--ga_learning_rate -1"),
+        TRAIN: {
+            **ends("--eps 0 | --eps -1 | --eps nan | --eps 1e400 | --norm l3 | --ga_epochs -3 | --temperature 0"),
+            **ends("--held_out nan | --method nope | --config | --model {file} | --dataset {empty} | --split nope"),
+            **ends("--dataset {file} | --classes a | --classes_file /nowhere | --config {empty} | --license"),
+            **ends("--config /nowhere.yaml | --output_dir {file} | --resume_from_checkpoint /nowhere"),
+            **ends("--lr_scheduler_type nope | --optim nope | --report_to nope | --report_to wandb | --seed x"),
+            **ends("--eval_strategy steps | --load_best_model_at_end true | --fsdp full_shard"),
+            **ends("--deepspeed x.json | --hub_token x | --label_smoothing_factor 0.1 | --model {empty}"),
+            **ends("--do_train false | --bf16_full_eval true | --ignore_data_skip true"),
+            **numbers("num_train_epochs", 0, -1, "inf", "nan"),
+            **numbers("per_device_train_batch_size", 0),
+            **numbers("gradient_accumulation_steps", 0),
+            **numbers("save_steps", 0),
+            **numbers("logging_steps", -1),
+            **numbers("learning_rate", -1, "nan"),
+            **numbers("max_grad_norm", "nan"),
+            **numbers("weight_decay", -1),
+            **numbers("warmup_steps", -1),
+            **numbers("seed", -1),
+            **numbers("max_steps", 0, -2),
+            "--dataset /nowhere/pictures": "no data at /nowhere/pictures",
+            "--dataset nobody/no-such-pictures": "nobody/no-such-pictures",
+            "--model /nowhere/clip": "no model at /nowhere/clip",
+            "--model nobody/no-such-clip": "nobody/no-such-clip",
+            "--eps 8": "Fix: '8/255'",
+            "--eps small": "eps='small': expected a finite number",
+            "--learning_rat 1": "did you mean learning_rate",
+            "--per_device_train_batch_size 64": "40 training images do not fill one batch of 64",
+            "--method hpt": "hpt learns from a proxy",
+            "--method fare --attack_random_start false": "fare: got an attack that starts from the image itself",
+            "--output_dir {data}": "lies in --dataset .*, which is read",
+            "--output_dir {model}/robust": "lies in --model .*, which is read",
+            "--images 5": "--images says how long a stream is",
+            "--streaming true": "cannot be streamed",
+            "--streaming true --held_out 0.1": "a stream is not looked at",
+            "--held_out 1": "held_out=1.0: expected a share of at least 0 and below 1",
+            "--templates x": "'{}' exactly once",
+            "--classes a b --classes_file {file}": "both --classes and --classes_file",
+            "--attack_steps 0": "attack_steps: got 0, expected at least 1",
+            "--attack_steps -2": "attack_steps: got -2, expected at least 1",
+            "--attack_step_size 0": "attack_step_size: got '0', expected more than 0",
+            "--attack_step_size '0 eps'": "attack_step_size: got '0 eps', expected more than 0",
+            "--attack_step_size 2": "attack_step_size: got '2'.* did you mean '2/255'",
+            "--attack_step_size=-1/255": "attack_step_size: got '-1/255', expected a fraction",
+            "--attack_step_size eps": "attack_step_size: got 'eps', expected a fraction",
+            "--attack_step_size 'two eps'": "attack_step_size: got 'two eps', expected a fraction",
+        },
+        GPD: {
+            **ends("--ga_epochs nan | --pull nan | --interval 0 | --ga_learning_rate -1"),
+            "--ema 9": "ema: got 9.0, expected a ratio between 0 and 1",
+            "--max_steps 1": "max_steps: got 1, expected at least 2",
+            "--output_dir {proxy}": "lies in --proxy .*, which is read",
+        },
     },
     "evaluate": {
-        EVALUATE: (
-            *("--eps 0", "--eps -1", "--eps 2", "--eps x", "--attack nope", "--attack_steps 0", "--attack_steps -2"),
-            *("--limit 0", "--batch_size 0", "--probe -1", "--norm l7", "--protocol x", "--target nobody"),
-            *("--baseline /nowhere", "--dataset", "--suite lab", "--model {file}", "--split nope", "--classes a b"),
-            *("--output_dir {file}", "--templates a"),
-        )
+        EVALUATE: {
+            **ends("--eps 0 | --eps -1 | --eps 2 | --eps x | --attack_steps -2 | --norm l7 | --target nobody"),
+            **ends("--baseline /nowhere | --dataset | --model {file} | --split nope | --classes a b"),
+            **ends("--output_dir {file} | --templates a | --suite no"),
+            "--suite lab": "one of them",
+            "--limit 0": "--limit: got 0",
+            "--batch_size 0": "--batch_size: got 0",
+            "--probe -1": "--probe: got -1, expected at least 0 images",
+            "--eps 1/255 4": "Fix: '4/255'",
+            "--attack apgd": "no attack is called 'apgd'; did you mean pgd or apgd-t or apgd-ce",
+            "--attack pgd sqare": "no attack is called 'sqare'; did you mean square",
+            "--attack standard --target a": "no attack towards a target is called",
+            "--attack_steps 0": "steps=0: expected at least 1",
+            "--protocol full": "invalid choice: 'full'",
+            "--dataset {data} /nowhere": "no data at /nowhere",  # opened before the first is attacked
+            "--dataset {data} {few} --target cat": "'cat' is none of the 2 classes of few",
+            "--dataset cifar11": "no set of that name; did you mean cifar10 or cifar100",
+            "--dataset zzzz": "there are cifar10, cifar100, ",
+            "--dataset lab:digit": "the lab has no task 'digit'; it has digits",
+            "--dataset real:digits": "real:digits lies in a folder of real images: give it with --data_dir",
+            "--dataset pets --classes a b": "its own classes and prompts: leave out --classes",
+            "--dataset lab:digits --classes a b": "lab:digits comes with its own classes and prompts",
+            "--output_dir {old}": "old.json is no result that can be read: missing",
+        },
+        "--model {model}": {
+            "": "say what to evaluate on",
+            "--suite zero-shot-17 --templates x --label_column y": "cifar10 .*leave out --templates, --label_column",
+        },
     },
     "transfer": {
-        "": ("", "--models {model} --dataset {data}", "--model {model} --dataset {data}"),
-        TRANSFER: (
-            "--eps 0",
-            "--eps -1",
-            "--dataset /nowhere",
-            "--proxies /nowhere",
-            "--attack_steps 0",
-            "--limit -1",
-        ),
+        "--dataset {data}": {
+            **dict.fromkeys(("", "--model {model}", "--proxies {model}"), WHICH),
+            "--model {model} --proxies {model} --models {model}": WHICH,
+            **dict.fromkeys(("--models {model}", "--model {model} --proxies {model}"), BETWEEN),
+            "--models {model} /gone/or/never": "no model at /gone",
+        },
+        TRANSFER: ends("--eps 0 | --eps -1 | --dataset /nowhere | --attack_steps 0 | --limit -1"),
     },
-    "verify": {"": ("", "/nowhere", "{model}", "{model} --results /nowhere", "{model} --limit 0")},
+    "verify": {
+        "": {"": "required: --model", "/nowhere": "/nowhere", "--limit 3": "required: --model"},
+        "{model}": {
+            "": "no results in .*: nothing is claimed",
+            "--results {empty}": "no results in .*empty: nothing is claimed",
+            "--results /nowhere": "/nowhere",
+        },
+    },
     "interpolate": {
-        DIAL: (
-            *(
-                "--weights",
-                "--weights 2",
-                "--weights nan",
-                "--origin {proxy}",
-                "--max_drop nan",
-                "--eps -1",
-                "--limit 0",
-            ),
-            *("--batch_size 0", "--attack nope", "--attack_steps 0", "--output_dir {model}/in"),
-        ),
-        "": ("", "/nowhere"),
+        DIAL: {
+            "": "are the same weights",
+            "--weights": "expected at least one argument",
+            "--weights -0.1 1": "expected shares from 0",
+            **dict.fromkeys(("--weights 0.5 1.5", "--weights nan 1", "--save 1.5"), "expected shares"),
+            "--weights 0": "two at least",
+            **{f"--max_drop {drop}": f"--max_drop: got {drop}" for drop in ("-1", "inf", "nan")},
+            "--mask 1": "--mask: got 1.0",
+            "--norm l2": "Fix: --eps",
+            "--eps 8": "Fix: '8/255'",
+            "--eps -1": "eps",
+            "--limit 0": "--limit: got 0",
+            "--batch_size 0": "--batch_size: got 0",
+            "--attack pdg": "did you mean pgd",
+            "--attack_steps 0": "steps=0",
+            "--origin {proxy}": "differ in architecture .*--origin",
+            "--weigths 1": "unknown key --weigths; did you mean weights",
+        },
+        "": {"": "required: --model", "/nowhere": "/nowhere", "{model}": "has no train.json .*--origin"},
     },
     "convert": {
-        "": ("", "{model}", "/nowhere {out}", "{file} {out}", "{file} {out} --base {model}", "{model} {model}"),
-        "{model} {out}": ("--to nope", "--dtype int8", "--to vision_tower --image_size 0", "--image_size 64"),
+        "": {
+            "": "required: --model, --output_dir",
+            "{model}": "--output_dir",
+            "/nowhere {out}": "no model at /nowhere",
+            "{file} {out}": "a file of weights: name the CLIP .*--base",
+            "{file} {out} --base {model}": "",
+            "{model} {model}": "lies in --model .*, which is read",
+            "{model} {model}/in/..": "lies in --model .*, which is read",
+            "{model} {link}": "lies in --model .*, which is read",
+            "{weights} {model} --base {model}": "lies in --base .*, which is read",
+            "{out}.pt {out} --base {model}": "no checkpoint at .*out.pt: neither a file",
+            "{weights} {out} --base {out}-3": "no model at .*out-3",
+            "{weights} {out} --base {proxy}": "a base of the same architecture",
+        },
+        "{model} {out}": {
+            "--to nope": "invalid choice: 'nope'",
+            "--dtype int8": "--dtype: invalid choice: 'int8'",
+            "--dtpye float16": "unknown key --dtpye; did you mean dtype",
+            "--max_shard_size much": "much|size",
+            "--image_size 64": "--image_size is for --to vision_tower, this is --to transformers",
+            "--to open_clip --dtype float16": "--to open_clip writes float32",
+            "--to vision_tower --image_size 0": "",
+            "--to vision_tower --image_size 50": "image_size 50: .*; 48 would do",
+        },
     },
-    "push": {"": ("", "/nowhere a/b", "{model} a/b", "{empty} a/b", "{model}")},
-    "estimate": {TRAIN: ("--probe_steps 0", "--probe_steps -1", "--model /nowhere"), "": ("",)},
-    "quickstart": {"": ("--limit 0", "--limit -1", "--seed x", "--nope", "--output_dir {file}")},
-    "pretrain": {"": ("", "--nope", "--steps 0", "--batch_size 0", "--start /nowhere")},
-    "demo": {"": ("--nope", "--port x")},
+    "leaderboard": {
+        "": {
+            "": "results: got none, expected folders",
+            "{empty}": "results: got .*, expected a folder with results",
+            "--zoo {empty}": "--zoo: got .*, expected a folder with a JSON file a model",
+            "--zo zoo": "unknown key --zo; did you mean zoo",
+        }
+    },
+    "push": {"": dict.fromkeys(("", "/nowhere a/b", "{model} a/b", "{empty} a/b", "{model}"), "")},
+    "estimate": {
+        TRAIN: ends("--probe_steps -1 | --model /nowhere")
+        | {"--probe_steps 0": "probe_steps: got 0", "--probe_stepz 4": "probe_stepz"},
+        "": {"": ""},
+    },
+    "quickstart": {"": ends("--limit 0 | --limit -1 | --seed x | --nope | --smoke --output_dir {file}")},
+    "pretrain": {"": {"": ""} | ends("--nope | --steps 0 | --batch_size 0 | --start /nowhere")},
+    "demo": {"": ends("--nope | --port x")},
 }
-LINES = [(c, f"{start} {more}".strip()) for c, part in WRONG.items() for start, ends in part.items() for more in ends]
+LINES = [
+    pytest.param(command, f"{start} {end}", says, id=f"{command} {end}".replace("--", ""))
+    for command, lines in WRONG.items()
+    for start, part in lines.items()
+    for end, says in part.items()
+]
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +213,31 @@ def places(tmp_path_factory, paths):
     root = tmp_path_factory.mktemp("wrong")
     (root / "file.txt").write_text("x")
     (root / "empty").mkdir()
-    data = write_image_folder(root / "data", make_images())
-    return {"data": data, "model": paths[0], "proxy": paths[1], "file": root / "file.txt", "empty": root / "empty"}
+    (root / "old" / "scores").mkdir(parents=True)
+    (root / "old" / "scores" / "old.json").write_text('{"robust": 1.0, "versions": {"hpt_hf": "0.0.9"}}')
+    (root / "link").symlink_to(paths[0])
+    torch.save(CLIPModel.from_pretrained(paths[0]).state_dict(), root / "x.pt")
+    few = relabelled(make_images(10).select((1, 2, 6, 7)), [0, 1, 0, 1], ("dog", "house"))
+    data = {name: write_image_folder(root / name, images) for name, images in (("data", make_images()), ("few", few))}
+    files = {"file": root / "file.txt", "empty": root / "empty", "old": root / "old"}
+    return data | files | {"model": paths[0], "proxy": paths[1], "link": root / "link", "weights": root / "x.pt"}
 
 
-@pytest.mark.parametrize(("command", "line"), LINES, ids=lambda v: v.replace("--", ""))
+@pytest.mark.parametrize(("command", "line", "says"), LINES)
 @pytest.mark.filterwarnings("ignore")
 @mock.patch.dict(os.environ)  # --fsdp sets variables, for good
-def test_a_wrong_line_is_one_line_and_writes_nothing(command, line, places, tmp_path):
-    argv = line.format(**places, out=tmp_path / "out").split()
+@mock.patch("hpt_hf.commands.quickstart.LAB_SUITE", ("lab:digits",))  # it measures before it looks at output_dir
+def test_a_wrong_line_is_one_line_and_writes_nothing(command, line, says, places, tmp_path):
+    argv = shlex.split(line.format(**places, out=tmp_path / "out"))
     if "--output_dir" not in argv and command not in ("verify", "convert", "push", "demo"):
         argv += ["--output_dir", str(tmp_path / "out")]
+    stood = [contents(folder) for folder in (places["empty"].parent, places["model"])]
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"hpt_hf.commands.{command}").main(argv)
     said = stop.value.code
     assert isinstance(said, str) and said.startswith(f"hpt-hf {command}: ") and "\n" not in said and len(said) < 900
-    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert re.search(says, said) and not [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert [contents(folder) for folder in (places["empty"].parent, places["model"])] == stood
 
 
 def test_an_unknown_command_is_one_line(capsys):

@@ -1,22 +1,19 @@
-"""A stream is a data set like others: the same images, an order that hangs on seed, epoch and place, resumable inside an epoch."""
-
-from __future__ import annotations
+"""A stream is a data set like others, in an order that hangs on seed, epoch and place, resumable inside an epoch."""
 
 import io
 
 import datasets
 import pytest
 import torch
-from conftest import CLASSES, gpd_schedule, largest_difference, make_images, make_trainer, weights, write_stream
+from conftest import CLASSES, largest_difference, make_images, trainer_from_disk, weights, write_stream
 from PIL import Image
 
-from hpt_hf.commands.parser import RecipeError, parse
+from hpt_hf.commands.parser import parse
 from hpt_hf.commands.train import RECIPE, build
 from hpt_hf.data import streaming
 from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import DatasetSpec
 from hpt_hf.data.streaming import open_stream
-from hpt_hf.models.zero_shot import ZeroShotClassifier
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +53,12 @@ def test_the_order_hangs_on_seed_and_epoch_and_on_nothing_else(folder):
     assert all(sorted(o) == sorted(first) and o != first for o in others) and others[0] != others[1]
 
 
-@pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 20, 39])
-def test_taken_up_anywhere_it_goes_on_as_it_would_have(folder, start):
-    whole, rest = seen(opened(folder)), seen(opened(folder, start=start))
-    assert len(rest) == 40 and rest[start:] == whole[start:]
-    assert all(isinstance(image, Image.Image) for image, _ in rest[:start]), "nothing was decoded for these"
+def test_taken_up_anywhere_it_goes_on_as_it_would_have(folder):
+    whole = seen(opened(folder))
+    for start in (0, 1, 6, 7, 8, 20, 39):
+        rest = seen(opened(folder, start=start))
+        assert len(rest) == 40 and rest[start:] == whole[start:]
+        assert all(isinstance(image, Image.Image) for image, _ in rest[:start]), "nothing was decoded for these"
 
 
 def test_the_next_epoch_begins_at_its_beginning(folder):
@@ -72,15 +70,14 @@ def test_the_next_epoch_begins_at_its_beginning(folder):
     assert images.start == 0 and seen(images) == seen(opened(folder, epoch=3))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_make_the_batches_that_one_process_makes(folder, student, workers):
+def test_workers_make_the_batches_that_one_process_makes(folder, student):
     def batches(count):
         how = {"batch_size": 8, "collate_fn": Collator(student.processor), "num_workers": count, "drop_last": True}
         return [b["image_ids"].tolist() for b in torch.utils.data.DataLoader(opened(folder, batch=8), **how)]
 
     alone = batches(0)
     assert len(alone) == 5 and len(set(sum(alone, []))) == 40
-    assert batches(workers) == alone
+    assert batches(1) == batches(2) == alone
 
 
 def test_an_epoch_ends_with_the_last_whole_batch(folder):
@@ -145,11 +142,10 @@ def test_a_damaged_image_is_named_by_whoever_decodes_it(folder, student):
         Collator(student.processor)([row])
 
 
-def train(place, student_path, proxy_path, folder, *, resume=None, batch=8, **changes):
-    student, proxy = (ZeroShotClassifier.from_pretrained(p).set_classes(CLASSES) for p in (student_path, proxy_path))
+def train(place, paths, folder, *, resume=None, batch=8, **changes):
     settings = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3} | changes
     data = opened(folder, batch=batch)
-    trainer = make_trainer(place, student, gpd_schedule(), proxy=proxy, data=data, **settings)
+    trainer = trainer_from_disk(place, paths, data=data, **settings)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -159,40 +155,35 @@ def whole_runs(tmp_path_factory):
     return {}
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 5, 7, 9])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "step"), [(0, 1), (0, 4), (0, 5), (0, 7), (2, 3), (2, 5), (2, 9)])
 def test_resumed_inside_an_epoch_it_ends_as_if_never_stopped(
-    tmp_path, tmp_path_factory, whole_runs, folder, student_path, proxy_path, step, workers
+    tmp_path, tmp_path_factory, whole_runs, folder, paths, step, workers
 ):
     """40 images, 8 a step, ten steps: two epochs of five; GPD's switch after the fifth."""
-    paths, settings = (student_path, proxy_path, folder), {"dataloader_num_workers": workers}
+    settings = {"dataloader_num_workers": workers}
     if workers not in whole_runs:
         place = tmp_path_factory.mktemp("whole")
-        whole_runs[workers] = place, train(place, *paths, **settings)
+        whole_runs[workers] = place, train(place, paths, folder, **settings)
     place, whole = whole_runs[workers]
     checkpoint = str(place / f"checkpoint-{step}")
-    again = train(tmp_path, *paths, resume=checkpoint, save_strategy="no", **settings)
+    again = train(tmp_path, paths, folder, resume=checkpoint, save_strategy="no", **settings)
     assert largest_difference(weights(again.model), weights(whole.model)) == 0
     assert again.state.global_step == 10 and again.state.epoch == whole.state.epoch == 2.0
 
 
-def test_accumulated_batches_equal_whole_ones(tmp_path, folder, student_path, proxy_path):
-    paths = student_path, proxy_path, folder
+def test_accumulated_batches_equal_whole_ones(tmp_path, folder, paths):
     halves = {"batch": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    whole, parts = train(tmp_path / "a", *paths, save_strategy="no"), train(tmp_path / "b", *paths, **halves)
-    resumed = train(tmp_path / "c", *paths, resume=str(tmp_path / "b" / "checkpoint-3"), save_strategy="no", **halves)
+    whole = train(tmp_path / "a", paths, folder, save_strategy="no")
+    parts = train(tmp_path / "b", paths, folder, **halves)
+    checkpoint = str(tmp_path / "b" / "checkpoint-3")
+    resumed = train(tmp_path / "c", paths, folder, resume=checkpoint, save_strategy="no", **halves)
     a, b, c = (weights(t.model) for t in (whole, parts, resumed))
     assert largest_difference(a, b) < 1e-5 and largest_difference(b, c) == 0
 
 
-def test_the_recipe_streams_and_refuses_what_a_stream_cannot_give(tmp_path, folder, student_path, proxy_path):
-    flags = ["--method", "hpt", "--dataset", folder, "--streaming", "true", "--model", student_path]
-    flags += ["--proxy", proxy_path, "--use_cpu", "true", "--output_dir", str(tmp_path), "--disable_tqdm", "true"]
-    flags += ["--per_device_train_batch_size", "8", "--num_train_epochs", "2"]
-    trainer = build(*parse(RECIPE, flags))
+def test_the_recipe_streams(tmp_path, folder, paths):
+    flags = f"--method hpt --dataset {folder} --streaming true --model {paths[0]} --proxy {paths[1]} --use_cpu true"
+    flags += f" --per_device_train_batch_size 8 --num_train_epochs 2 --output_dir {tmp_path} --disable_tqdm true"
+    trainer = build(*parse(RECIPE, flags.split()))
     trainer.train()
     assert trainer.state.global_step == 10 and trainer.train_dataset.batch == 8
-    with pytest.raises(RecipeError, match="--images says how long a stream is"):
-        build(*parse(RECIPE, [*flags, "--streaming", "false", "--images", "12"]))
-    with pytest.raises(RecipeError, match="a stream is not looked at"):
-        build(*parse(RECIPE, [*flags, "--held_out", "0.1"]))

@@ -1,9 +1,7 @@
-"""Each of the 17 zero-shot sets opens, by its name, from a Hub cache that holds its repository at its commit, and from no other.
+"""Each of the 17 zero-shot sets opens by its name from a Hub cache that holds its commit, and from no other.
 
-The repositories are tiny, in the layouts of the real ones; the cache is the Hub client's own layout and is read by that client.
+The repositories are tiny, in the layouts of the real ones; the cache is the Hub client's own, which reads it.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -21,7 +19,7 @@ from hpt_hf.commands.common import open_sets, reopen
 from hpt_hf.commands.evaluate import EvaluateArguments, main
 from hpt_hf.data import zero_shot_sets
 from hpt_hf.data.zero_shot_sets import SETS, open_set
-from hpt_hf.evaluation.result import EvalResult
+from hpt_hf.evaluation.result import read_results
 from hpt_hf.models.zero_shot import TEMPLATE, check_classes
 
 WORDNET = json.loads((Path(zero_shot_sets.__file__).parent / "imagenet_wordnet.json").read_text())
@@ -108,13 +106,12 @@ class Cache:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An own empty Hub cache, and sets as small as the repositories made here; their numbers of classes are the real ones."""
+    """An own empty Hub cache, and sets as small as the repositories made here, of as many classes as the real ones."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for name, entry in SETS.items():
-        small = {
-            p: s and replace(s, images=len(labels_in(name))) for p in ("input", "native") for s in [offered(name, p)]
-        }
+        sources = {protocol: offered(name, protocol) for protocol in ("input", "native")}
+        small = {p: source and replace(source, images=len(labels_in(name))) for p, source in sources.items()}
         monkeypatch.setitem(SETS, name, replace(entry, **small))
     return Cache(tmp_path / "hub")
 
@@ -125,9 +122,6 @@ def offered(name, protocol):
 
 def shown(images):
     return [row["image"].getpixel((0, 0)) for row in images]
-
-
-# --- the table
 
 
 def test_seventeen_sets_are_pinned_to_full_commits_or_known_not_to_be():
@@ -141,7 +135,7 @@ def test_seventeen_sets_are_pinned_to_full_commits_or_known_not_to_be():
 
 
 def test_every_word_of_wordnet_that_tiny_imagenet_uses_has_a_name():
-    """The Hub's copy calls 18 of its 200 classes by ids that are none of ILSVRC's thousand: other senses of the same words."""
+    """The Hub's copy calls 18 classes by ids that are none of ILSVRC's thousand: other senses of the same words."""
     assert len(WORDNET) == 1018 and all(re.fullmatch(r"n\d{8}", i) for i in WORDNET)
     known = list(WORDNET.values())[:1000]
     check_classes(known)
@@ -155,15 +149,11 @@ def test_every_word_of_wordnet_that_tiny_imagenet_uses_has_a_name():
         assert hub in NOT_ILSVRC and WORDNET[hub] == WORDNET[ilsvrc] == word
 
 
-# --- opening
-
-
 @pytest.mark.parametrize(("name", "protocol"), OFFERED)
 def test_every_set_opens_by_name_from_its_commit_and_opens_again(cache, name, protocol):
     source = offered(name, protocol)
-    with pytest.raises(
-        OSError, match=rf"{source.repository} \({source.revision or 'newest'}\) is neither in the cache"
-    ):
+    missing = rf"{source.repository} \({source.revision or 'newest'}\) is neither in the cache"
+    with pytest.raises(OSError, match=missing):
         open_set(name, protocol)
     commit = cache.publish(name, source)
     images = open_set(name, protocol)
@@ -218,9 +208,6 @@ def test_imagenets_two_pairs_of_equal_names_keep_their_images_apart_and_mended_n
     assert open_set("imagenet1k", "input", revision="c" * 40).classes == tuple(mended)
 
 
-# --- what is refused
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -233,18 +220,6 @@ def test_other_contents_than_the_name_promises_are_refused(cache, name, changes,
     cache.publish(name, offered(name, "input"), **changes)
     with pytest.raises(ValueError, match=message):
         open_set(name, "input")
-
-
-def test_an_incomplete_repository_is_refused(cache):
-    source = offered("pets", "input")
-    shard = cache.repository(source) / "snapshots" / cache.publish("pets", source) / "test" / "1.tar"
-    blob = shard.resolve()
-    blob.write_bytes(blob.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"1\.tar cannot be read"):
-        open_set("pets", "input")
-    shard.unlink()
-    with pytest.raises(ValueError, match="holds 1 shards.*says '2'"):
-        open_set("pets", "input")
 
 
 @pytest.mark.parametrize("name", ["cars", "caltech256"])
@@ -287,24 +262,17 @@ def test_a_set_that_nobody_pins_is_opened_again_at_the_commit_its_result_names(c
     assert again.source == first.source and again.labels == first.labels
 
 
-# --- through the command line
-
-
-@pytest.mark.parametrize("protocol", ["input", "native"])
-def test_a_result_of_a_named_set_says_from_which_commit_it_is(cache, tmp_path, student_path, protocol, capsys):
-    source, out = offered("cifar10", protocol), tmp_path / "out"
+def test_a_result_of_a_named_set_says_from_which_commit_it_is(cache, tmp_path, student_path):
+    source = offered("cifar10", "native")
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     cache.publish("cifar10", source, names=names, labels=[0, 9, 3, 5, 3])
-    flags = ["--model", student_path, "--dataset", "cifar10", "--protocol", protocol, "--output_dir", str(out)]
-    main([*flags, "--attack_steps", "1", "--probe", "0", "--batch_size", "5"])
-    (file,) = (out / "results").glob("*.json")
-    result = EvalResult.read(file)
-    assert (result.dataset, result.n, result.classes, result.protocol) == ("cifar10", 5, 10, protocol)
+    flags = f"--dataset cifar10 --protocol native --attack_steps 1 --probe 0 --output_dir {tmp_path / 'out'}"
+    main(["--model", student_path, *flags.split()])
+    (result,) = read_results(tmp_path / "out" / "results")
+    assert (result.dataset, result.n, result.classes, result.protocol) == ("cifar10", 5, 10, "native")
     assert result.source["repository"] == source.repository and result.source["revision"] == source.revision
-    assert len(result.templates) == (2 if protocol == "input" else 1)
     assert set(result.per_class) == {names[y] for y in (0, 9, 3, 5)}
     assert reopen(result.source).labels == [0, 9, 3, 5, 3]
-    assert "cifar10" in capsys.readouterr().out
 
 
 def test_the_suite_is_all_seventeen(cache):
@@ -312,8 +280,3 @@ def test_the_suite_is_all_seventeen(cache):
         cache.publish(name, entry.input)
     opened = open_sets(EvaluateArguments(output_dir="unused", model="unused", suite="zero-shot-17"))
     assert [p.name for p in opened] == list(SETS) and {p.source["protocol"] for p in opened} == {"input"}
-
-
-def test_a_named_set_that_is_not_to_be_had_ends_in_one_line(cache, tmp_path, student_path):
-    with pytest.raises(SystemExit, match="wds_vtab-dtd_test .276b0059"):
-        main(["--model", student_path, "--dataset", "dtd", "--output_dir", str(tmp_path / "out")])
