@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,8 +21,7 @@ def result(ends: str, **changes):
 
 
 def test_a_difference_is_counted_image_by_image():
-    """Ten images: three that only ours has right, one that only theirs has."""
-    ours, theirs = result("rrrrrrr000"), result("rrrr000r00", model="theirs")
+    ours, theirs = result("rrrrrrr000"), result("rrrr000r00", model="theirs")  # three are ours alone, one is theirs
     robust, clean = (paired([ours], [theirs], kind) for kind in ("robust", "clean"))
     assert robust.value == 20.0 and clean.value == 0.0
     # Agresti & Min's: 4 discordant pairs and one more half each way, of 12.
@@ -34,28 +34,22 @@ def test_a_difference_is_counted_image_by_image():
 
 def test_pairing_is_sharper_than_two_intervals_and_covers():
     """Correlated models, 2 sets of 150 images: 19 of 20 intervals hold the true difference of 5 points."""
-    rng, held, widths = np.random.default_rng(0), 0, []
+    rng, found = np.random.default_rng(0), []
     for _ in range(400):
-        runs = {"ours": [], "theirs": []}
+        runs = [], []
         for name in ("x", "y"):
             luck = rng.random(150)
-            for model, share in (("ours", 0.45), ("theirs", 0.40)):
+            for model, share in zip(runs, (0.45, 0.40), strict=True):
                 own = np.where(rng.random(150) < 0.2, rng.random(150), luck)
-                ends = "".join("r" if u < share else "0" for u in own)
-                runs[model].append(result(ends, model=model, dataset=name))
-        found = paired(runs["ours"], runs["theirs"], "robust")
-        held += found.low <= 5 <= found.high
-        widths.append(found.high - found.low)
-    assert 0.92 <= held / 400 <= 0.98
-    assert np.mean(widths) < 0.8 * 2 * 196 * np.sqrt(2 * 0.25 / 300)
+                model.append(result("".join("r" if u < share else "0" for u in own), dataset=name))
+        found.append(paired(*runs, "robust"))
+    assert 0.92 <= np.mean([one.low <= 5 <= one.high for one in found]) <= 0.98
+    assert np.mean([one.high - one.low for one in found]) < 0.8 * 2 * 196 * np.sqrt(2 * 0.25 / 300)
 
 
 def test_means_are_over_sets_and_seeds_and_the_front_is_told():
-    """Two seeds of one method stand as one row; a model that another beats beyond the interval in one is off the front."""
-    results = []
-    for model, seeds in (("runs/a/seed0", "r" * 60), ("runs/a/seed1", "r" * 58 + "00"), ("b", "r" * 20 + "0" * 40)):
-        for name in ("x", "y"):
-            results.append(result(seeds, model=model, dataset=name, fingerprint=model))
+    runs = (("runs/a/seed0", "r" * 60), ("runs/a/seed1", "r" * 58 + "00"), ("b", "r" * 20 + "0" * 40))
+    results = [result(ends, model=m, dataset=name, fingerprint=m) for m, ends in runs for name in ("x", "y")]
     best, other = compare(results, "b")
     assert (best.model, best.seeds, best.sets, best.n) == ("runs/a", 2, 2, 120)
     assert best.robust == pytest.approx((100 + 58 / 0.6) / 2, abs=0.01) and best.spread[1] > 0 == best.spread[0]
@@ -65,29 +59,19 @@ def test_means_are_over_sets_and_seeds_and_the_front_is_told():
 
 
 @pytest.mark.parametrize(
-    ("others", "says"),
+    ("other", "says"),
     [
-        ([], "expected two models"),
-        ([{"attack": "cw-20"}], "expected one attack"),
-        ([{"ends": "rr0"}], "other images or classes"),
-        ([{"dataset": "dogs"}], "has no result on"),
-        ([{"ends": ""}], "how each image ended"),
-        ([{}], "reference: got 'nobody', expected one of"),
+        (None, "expected two models"),
+        (result("rr0w", model="b", attack="cw-20"), "expected one attack"),
+        (result("rr0", model="b"), "other images or classes"),
+        (result("rr0w", model="b", dataset="dogs"), "has no result on"),
+        (replace(result("rr0w", model="b"), ends=""), "how each image ended"),
+        (result("rr0w", model="b"), "reference: got 'nobody', expected one of"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(others, says):
-    made = [result("rr0w")]
-    for changes in others:
-        ends = changes.pop("ends", "rr0w")
-        made.append(
-            make_result(model="b", per_class={"a": (4, 3, 2)}, **changes)
-            if not ends
-            else result(ends, model="b", **changes)
-        )
-        if not ends:
-            made[-1] = make_result(**(vars(made[-1]) | {"ends": ""}))
+def test_what_cannot_be_compared_is_refused(other, says):
     with pytest.raises(ValueError, match=says):
-        compare(made, "nobody" if says.startswith("reference") else None)
+        compare([result("rr0w"), *filter(None, [other])], "nobody" if says.startswith("reference") else None)
 
 
 def test_the_command_writes_one_comparison_in_four_forms(tmp_path):

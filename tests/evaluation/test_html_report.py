@@ -1,13 +1,13 @@
-"""Proves that the page says what the results say and nothing else, needs nothing from outside, and is the same each time."""
+"""Proves that the page says what the results say alone, needs nothing from outside, and is the same each time."""
 
 from __future__ import annotations
 
 import base64
-import json
+import itertools
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -22,58 +22,29 @@ from hpt_hf.evaluation.statistics import mean, wilson
 from hpt_hf.evaluation.tables import result_table
 from hpt_hf.utils import write_json
 
-VOID = {"meta", "img", "br", "hr", "link", "input", "base", "col", "source"}
 LOADS = {"src", "href", "xlink:href", "srcset", "poster", "data", "action", "background"}
 FOREIGN = {"script", "link", "iframe", "object", "embed", "base", "form", "audio", "video"}
 
 
-class Page(HTMLParser):
-    """The page taken apart: tags, attributes, all text, tables under their headings. Fails on tags that do not nest."""
+class Page:
+    """The page taken apart: tags, all text, text by tag, tables under headings. Fails on tags that do not nest."""
 
     def __init__(self, html: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.texts: list[str] = []
-        self.heading, self.tables, self.found = "", {}, {}
-        self.feed(html)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.handle_startendtag(tag, attrs)
-        if tag in VOID:
-            return
-        self.open.append(tag)
-        if tag in ("h2", "table", "tr"):
-            self.heading = "" if tag == "h2" else self.heading
-            self.tables.setdefault(self.heading, []).append([]) if tag == "tr" else None
-        elif tag in ("td", "th"):
-            self.tables[self.heading][-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        assert len({k for k, _ in attrs}) == len(attrs)
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data):
-        self.texts.append(data)
-        if "h2" in self.open:
-            self.heading += data
-        elif "td" in self.open or "th" in self.open:
-            self.tables[self.heading][-1][-1] += data
-        if self.open:
-            self.found.setdefault(self.open[-1], []).append(data.strip())
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.texts).split())
+        closed = re.sub(r"<(meta|br|img)\b([^>]*)>", r"<\1\2/>", html.replace("<!doctype html>", ""))
+        elements, heading = list(ElementTree.fromstring(closed.strip()).iter()), ""
+        self.tags = [(e.tag, e.attrib) for e in elements]
+        self.text = " ".join("".join(elements[0].itertext()).split())
+        self.tables, self.found = {}, {}
+        for e in elements:
+            heading = e.text if e.tag == "h2" else heading
+            if e.tag == "tr":
+                self.tables.setdefault(heading, []).append([" ".join("".join(cell.itertext()).split()) for cell in e])
+            elif e.text:
+                self.found.setdefault(e.tag, []).append(e.text.strip())
 
     def table(self, heading: str, columns: int) -> list[list[str]]:
         """The rows of that width under a heading, the header first."""
-        return [[" ".join(c.split()) for c in row] for row in self.tables[heading] if len(row) == columns]
+        return [row for row in self.tables[heading] if len(row) == columns]
 
 
 def made(folder: Path, results=(), *, examples=None, transfer=None) -> Page:
@@ -109,7 +80,7 @@ COUNTS = [{"cat": (30, 21, 13), "red car": (7, 7, 1)}, {"cat": (40, 39, 38), "do
 
 
 def many() -> list:
-    """Three models (one on one set only), three radii, both protocols, one l2."""
+    """Three models (one on one set only), three radii, both protocols, one l2: no two questions in one table."""
     results = [
         make_result(model=f"models/{m}", fingerprint=m * 4, dataset=d, eps=e, per_class=COUNTS[(i + j) % 3])
         for i, m in enumerate(("a", "b"))
@@ -121,77 +92,60 @@ def many() -> list:
     return [*results, make_result(norm="l2", eps="0.5", dataset="bees", attack="cw-20", per_class=COUNTS[0])]
 
 
-MODELS = {"openai/clip-vit-base-patch32": 0.9, "outputs/tecoa-vit-base-patch32-eps2": 0.7, "outputs/hpt_gpd": 0.78}
-KEPT = {"openai/clip-vit-base-patch32": 4.0, "outputs/tecoa-vit-base-patch32-eps2": 0.2, "outputs/hpt_gpd": 0.16}
+MODELS = {"openai/clip-vit-base-patch32": (0.9, 4.0), "outputs/tecoa-vit-base-patch32-eps2": (0.7, 0.2)}
+MODELS |= {"outputs/hpt_gpd": (0.78, 0.16)}  # which share is right, and how fast it falls
 REMARK = check("few_images", True, "40 images, 8 classes; expected at least 50 and 4")
 
 
-def simulated(model: str, dataset: str, attack: str = "pgd-20", eps: str = "1/255", n: int = 120, **changes):
-    """What an evaluation would leave: each image has its own difficulty, so models fail on much the same ones."""
-    shared, own = (np.random.default_rng([seed, len(dataset)]).uniform(size=n) for seed in (1, len(model)))
-    difficulty = 0.7 * shared + 0.3 * own
-    radius = int(eps.split("/")[0]) * (1.15 if attack == "standard" else 1)
-    right, robust = difficulty < MODELS[model], difficulty < MODELS[model] * np.exp(-KEPT[model] * radius)
-    names = [f"{dataset} class {i}" for i in range(8)]
-    counts = {c: (len(right[i::8]), int(right[i::8].sum()), int(robust[i::8].sum())) for i, c in enumerate(names)}
-    ends = "".join("r" if b else "0" if a else "w" for a, b in zip(right, robust, strict=True))
-    settings = {"model": model, "fingerprint": f"{len(model):016x}", "dataset": dataset, "attack": attack, "eps": eps}
-    settings |= {"sanity_checks": (PASSED,), "per_class": counts, "ends": ends}
-    return make_result(**(settings | changes))
+def simulated(model: str, dataset: str, attack: str = "pgd-20", eps: int = 1, **changes):
+    """What an evaluation would leave: models fail on much the same images, the robust ones on more of the clean."""
+    share, lost = MODELS[model]
+    counts = (120, round(120 * share), round(120 * share * np.exp(-lost * eps)))
+    settings = {"dataset": dataset, "attack": attack, "eps": f"{eps}/255", "per_class": {f"{dataset} class": counts}}
+    settings |= {"model": model, "fingerprint": f"{len(model):016x}", "sanity_checks": (PASSED,)}
+    return make_result(**settings | changes)
 
 
 def proxies(*figures: tuple[str, int, int]) -> dict:
-    """`transfer.json` of a pre-flight, the last being the student itself: (name, right clean, right attacked) of 120."""
+    """`transfer.json` of a pre-flight, the student itself last: (name, right clean, right attacked) of 120."""
     *names, student = (name for name, _, _ in figures)
     share = {name: {"clean": a / 1.2, "adversarial": b / 1.2, "kl": 0.8, "n": 120} for name, a, b in figures}
-    cells = [
-        {"source": student, "judge": j, "kept": 100 * c["adversarial"] / c["clean"]} | c for j, c in share.items()
-    ]
-    sets = [{"source": student, "judge": j, "dataset": "digits", "interval": [0, 0]} | c for j, c in share.items()]
-    ranking = sorted(names, key=lambda name: -share[name]["adversarial"])
-    found = {"student": student, "ranking": ranking, "cells": cells, "sets": sets, "table": "| a |\n|---|"}
-    return found | {"title": "pgd-20, linf 6/255, protocol “input”, 1 sets"}
-
-
-# --- what the tables say
+    kept = {"source": student, "dataset": "digits", "interval": [0, 0], "kept": 80.0}
+    cells = [kept | {"judge": judge} | figures for judge, figures in share.items()]
+    found = {"student": student, "ranking": sorted(names, key=lambda name: -share[name]["adversarial"])}
+    return TRANSFER | found | {"cells": cells, "sets": cells}
 
 
 def row_of(result, *, model: bool) -> list[str]:
     name, count, robust = result.worst_class
-    return [
-        result.dataset,
-        *([Path(result.model).name] if model else []),
-        "{:.1f} {:.1f}–{:.1f}".format(result.clean, *result.clean_interval),
-        "{:.1f} {:.1f}–{:.1f}".format(result.robust, *result.interval),
-        result.verdict,
-        f"{name} {robust} of {count}",
-        str(result.n),
-        str(result.classes),
-    ]
+    values = (result.clean, result.clean_interval), (result.robust, result.interval)
+    shown = ["{:.1f} {:.1f}–{:.1f}".format(value, *interval) for value, interval in values]
+    first = [result.dataset, *([Path(result.model).name] if model else [])]
+    return [*first, *shown, result.verdict, f"{name} {robust} of {count}", str(result.n), str(result.classes)]
 
 
-def test_one_model_and_one_question_are_one_table_of_the_results_own_numbers(tmp_path):
+def test_one_model_and_one_question_are_one_table_without_names_or_plot(tmp_path):
     results = [make_result(dataset=d, per_class=c) for d, c in zip(("cats", "dogs"), COUNTS, strict=False)]
-    html = made(tmp_path, results)
-    heading = "pgd-20, linf 1/255, protocol “input”"
+    html, heading = made(tmp_path, results), "pgd-20, linf 1/255, protocol “input”"
     assert list(html.tables) == ["In short", heading]
+    assert html.found["dt"] == ["clear", "remark", "suspicious", "unchecked"]
     header, *rows = html.table(heading, 7)
     assert header == ["data set", "clean", "robust", "verdict", "weakest class", "images", "classes"]
     assert rows == [row_of(r, model=False) for r in results]
-    means = mean(results)
-    (row,) = html.table("In short", 7)[1:]
-    assert [row[0], *row[3:]] == ["ours", "unchecked", heading, "2", "87"]
-    assert [text.split()[0] for text in row[1:3]] == [f"{means['clean']:.1f}", f"{means['robust']:.1f}"]
     assert not [tag for tag, _ in html.tags if tag in ("svg", "img")], "one point is no plot, and nothing was attacked"
+    assert sum(attrs.get("class") == "track" for _, attrs in html.tags) == 3, "but a bar each, and of the mean"
 
 
 def test_every_number_of_many_models_and_questions_is_a_results_and_each_stands_once(tmp_path):
     results = many()
     html = made(tmp_path, results)
-    for heading in {str(r.question) for r in results}:
+    parts = dict(part.split("\n\n", 1) for part in (tmp_path / "report.md").read_text("utf-8").split("\n## ")[1:])
+    assert parts.keys() == {str(r.question) for r in results}
+    for heading, markdown in parts.items():
         part = sorted((r for r in results if str(r.question) == heading), key=lambda r: r.file_name)
         header, *rows = html.table(heading, 8)
         assert header[1] == "model" and rows == [row_of(r, model=True) for r in part]
+        assert markdown.startswith(result_table([replace(r, model=Path(r.model).name) for r in part]))
     _, *short = html.table("In short", 7)
     assert len(short) == len({(r.question, r.model) for r in results}) == 9
     for model, clean, robust, verdict, heading, sets, n in short:
@@ -202,61 +156,49 @@ def test_every_number_of_many_models_and_questions_is_a_results_and_each_stands_
         assert verdict == ("suspicious (1 of 1 sets)" if heading.endswith("“native”") else part[0].verdict)
 
 
-def test_the_verdict_over_several_sets_is_the_worst():
-    for verdicts, worst in (
+@pytest.mark.parametrize(
+    ("verdicts", "worst"),
+    [
         (("clear", "clear"), ("clear", 0)),
         (("clear", "unchecked"), ("unchecked", 0)),
         (("unchecked", "suspicious", "clear"), ("suspicious", 1)),
         (("suspicious", "suspicious"), ("suspicious", 2)),
-    ):
-        (row,) = summary([make_result(dataset=f"set{i}", sanity_checks=CHECKS[v]) for i, v in enumerate(verdicts)])
-        assert (row["verdict"], row["doubted"]) == worst
+    ],
+)
+def test_the_verdict_over_several_sets_is_the_worst(verdicts, worst):
+    (row,) = summary([make_result(dataset=f"set{i}", sanity_checks=CHECKS[v]) for i, v in enumerate(verdicts)])
+    assert (row["verdict"], row["doubted"]) == worst
 
 
-def test_models_of_one_name_are_told_apart_by_their_paths_or_weights():
-    def names(*models):
-        return [*short_names([make_result(model=m, fingerprint=f * 8) for m, f in models]).values()]
-
-    assert names(("x/a", "1"), ("x/b", "2"), ("x/a", "1")) == ["a", "b"]
-    assert names(("x/a", "1"), ("y/a", "2")) == ["x/a", "y/a"]
-    assert names(("x/a", "1"), ("x/a", "2")) == ["x/a (111111)", "x/a (222222)"]
-
-
-def test_questions_are_never_mixed_in_one_table(tmp_path):
-    changes = ({}, {"protocol": "native"}, {"attack": "cw-20"}, {"norm": "l2"}, {"eps": "2/255"})
-    results = [make_result(dataset=f"set{i}", **change) for i, change in enumerate(changes)]
-    html = made(tmp_path, results)
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    parts = dict(part.split("\n\n", 1) for part in text.split("\n## ")[1:])
-    assert parts.keys() == {str(r.question) for r in results}
-    for result in results:
-        assert [row[0] for row in html.table(str(result.question), 7)] == ["data set", result.dataset]
-        assert parts[str(result.question)].strip() == result_table([result])
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        ((("x/a", "1"), ("x/b", "2"), ("x/a", "1")), ["a", "b"]),
+        ((("x/a", "1"), ("y/a", "2")), ["x/a", "y/a"]),
+        ((("x/a", "1"), ("x/a", "2")), ["x/a (111111)", "x/a (222222)"]),
+    ],
+)
+def test_models_of_one_name_are_told_apart_by_their_paths_or_weights(models, names):
+    assert [*short_names([make_result(model=m, fingerprint=f * 8) for m, f in models]).values()] == names
 
 
-def test_doubts_stand_by_name_with_what_was_seen(tmp_path):
-    clear = make_result(dataset="cats", sanity_checks=CHECKS["clear"])
-    html = made(tmp_path, [make_result(dataset="mice", sanity_checks=CHECKS["suspicious"]), clear])
-    assert "mice: more_steps" in html.found["h3"] and not any(h.startswith("cats:") for h in html.found["h3"])
-    assert "more_steps" in html.found["b"] and html.text.count(RAISED["detail"]) == 2
-    passed = ["detached", "passed", "0 of 9 images"]
-    rows = [passed, passed, ["more_steps", "raised", RAISED["detail"]], ["baseline", "not run", "none given"]]
-    assert [row for row in html.table(str(clear.question), 3) if row[0] != "check"] == rows
-    assert f"- mice (ours): more_steps: {RAISED['detail']}" in (tmp_path / "report.md").read_text()
-
-
-def test_a_check_that_was_raised_is_told_in_its_own_words_and_at_its_level(tmp_path):
+def test_doubts_are_told_by_name_with_what_was_seen_what_it_means_and_its_level(tmp_path):
     odd = check("few_images", True, "9 images"), check("of_old", True, "seen")
-    html = made(tmp_path, [make_result(sanity_checks=(*CHECKS["suspicious"], *odd))])
+    clear = make_result(sanity_checks=CHECKS["clear"])
+    html = made(tmp_path, [make_result(dataset="mice", sanity_checks=(*CHECKS["suspicious"], *odd)), clear])
+    assert "mice: more_steps, few_images, of_old" in html.found["h3"]
+    assert not any(h.startswith("cats:") for h in html.found["h3"])
+    assert "more_steps" in html.found["b"] and html.text.count(RAISED["detail"]) == 2
+    passed, doubt = ["detached", "passed", "0 of 9 images"], ["more_steps", "raised", RAISED["detail"]]
+    rows = [row for row in html.table(str(clear.question), 3) if row[0] != "check"]
+    assert rows[:4] == [passed, passed, doubt, ["baseline", "not run", "none given"]]
     _, *rows = html.table("What was raised", 3)
-    assert [row[:2] for row in rows] == [
-        ["more_steps", "suspicious"],
-        ["few_images", "remark"],
-        ["of_old", "suspicious"],
-    ]
+    levels = [["more_steps", "suspicious"], ["few_images", "remark"], ["of_old", "suspicious"]]
+    assert [row[:2] for row in rows] == levels
     assert rows[0][2] == sanity_checks.more_steps.__doc__ and rows[2][2] == "A check of another version."
     assert all(check.__doc__ and "\n" not in check.__doc__ for check in sanity_checks.CHECKS), "one sentence or two"
-    assert "What was raised" not in made(tmp_path / "clear", [make_result(sanity_checks=CHECKS["clear"])]).tables
+    assert f"- mice (ours): more_steps: {RAISED['detail']}" in (tmp_path / "report.md").read_text()
+    assert "What was raised" not in made(tmp_path / "clear", [clear]).tables
 
 
 def test_models_on_the_same_images_are_compared_image_by_image(tmp_path):
@@ -280,8 +222,7 @@ def test_models_that_may_not_be_compared_are_not(tmp_path, changed):
 
 def test_what_one_needs_to_doubt_a_figure_is_told(tmp_path):
     stages = {"apgd-ce": 44, "apgd-t": 41, "square": 40}
-    more = {"skipped": ("row 3", "row 9"), "target": "cat"}
-    result = make_result(attack="standard", n_after=stages, **more)
+    result = make_result(attack="standard", n_after=stages, skipped=("row 3", "row 9"), target="cat")
     text = made(tmp_path, [result]).text
     for said in (
         "robust after apgd-ce: 44.0%, apgd-t: 41.0%, square: 40.0%;",
@@ -292,8 +233,7 @@ def test_what_one_needs_to_doubt_a_figure_is_told(tmp_path):
         "2 unreadable images were left out",
     ):
         assert said in text
-    report = (tmp_path / "report.md").read_text()
-    assert "2 unreadable images were left out" in report
+    assert said in (tmp_path / "report.md").read_text()
 
 
 def test_transfer_is_a_table(tmp_path):
@@ -310,22 +250,16 @@ def test_transfer_is_a_table(tmp_path):
 @pytest.mark.parametrize(
     ("figures", "order", "says"),
     [
-        (
-            (("a", 100, 50), ("b", 90, 85)),
-            ["b", "a", "s"],
-            "Take b: it is right on 70.8% of the images attacked for s.",
-        ),
-        ((("a", 100, 84), ("b", 90, 85)), ["b", "a", "s"], "Chance may have put it before a: more images tell."),
-        ((("a", 100, 14),), ["a", "s"], "Take none: not even a is better there than s itself, beyond chance."),
+        ((("a", 100, 50), ("b", 90, 85)), "ba", "Take b: it is right on 70.8% of the images attacked for s."),
+        ((("a", 100, 84), ("b", 90, 85)), "ba", "Chance may have put it before a: more images tell."),
+        ((("a", 100, 14),), "a", "Take none: not even a is better there than s itself, beyond chance."),
     ],
 )
 def test_the_page_says_which_proxy_to_take_and_how_sure_that_is(tmp_path, figures, order, says):
-    html = made(tmp_path, transfer=(transfer := proxies(*figures, ("s", 106, 9))))
+    transfer = proxies(*figures, ("s", 106, 9))
+    html = made(tmp_path, transfer=transfer)
     assert says in html.text and ("Chance" in says or "Chance" not in html.text)
-    assert [row[0] for row in html.table(f"Transfer: {transfer['title']}", 7)] == ["asked", *order]
-
-
-# --- plots
+    assert [row[0] for row in html.table(f"Transfer: {transfer['title']}", 7)] == ["asked", *order, "s"]
 
 
 def test_several_radii_draw_a_curve_from_the_clean_accuracy(tmp_path):
@@ -346,7 +280,6 @@ def test_several_radii_draw_a_curve_from_the_clean_accuracy(tmp_path):
 
 
 def test_one_plot_has_one_unit_one_protocol_and_one_line_for_each_model_and_attack():
-    """0.5 in l2 and 1/255 in linf have no common axis."""
     kinds = [{"norm": n, "protocol": p} for n, p in (("linf", "input"), ("l2", "input"), ("linf", "native"))]
     models = [{"model": m, "attack": a} for m, a in (("1", "pgd-20"), ("2", "pgd-20"), ("1", "cw-20"))]
     results = [make_result(**kind, **model, eps=e) for kind in kinds for model in models for e in ("0.5", "1")]
@@ -356,9 +289,8 @@ def test_one_plot_has_one_unit_one_protocol_and_one_line_for_each_model_and_atta
 
 
 def test_means_over_different_sets_or_samples_are_no_curve():
-    """A model that was asked about the easy set only would look better than one asked about all."""
     for other in ({"dataset": "hard"}, {"per_class": {"cat": (5, 4, 3)}}, {"seed": 1}):
-        assert curves(summary([make_result(), make_result(eps="2/255", **other)])) == []
+        assert curves(summary([make_result(), make_result(eps="2/255", **other)])) == [], other
 
 
 def test_models_have_a_colour_and_a_mark_each_and_attacks_a_dash_in_lines_and_legend(tmp_path):
@@ -374,18 +306,15 @@ def test_models_have_a_colour_and_a_mark_each_and_attacks_a_dash_in_lines_and_le
 
 
 def test_a_mean_of_sets_is_as_sure_as_its_sets_together():
-    """Of one set it is Wilson's; of four alike it is half as wide; and it never leaves 0 to 100."""
     one, four = measured([(100, 60, 0)]), measured([(100, 60, 0)] * 4)
-    assert one["clean_interval"] == pytest.approx(wilson(60, 100))
-    assert one["robust_interval"] == pytest.approx(wilson(0, 100))
-    for kind in ("clean_interval", "robust_interval"):
-        width = one[kind][1] - one[kind][0]
-        assert four[kind][1] - four[kind][0] == pytest.approx(width / 2)
+    for kind, right in (("clean_interval", 60), ("robust_interval", 0)):
+        assert one[kind] == pytest.approx(wilson(right, 100)), "of one set it is Wilson's"
+        assert np.diff(four[kind]) == pytest.approx(np.diff(one[kind]) / 2)
     assert four["robust_interval"][0] == 0 and four["robust"] == 0
     assert measured([(10, 10, 0), (1000, 0, 0)])["clean"] == 50, "unweighted"
 
 
-def test_one_radius_is_bars_of_the_sets_of_one_model_or_the_means_of_several(tmp_path):
+def test_one_radius_is_bars_of_the_sets_of_one_model_or_the_means_of_several():
     sets = [make_result(dataset=d, per_class=c) for d, c in zip(("cats", "dogs"), COUNTS, strict=False)]
     ((question, rows),) = bars(sets, summary(sets)).items()
     assert question == str(sets[0].question) and [row["name"] for row in rows] == ["cats", "dogs", "mean"]
@@ -397,37 +326,25 @@ def test_one_radius_is_bars_of_the_sets_of_one_model_or_the_means_of_several(tmp
     assert [row["name"] for row in rows] == ["models/ours, pgd-20 on 2 sets", "other, pgd-20 on cats"]
     curve = [*sets, *(replace(r, eps="2/255") for r in sets)]
     assert bars(curve, summary(curve)) == {}, "which a plot shows"
-    html = made(tmp_path, sets)
-    assert sum(attrs.get("class") == "track" for _, attrs in html.tags) == 3
 
 
-# --- the gallery
-
-
-def test_the_gallery_shows_a_set_under_its_widest_ball_only(tmp_path):
-    results = [make_result(dataset=d, eps=e) for d in ("cats", "dogs") for e in ("4/255", "16/255", "0.01")]
-    for result in results:
-        write_json(tmp_path / "gallery" / result.file_name, [example(f"{result.dataset} {result.eps}")])
-    html = made(tmp_path, results)
-    assert [t for t in html.found["b"] if "/" in t or "." in t] == ["cats 16/255", "dogs 16/255"]
-
-
-def test_the_gallery_shows_each_sets_first_image_before_any_second(tmp_path):
-    results = [make_result(dataset=f"set{i}") for i in range(8)]
+def test_the_gallery_shows_each_set_under_its_widest_ball_and_its_first_image_before_any_second(tmp_path):
+    results = [make_result(dataset=f"set{i}", eps="16/255") for i in range(8)]
     for i, result in enumerate(results):
         shown = [example(f"{i}-{j}", shade=(i + 9 * j) / 20) for j in range(2 * (i != 3))]
         write_json(tmp_path / "gallery" / result.file_name, shown)
-    html = made(tmp_path, results)
+    narrow = [make_result(dataset="set0", eps=e) for e in ("4/255", "0.01")]
+    for result in narrow:
+        write_json(tmp_path / "gallery" / result.file_name, [example("narrow")])
+    html = made(tmp_path, results + narrow)
     order = [f"{i}-0" for i in (0, 1, 2, 4, 5, 6, 7)] + [f"{i}-1" for i in (0, 1, 2, 4, 5)]
-    assert [t for t in html.found["b"] if re.fullmatch(r"\d-\d", t)] == order, "at most twelve"
-    images = [attrs["src"].removeprefix("data:image/png;base64,") for tag, attrs in html.tags if tag == "img"]
-    first = example("0-0", shade=0.0)
-    assert len(images) == 36 and images[:3] == [first[k] for k in ("clean", "perturbation", "attacked")]
-    assert all(attrs["alt"] for tag, attrs in html.tags if tag == "img")
-    assert "attacked: dog (80%) set0 · ours · pgd-20, linf 1/255" in html.text
-
-
-# --- the page as a file
+    shown = [t for t in html.found["b"] if re.fullmatch(r"\d-\d", t)]
+    assert shown == order and "narrow" not in html.text, "at most twelve"
+    images = [attrs for tag, attrs in html.tags if tag == "img"]
+    first = [f"data:image/png;base64,{example('0-0', shade=0.0)[k]}" for k in ("clean", "perturbation", "attacked")]
+    assert len(images) == 36 and [image["src"] for image in images[:3]] == first
+    assert all(image["alt"] for image in images)
+    assert "attacked: dog (80%) set0 · ours · pgd-20, linf 16/255" in html.text
 
 
 def everything(folder: Path) -> Page:
@@ -438,35 +355,28 @@ def test_the_page_needs_nothing_from_outside_and_runs_nothing(tmp_path):
     html = everything(tmp_path)
     tags = {tag for tag, _ in html.tags}
     assert tags >= {"svg", "img", "table", "details", "style"} and not tags & FOREIGN
-    for tag, attrs in html.tags:
-        for name, value in attrs.items():
-            if name in LOADS:
-                assert value.startswith(("data:image/png;base64,", "#")), (tag, name, value[:80])
-            assert not name.startswith("on")
-            assert all(u.startswith("#") for u in re.findall(r"url\((.*?)\)", value or ""))
-            assert "://" not in value or name.startswith("xmlns") or name == "rdf:resource", (tag, name, value)
-    styles = " ".join(html.found["style"])
-    assert "@import" not in styles and "url(" not in styles and "://" not in styles
-    assert [attrs for tag, attrs in html.tags if tag == "meta"][0] == {"charset": "utf-8"}
+    for tag, name, value in ((tag, *attr) for tag, attrs in html.tags for attr in attrs.items()):
+        if name in LOADS:
+            assert value.startswith(("data:image/png;base64,", "#")), (tag, name, value[:80])
+        assert not name.startswith("on") and "url(" not in value and "://" not in value, (tag, name, value)
+    (style,) = html.found["style"]
+    assert "@import" not in style and "url(" not in style and "://" not in style
+    assert next(attrs for tag, attrs in html.tags if tag == "meta") == {"charset": "utf-8"}
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path):
-    for folder in (tmp_path / "one", tmp_path / "two"):
-        everything(folder)
+    for name in ("one", "two", "two"):
+        everything(tmp_path / name)
     for name in ("report.html", "report.md"):
-        first = (tmp_path / "one" / name).read_bytes()
-        assert first == (tmp_path / "two" / name).read_bytes()
-        write_html_report(tmp_path / "one")
-        assert first == (tmp_path / "one" / name).read_bytes()
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_names_are_text_and_never_markup(tmp_path):
     """Names of models, classes and sets come from folders and the Hub: whoever names them does not write this page."""
     evil = '<b onclick="x">&amp; $a^b$ {{ 7 * 7 }} --> '
     settings = {name: f"{evil}{name}" for name in ("attack", "hardware", "dataset")}
-    settings |= {"templates": (f"{evil}template {{}}",)}
-    settings |= {"sanity_checks": (check(f"{evil}check", True, f"{evil}seen"),)}
-    settings |= {"per_class": {f"{evil}class": (40, 30, 20)}}
+    settings |= {"templates": (f"{evil}template {{}}",), "per_class": {f"{evil}class": (40, 30, 20)}}
+    settings["sanity_checks"] = (check(f"{evil}check", True, f"{evil}seen"),)
     models = [{"model": f"{evil}{m}", "fingerprint": m} for m in ("one", "two")]
     results = [make_result(**model, eps=e, **settings) for model in models for e in ("1/255", "2/255")]
     transfer = TRANSFER | {"title": f"{evil}title"}
@@ -478,90 +388,55 @@ def test_names_are_text_and_never_markup(tmp_path):
         assert f"{evil}{part}" in html.text, part
 
 
-@pytest.mark.parametrize("name", ["<b>x</b>", "$\\frac{$^$", "_hidden", "a & b"])
-def test_an_odd_name_spoils_no_page(tmp_path, name):
-    results = [make_result(model=name, dataset=name, eps=e, per_class={name: (3, 2, 1)}) for e in ("0", "1/255")]
-    html = made(tmp_path, results)
-    assert name in [" ".join(row[0].split()) for rows in html.tables.values() for row in rows]
-    assert sum(tag == "figure" for tag, _ in html.tags) == 1
+def test_results_where_the_version_before_left_them_are_reported(tmp_path):
+    old, new = make_result(dataset="old"), make_result(dataset="new")
+    write_json(tmp_path / "scores" / old.file_name, old.to_json())
+    assert [row[0] for row in made(tmp_path, [new]).table(str(new.question), 7)] == ["data set", "new", "old"]
 
 
-# --- old folders, and nothing to report
+NOTHING = "holds no results/.*json and no transfer.json: nothing to report"
 
 
-def test_a_folder_of_the_version_before_is_reported(tmp_path):
-    old = {"model": "m", "fingerprint": "f", "revision": None, "dataset": "old", "source": {}, "classes": 1, "n": 4}
-    old |= {"templates": ["{}"], "rows": "r", "attack": "pgd-20", "steps": None, "norm": "linf", "eps": "1/255"}
-    old |= {"protocol": "input", "seed": 0, "target": None, "clean": 75.0, "robust": 25.0, "parts": {"pgd": 25.0}}
-    old |= {"per_class": {"a": [4, 3, 1]}, "format": 2}
-    old |= {"checks": [{"name": "restarts", "raised": True, "seen": "2 of 9"}]}
-    write_json(tmp_path / "scores" / "old.json", old)
-    html = made(tmp_path, [make_result(dataset="new")])
-    assert {row[0] for row in html.table("pgd-20, linf 1/255, protocol “input”", 8)} >= {"old", "new"}
-    assert "2 of 9" in html.text
-
-
-@pytest.mark.parametrize("folder", ["absent", "bare"])
-def test_an_empty_folder_is_an_error_and_stays_as_it_is(tmp_path, folder):
+@pytest.mark.parametrize(
+    ("folder", "says"),
+    [("absent", f"absent {NOTHING}"), ("bare", f"bare {NOTHING}"), ("odd", "other.json is no result")],
+)
+def test_a_folder_without_results_or_with_a_file_that_is_none_is_an_error_and_stays_as_it_is(tmp_path, folder, says):
     (tmp_path / "bare" / "results").mkdir(parents=True)
+    for name, content in (("a", make_result().to_json()), ("other", {"robust": 1})):
+        write_json(tmp_path / "odd" / "results" / f"{name}.json", content)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=f"{folder} holds no results/.*json and no transfer.json: nothing to report"):
+    with pytest.raises(ValueError, match=says):
         write_html_report(tmp_path / folder)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_folder_with_a_file_that_is_no_result_is_an_error_that_names_it(tmp_path):
-    write_json(tmp_path / "results" / make_result().file_name, make_result().to_json())
-    (tmp_path / "results" / "other.json").write_text(json.dumps({"robust": 1}))
-    with pytest.raises(ValueError, match="other.json is no result"):
-        write_html_report(tmp_path)
-    assert [f.name for f in tmp_path.iterdir()] == ["results"]
-
-
-# --- the page as it is seen
-
-
-def realistic(folder: Path) -> dict[str, Path]:
-    """Three folders: curves of models and attacks; models in one ball, with a pre-flight; one model on many sets."""
-    doubted = {"sanity_checks": (PASSED, RAISED, REMARK)}
-    made(
-        folder / "curves",
-        [
-            simulated(m, d, a, e, **(doubted if (a, e) == ("pgd-20", "4/255") and "tecoa" in m else {}))
-            for m in MODELS
-            for d in ("cifar10", "a set whose name is rather longer than one would like")
-            for a, radii in (("pgd-20", ("1/255", "2/255", "4/255", "16/255")), ("standard", ("1/255", "2/255")))
-            for e in radii
-        ],
-        examples=[example("a photograph of a Siamese cat"), example("dog", "cat")],
-    )
-    ranking = proxies(
-        ("lab:proxy", 106, 85), ("outputs/convolution-with-a-long-name", 84, 82), ("lab:student", 106, 9)
-    )
-    made(
-        folder / "models", [simulated(m, d, eps="2/255") for m in MODELS for d in ("cifar10", "dtd")], transfer=ranking
-    )
-    sets = ["caltech101", "cars", "cifar10", "dtd", "eurosat", "food101"]
-    made(
-        folder / "sets",
-        [simulated("outputs/hpt_gpd", d, n=40 + 9 * i, sanity_checks=(REMARK,) * (not i)) for i, d in enumerate(sets)],
-    )
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, Path]:
+    """Curves of models and attacks; models in one ball, with a pre-flight; one model on many sets."""
+    folder = tmp_path_factory.mktemp("pages")
+    long = "a set whose name is rather longer than one would like"
+    curves = [
+        simulated(m, d, a, e, **({"sanity_checks": (RAISED, REMARK)} if e == 4 and "tecoa" in m else {}))
+        for m, d in itertools.product(MODELS, ("cifar10", long))
+        for a, radii in (("pgd-20", (1, 2, 4, 16)), ("standard", (1, 2)))
+        for e in radii
+    ]
+    made(folder / "curves", curves, examples=[example(long.replace(" ", "_")), example("dog", "cat")])
+    transfer = ("lab:proxy", 106, 85), ("outputs/convolution-with-a-long-name", 84, 82), ("lab:student", 106, 9)
+    models = [simulated(m, d, eps=2) for m in MODELS for d in ("cifar10", "dtd")]
+    made(folder / "models", models, transfer=proxies(*transfer))
+    sets = [simulated("outputs/hpt_gpd", d) for d in ("caltech101", "cars", "cifar10", "dtd", "eurosat", "food101")]
+    made(folder / "sets", sets)
     return {name: folder / name / "report.html" for name in ("curves", "models", "sets")}
 
 
-# Every text lies inside the cell, card or picture that holds it and inside the window, and no two names of an axis overlap.
+# Nothing is wider than what holds it, and no two names of an axis overlap.
 UNFIT = """() => {
-    const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-    const range = document.createRange(), within = (a, b) => a.left >= b.left - 1 && a.right <= b.right + 1;
-    for (let node; (node = walk.nextNode()); ) {
-        range.selectNodeContents(node);
-        const holder = node.parentElement.closest('td, th, .card, .bar, figure, p, li, h1, h2, h3, dl, summary');
-        const boxes = [...range.getClientRects()].filter(box => node.data.trim() && box.width);
-        const tick = node.parentElement.closest('.ends') !== null; // it is wider than its place, on one line
-        if (boxes.some(box => !within(box, {left: 0, right: innerWidth})) || (tick ? boxes.length > 1
-            : boxes.some(box => !within(box, holder.getBoundingClientRect()))))
-            found.push(node.data.trim());
-    }
+    document.querySelectorAll('details').forEach(e => (e.open = true));
+    const holders = 'html, .scroll, td, th, .card, .bar:not(.soft), .bar > span, p, li, h1, h2, h3, dl, summary';
+    const wide = [...document.querySelectorAll(holders)].filter(e => e.scrollWidth > e.clientWidth + 1);
+    const found = wide.map(e => e.textContent);
     for (const plot of document.querySelectorAll('svg')) {
         const boxes = [...plot.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
         for (const [name, a] of boxes) for (const [other, b] of boxes)
@@ -592,45 +467,12 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    return realistic(tmp_path_factory.mktemp("pages"))
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_on_a_desk_and_on_a_phone_everything_can_be_read(browser, pages, tmp_path, width, scheme):
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_on_a_desk_and_on_a_phone_everything_can_be_read(browser, pages, width, scheme):
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     for name, file in pages.items():
-        tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         tab.goto(file.as_uri())
-        picture = tmp_path / f"{name}.png"
-        tab.screenshot(path=picture, full_page=True)
-        assert picture.stat().st_size > 10_000
-        tab.evaluate("document.querySelectorAll('details').forEach(e => (e.open = true))")
-        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), (name, "wider than the window")
-        assert tab.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)"), (
-            name
-        )
         assert tab.evaluate(UNFIT) == [], name
         text, pictures = tab.evaluate(CONTRAST)
         assert text >= 4.5 and pictures >= 3, name
-        assert tab.locator("dt").all_inner_texts() == ["clear", "remark", "suspicious", "unchecked"]
-        tab.close()
-
-
-def test_the_legends_say_model_attack_and_what_was_raised(browser, pages):
-    tab = browser.new_page()
-    tab.goto(pages["curves"].as_uri())
-    keys = tab.locator(".key").all_inner_texts()
-    assert [key.strip() for key in keys] == [
-        *sorted(Path(m).name for m in MODELS),
-        "pgd-20 on 2 sets",
-        "standard on 2 sets",
-    ]
-    assert tab.get_by_text("had not arrived").is_visible(), "what more_steps means"
-    tab.goto(pages["models"].as_uri())
-    assert (
-        tab.get_by_text("Take lab:proxy").is_visible()
-        and tab.get_by_text("Image by image, against hpt_gpd").is_visible()
-    )
     tab.close()

@@ -12,7 +12,7 @@ from hpt_hf.evaluation.masked_merge import clean_gradients, masked
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pair(student_path):
     original, robust = (ZeroShotClassifier.from_pretrained(student_path) for _ in range(2))
     torch.manual_seed(0)
@@ -23,9 +23,7 @@ def pair(student_path):
 
 
 def test_gradients_are_those_of_the_clean_loss(pair):
-    """One batch: what autograd gives for all images at once."""
-    _, robust = pair
-    images = make_images(8)
+    robust, images = pair[1], make_images(8)
     found = clean_gradients(robust, images, limit=8)
     batch = Collator(robust.processor)(list(images))
     F.cross_entropy(robust.classify(batch["images"]).logits, batch["labels"]).backward()
@@ -37,8 +35,7 @@ def test_gradients_are_those_of_the_clean_loss(pair):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.9])
 def test_the_share_with_the_largest_gradients_is_the_originals(pair, share):
-    original, robust = pair
-    images = make_images(8)
+    (original, robust), images = pair, make_images(8)
     gradients, merged = clean_gradients(robust, images, limit=512), masked(original, robust, images, share)
     theta0, theta1, theta = (m.model.state_dict() for m in (original, robust, merged))
     for name, got in theta.items():

@@ -29,7 +29,7 @@ def gradients(function, *inputs):
     return out.detach(), *torch.autograd.grad((out * made(*out.shape, seed=9, dtype=out.dtype)).sum(), leaves)
 
 
-@pytest.mark.parametrize("shape", [(7, 24), (0, 24), (900, 24), (40, 50, 24), (2, 30, 20, 24), (5, 17, 257, 24)])
+@pytest.mark.parametrize("shape", [(7, 24), (0, 24), (900, 24), (40, 50, 24), (5, 17, 257, 24)])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
 def test_a_product_is_the_linear_layers(shape, biased, dtype, tolerance):
@@ -121,28 +121,24 @@ def test_under_autocast_products_are_in_half_precision(stock, fast):
 
 
 FAULTS = """
-import resource, sys, torch
+import resource, torch
 from hpt_hf.models.fast_layers import keep_memory
-if sys.argv[1] == "keep":
-    keep_memory()
-faults = []
-for _ in range(6):
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    [torch.ones(12_000_000) for _ in range(3)]
-print(faults[-1] - faults[1])
+for prepare in (list, keep_memory):
+    prepare()
+    faults = []
+    for _ in range(4):
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        [torch.ones(12_000_000) for _ in range(3)]
+    print(faults[-1] - faults[1])
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_kept_memory_is_not_asked_for_again():
-    """Twelve blocks of 46 MiB: handed back, each page of each is faulted in anew."""
-    faults = {
-        how: int(
-            subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout
-        )
-        for how in ("keep", "")
-    }
-    assert faults["keep"] < faults[""] / 10, faults
+    """Blocks of 46 MiB: handed back, each page of each is faulted in anew."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    returned, kept = map(int, done.stdout.split())
+    assert kept < returned / 10, (returned, kept)
 
 
 def test_where_there_is_nothing_to_set_keeping_memory_does_nothing(monkeypatch):

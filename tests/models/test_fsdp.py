@@ -33,7 +33,7 @@ CUT = 7  # the step of the checkpoint
 CASES = {
     "hpt_gpd": lambda: (gpd_schedule(interval=4, warm_up_learning_rate=3e-4, learning_rate=1e-3), {}),
     "anchor": lambda: (single_schedule("anchor_clean", learning_rate=1e-3), {"gradient_accumulation_steps": 2}),
-    "checkpointing": lambda: (gpd_schedule(learning_rate=1e-3), {"activation_checkpointing": True}),
+    "checkpointing": lambda: (single_schedule("hpt", learning_rate=1e-3), {"activation_checkpointing": True}),
     "bf16": lambda: (single_schedule("hpt", learning_rate=1e-3), {"bf16": True}),
 }
 
@@ -79,10 +79,10 @@ def worker(folder: str, *paths: str) -> None:
         if case == "hpt_gpd":
             trainer.save_model()
             parts = parameters(trainer.model)
+            named = (*parts.items(), *parameters(trainer.proxy).items())
             copies = (*trainer.gpd.vanilla.values(), *trainer.gpd.average.values())
             results["sharded"] = {
-                "whole": [n for n, p in parts.items() if not isinstance(p, DTensor)],
-                "proxy": [n for n, p in parameters(trainer.proxy).items() if not isinstance(p, DTensor)],
+                "whole": [n for n, p in named if not isinstance(p, DTensor)],
                 "copies": [isinstance(t, DTensor) for t in copies],
                 "here": sum(p.to_local().numel() for p in parts.values() if isinstance(p, DTensor)),
                 "all": sum(p.numel() for p in parts.values()),
@@ -101,22 +101,21 @@ def two(tmp_path_factory, paths) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, paths) -> dict:
-    folder = tmp_path_factory.mktemp("whole")
-    return {case: train(build(folder / case, paths, case, 1)) for case in CASES}
+def vanilla(student_path) -> dict:
+    return load_file(Path(student_path) / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def vanilla(student_path) -> dict:
-    return load_file(Path(student_path) / "model.safetensors")
+def one(tmp_path_factory, paths) -> dict:
+    folder = tmp_path_factory.mktemp("whole")
+    return {case: train(build(folder / case, paths, case, 1)) for case in CASES}
 
 
 def test_every_process_holds_half_of_the_weights_and_of_all_copies(two):
     """Without this the rest would compare DDP with one process."""
     for rank in two.ranks:
         found = rank["sharded"]
-        assert found["whole"] == found["proxy"] == ["logit_scale"]
-        assert found["copies"] and all(found["copies"])
+        assert found["whole"] == ["logit_scale"] * 2 and found["copies"] and all(found["copies"])
         assert found["here"] < 0.6 * found["all"]
 
 

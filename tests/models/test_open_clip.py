@@ -1,4 +1,4 @@
-"""open_clip's own models are measured, attacked, trained and saved: what open_clip writes is read, and back (`make interop`)."""
+"""open_clip's own models are measured, attacked, trained and saved so that open_clip reads them (`make interop`)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from hpt_hf.publishing.export import check, export
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 TIMM = {"timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
+EVA02 = {"image_size": 224, "timm_pool": "token"}
 MODELS = {
     "RN": {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}},
     "ConvNeXt": {"vision_cfg": {"timm_model_name": "convnext_atto", **TIMM}},
-    "EVA02": {
-        "vision_cfg": {"timm_model_name": "eva02_tiny_patch14_224", **TIMM, "image_size": 224, "timm_pool": "token"}
-    },
+    "EVA02": {"vision_cfg": {"timm_model_name": "eva02_tiny_patch14_224", **TIMM, **EVA02}},
     "ViT": {"vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}},
 }
 PREPROCESS = {"RN": {}, "ConvNeXt": {"resize_mode": "squash", "interpolation": "bilinear"}}
@@ -132,9 +131,8 @@ def test_a_prompt_that_is_too_long_is_named_and_not_cut(folders):
 
 
 def test_a_folder_without_weights_is_refused_and_without_open_clip_it_is_said(tmp_path, monkeypatch):
-    (tmp_path / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}})
-    )
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     if "open_clip" in sys.modules:
         with pytest.raises(ValueError, match="open_clip cannot open"):
             ZeroShotClassifier.from_pretrained(tmp_path)
