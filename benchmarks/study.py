@@ -3,6 +3,7 @@
     python benchmarks/study.py --world glyphs                                          # several processes share the runs
     python benchmarks/study.py --world photographs --data_dir FOLDER --models FOLDER   # student, proxy and convolution of docs/lab.md
     python benchmarks/study.py --world glyphs --collect docs/results/study-glyphs.json # what there is so far, as tables
+    python benchmarks/study.py --world glyphs --strict --limit 20 --rows …             # under `standard`, with the sanity checks; --collect likewise
 
 A row is a command line of `hpt-hf sweep` without a choice: its rate was chosen before, on classes left out (docs/experiments.md). Differences are
 paired over the images of the suite, from the control, the student's own vanilla self on clean images.
@@ -11,7 +12,8 @@ paired over the images of the suite, from the control, the student's own vanilla
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers.utils import logging
@@ -23,11 +25,11 @@ from hpt_hf.commands.compare import front
 from hpt_hf.commands.sweep import Grid, run
 from hpt_hf.commands.transfer import matrix, means
 from hpt_hf.evaluation.comparison import Compared, compare
-from hpt_hf.evaluation.result import read_results_of
+from hpt_hf.evaluation.result import Question, read_results_of
+from hpt_hf.evaluation.sanity_checks import PROBE
 from hpt_hf.utils import hardware, markdown, slug, versions, write_json
 
 REFERENCE = "anchor, clean"
-WINNER = "anchor, clean, attacked by KL"  # on glyphs; its margins are counted against every row
 STEPS = 10  # of PGD in every figure
 
 
@@ -40,7 +42,13 @@ class World:
     flags: str
     models: dict[str, str]  # student, proxies
     recipes: str  # folder of the recipes that rows begin with
-    embedding_rate: str  # of FARE and LORE, whose loss is a squared distance
+    left_out: tuple[str, ...]  # what rates are chosen on
+    winner: str  # its margins are counted against every row
+    rates: dict[str, str] = field(default_factory=dict)  # of rows that were given another than the recipe's
+
+    def attack(self, strict: bool = False) -> EvaluationAttack:
+        name, steps = ("standard", None) if strict else ("pgd", STEPS)
+        return EvaluationAttack(ThreatModel("linf", self.eps), name, steps)
 
 
 WORLDS = {
@@ -50,7 +58,9 @@ WORLDS = {
         "--config lab/anchor_clean --held_out 0",
         {"student": "lab:student", "proxy": "lab:proxy", "convolution": "lab:convolution"},
         "lab",
-        "0.001",
+        ("--leave_out_classes", "0.25"),
+        "anchor, clean, attacked by KL",
+        {"FARE": "0.001", "LORE": "0.001"},
     ),
     "photographs": World(
         "photographs",
@@ -58,7 +68,9 @@ WORLDS = {
         "--config photographs/anchor_clean",
         {name: f"{{models}}/{name}" for name in ("student", "proxy", "convolution")},
         "photographs",
-        "0.001",
+        ("--choose_on", "photos:tiny_imagenet held out"),
+        "anchor, clean, attacked by KL",
+        {"FARE": "0.001", "LORE": "0.001"},
     ),
 }
 ROWS = {
@@ -70,16 +82,19 @@ ROWS = {
     "AGFT": "--method agft",
     "UCAT": "--method ucat",
     "PMG-AFT": "--method pmg_aft",
-    "FARE": "--method fare --learning_rate {embedding_rate}",
-    "LORE": "--method lore --learning_rate {embedding_rate}",
+    "FARE": "--method fare",
+    "LORE": "--method lore",
     "HPT-GPD": "--config {recipes}/hpt_gpd --proxy {proxy}",
     "ViT proxy, clean": "--method ga --proxy {proxy}",
+    "ViT proxy, clean, attacked by KL": "--method ga --proxy {proxy} --attack_loss kl",
     "ViT proxy, adversarial (HPT)": "--method hpt --proxy {proxy}",
     "convolution, clean": "--method ga --proxy {convolution}",
     "convolution, adversarial": "--method hpt --proxy {convolution}",
     "both proxies, clean": "--method ga --proxy {proxy} {convolution}",
     "both proxies, adversarial": "--method hpt --proxy {proxy} {convolution}",
     "anchor + ViT proxy, clean": "--method distillation --teachers anchor_clean proxy_clean --proxy {proxy}",
+    "anchor + ViT proxy, clean, attacked by KL": "--method distillation --teachers anchor_clean proxy_clean "
+    "--proxy {proxy} --attack_loss kl",
     "anchor + convolution, clean": "--method distillation --teachers anchor_clean proxy_clean --proxy {convolution}",
     "anchor + both, clean": "--method distillation --teachers anchor_clean proxy_clean --proxy {proxy} {convolution}",
     "anchor + ViT proxy, where they agree": "--method distillation --teachers anchor_clean proxy_clean --proxy {proxy} "
@@ -92,7 +107,7 @@ ROWS = {
 def row_flags(world: World, row: str, models: str, data_dir: str | None) -> list[str]:
     paths = {name: path.format(models=models) for name, path in world.models.items()}
     flags = f"{world.flags} {ROWS[row]} --model {{student}} --disable_tqdm true --logging_strategy no"
-    flags = flags.format(embedding_rate=world.embedding_rate, recipes=world.recipes, **paths).split()
+    flags = flags.format(recipes=world.recipes, **paths).split()
     return [*flags, *(["--data_dir", data_dir] if data_dir else [])]
 
 
@@ -100,24 +115,25 @@ def phenomenon(world: World, models: str, data_dir: str | None, limit: int) -> d
     """What each model answers rightly, clean and on the student's adversarial images, in percent."""
     opened = {name: load_model(path.format(models=models)) for name, path in world.models.items()}
     sets = open_sets(ImageArguments("", dataset=list(suite_names(world.suite)), data_dir=data_dir, limit=limit))
-    attack = EvaluationAttack(ThreatModel("linf", world.eps), steps=STEPS)
-    crossed = means(matrix(opened, sets, attack, sources=["student"], limit=limit))
+    crossed = means(matrix(opened, sets, world.attack(), sources=["student"], limit=limit))
     return {name: {k: crossed["student", name][k] for k in ("clean", "adversarial", "kl")} for name in opened}
 
 
-def collect(output: Path, picture: Path) -> list[dict]:
+def collect(output: Path, picture: Path, asked: Question, winner: str) -> list[dict]:
     """Every row that has a run: means, spread over seeds, and paired differences from the reference; all in a picture."""
     results = []
     for row in ROWS:
         for folder in sorted((output / slug(row) / "recipe").glob("seed*")):
-            results += [replace(r, model=f"{row}/{folder.name}") for r in read_results_of(folder)]
+            found = [r for r in read_results_of(folder) if r.question == asked]
+            results += [replace(r, model=f"{row}/{folder.name}") for r in found]
+    verdicts = {row: dict(Counter(r.verdict for r in results if r.model.startswith(f"{row}/"))) for row in ROWS}
     rows, compared = [], compare(results, REFERENCE)
     front({str(results[0].question): compared}, picture)
     for c in compared:
         found = {"row": c.model, "seeds": c.seeds, "sets": c.sets, "n": c.n, "clean": c.clean, "robust": c.robust}
-        found |= {"spread": c.spread, "dominated_by": c.dominated_by}
+        found |= {"spread": c.spread, "dominated_by": c.dominated_by, "verdicts": verdicts[c.model]}
         rows.append(found | {"difference": told(c)})
-    behind = {c.model: told(c) for c in compare(results, WINNER)}
+    behind = {c.model: told(c) for c in compare(results, winner)}
     rows = [row | {"from_winner": behind[row["row"]]} for row in rows]
     return sorted(rows, key=lambda r: list(ROWS).index(r["row"]))
 
@@ -133,7 +149,7 @@ def margins(found: dict) -> str:
         if gap := row["from_winner"]:
             said = [f"{-g['value']:+.1f} ({-g['high']:+.1f} to {-g['low']:+.1f})" for g in gap.values()]
             cells.append((row["row"], row["seeds"], *said))
-    return markdown((f"{WINNER}, above", "its seeds", "clean, paired", "robust, paired"), cells)
+    return markdown((f"{found['winner']}, above", "its seeds", "clean, paired", "robust, paired"), cells)
 
 
 def table(found: dict) -> str:
@@ -167,21 +183,26 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", default=["0"])
     parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--strict", action="store_true", help="under `standard`, with the sanity checks")
     parser.add_argument("--output_dir", type=Path)
     parser.add_argument("--collect", metavar="FILE")
     args = parser.parse_args()
     logging.disable_progress_bar()
     world, output = WORLDS[args.world], args.output_dir or Path("outputs/study", args.world)
+    attack = world.attack(args.strict)
     if args.collect:
-        found = {"phenomenon": phenomenon(world, args.models, args.data_dir, args.limit)}
-        found["rows"] = collect(output, Path(args.collect).with_suffix(".svg"))
-        found |= {"attack": f"pgd-{STEPS}, linf {world.eps}", "limit": args.limit}
+        found = {} if args.strict else {"phenomenon": phenomenon(world, args.models, args.data_dir, args.limit)}
+        picture, asked = Path(args.collect).with_suffix(".svg"), Question.of(attack, args.limit)
+        found |= {"winner": world.winner, "rows": collect(output, picture, asked, world.winner)}
+        found |= {"attack": f"{attack}, linf {world.eps}", "limit": args.limit}
         write_json(args.collect, found | {"versions": versions(), "hardware": hardware()})
-        print(kept(found), table(found), sep="\n\n")
+        print(table(found), margins(found), sep="\n\n")
         return
-    measured = ["--measure_on", world.suite, "--measure_attack_steps", str(STEPS), "--limit", str(args.limit)]
+    measured = ["--measure_on", world.suite, "--measure_attack", attack.name, "--limit", str(args.limit)]
+    measured += ["--measure_probe", str(PROBE)] if args.strict else ["--measure_attack_steps", str(STEPS)]
     for row in args.rows:
         flags = [*row_flags(world, row, args.models, args.data_dir), *measured, "--seed", *args.seeds]
+        flags += ["--learning_rate", world.rates[row]] if row in world.rates else []
         run(Grid.read([*flags, "--output_dir", str(output / slug(row))]))
 
 

@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def tell(args: QuickstartArguments) -> None:
     start, output = time.time(), Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
     keep_memory()
     limit = 8 if args.smoke else args.limit

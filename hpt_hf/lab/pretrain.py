@@ -1,6 +1,6 @@
 """Contrastive pre-training of small CLIPs of any architecture on any captioned images (Radford et al. 2021, arXiv 2103.00020).
 
-It makes the vanilla models that the lab starts from, and nothing else: `python -m hpt_hf.lab.pretrain --help`.
+It makes the vanilla models that the lab starts from, and nothing else: `hpt-hf pretrain --help`.
 One difference from CLIP: images with the same caption are positives of each other (UniCL, Yang et al. 2022, arXiv
 2204.03610), because a small world repeats its captions within a batch.
 """
@@ -283,7 +283,6 @@ def pretraining_arguments(output_dir: str, **options) -> TrainingArguments:
     """AdamW, linear warm-up and cosine decay to zero; one batch of `Batches` a step."""
     defaults = {
         "per_device_train_batch_size": 1,
-        "learning_rate": 1e-3,
         "weight_decay": 0.05,
         "adam_beta2": 0.98,
         "warmup_steps": 200,
@@ -294,6 +293,7 @@ def pretraining_arguments(output_dir: str, **options) -> TrainingArguments:
         "save_total_limit": 1,
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # unless told, transformers refuses bfloat16 there
     }
     return TrainingArguments(output_dir, **defaults | options)
 

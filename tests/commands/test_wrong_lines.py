@@ -226,7 +226,6 @@ def places(tmp_path_factory, paths):
 @pytest.mark.parametrize(("command", "line", "says"), LINES)
 @pytest.mark.filterwarnings("ignore")
 @mock.patch.dict(os.environ)  # --fsdp sets variables, for good
-@mock.patch("hpt_hf.commands.quickstart.LAB_SUITE", ("lab:digits",))  # it measures before it looks at output_dir
 def test_a_wrong_line_is_one_line_and_writes_nothing(command, line, says, places, tmp_path):
     argv = shlex.split(line.format(**places, out=tmp_path / "out"))
     if "--output_dir" not in argv and command not in ("verify", "convert", "push", "demo"):

@@ -61,7 +61,7 @@ def test_pretraining_learns_and_repeats_itself(tmp_path):
         torch.manual_seed(0)
         model = new_clip(tokenizer, vision={**size, "patch_size": 8}, text=size)
         args = pretraining_arguments(
-            str(tmp_path), max_steps=20, warmup_steps=2, logging_steps=10, save_strategy="no", use_cpu=True
+            str(tmp_path), max_steps=20, learning_rate=1e-3, warmup_steps=2, logging_steps=10, save_strategy="no"
         )
         losses = [
             e["loss"] for e in pretrain(model, new_processor(tokenizer), world_batches(world, 32), args) if "loss" in e
