@@ -31,7 +31,7 @@ from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.publishing.export import DTYPES, check_apart
 from hpt_hf.publishing.model_card import TRAINED
 from hpt_hf.training.config import HPTConfig
-from hpt_hf.training.record import held_out_report
+from hpt_hf.training.record import ARGUMENTS, held_out_report
 from hpt_hf.training.trainer import HPTTrainer
 from hpt_hf.utils import did_you_mean, load_object, no_space, progress, shutdown_distributed, write_json
 
@@ -136,6 +136,15 @@ class MethodArguments:
 
 
 RECIPE = (DataArguments, MethodArguments, HPTConfig)
+# Of the Trainer's arguments those that phases and batches come from.
+STEPS = ("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type")
+STEPS += ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def settings(data: DataArguments, method: MethodArguments, training: HPTConfig) -> dict:
+    """A recipe as `train.json` holds it: data, method, and what of the Trainer's arguments decides the weights."""
+    own = dataclasses.asdict(data) | dataclasses.asdict(method)
+    return own | {name: getattr(training, name) for name in (*STEPS, *ARGUMENTS)}
 
 
 def build_schedule(args: MethodArguments) -> Schedule:
@@ -301,14 +310,13 @@ def parts(
         raise RecipeError("lora_alpha: got one without adapters. Fix: --lora_r")
     needed = any("proxy" in p.objective.references for p in schedule.phases)
     proxy = load_proxy(method, images) if needed else None
-    recipe = {k: v for part in (data, method) for k, v in dataclasses.asdict(part).items()}
     return {
         "model": student,
         "args": training,
         "schedule": schedule,
         "attack": attack,
         "proxy": proxy,
-        "recipe": {"method": method.method, "recipe": recipe},
+        "recipe": {"method": method.method, "recipe": settings(data, method, training)},
         "shortened": shortened,
         "train_dataset": train_part,
         "eval_dataset": eval_part,

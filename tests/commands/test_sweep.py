@@ -80,8 +80,18 @@ def test_what_stands_there_answers_no_other_question(more, probe, told, swept, f
     grid = sweep.Grid.read([*flags, *more, "--output_dir", str(tmp_path)])
     folder = shutil.copytree(swept / chosen(swept) / "seed0", tmp_path / "seed0")
     sets = sweep._opened(grid.args.measure_on, None, None)
-    (found,) = sweep.run_one(grid, folder, grid.recipe({}, "0", folder), sets, probe)
+    setting = {"learning_rate": chosen(swept).split("=")[1]}
+    recipe = grid.recipe(setting, "0", folder, "--leave_out_classes", "0")
+    (found,) = sweep.run_one(grid, folder, recipe, sets, probe)
     assert (found.attack, found.n, found.verdict) == told
+
+
+@pytest.mark.parametrize("more", ["--eps 4/255", "--max_steps 4", "--kl_direction reverse", "--optim adamw_torch"])
+def test_a_folder_with_runs_of_another_recipe_is_refused(more, swept, flags):
+    before, name = contents(swept), more.split()[0][2:]
+    with pytest.raises(RecipeError, match=f"another recipe: {name}: got"):
+        sweep.run(sweep.Grid.read([*flags, *more.split(), "--output_dir", str(swept)]))
+    assert contents(swept) == before
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(swept):
