@@ -29,6 +29,7 @@ from hpt_hf.cli import COMMANDS
 from hpt_hf.commands.recipes import find_recipe
 from hpt_hf.data.zero_shot_sets import SETS
 from hpt_hf.lab.datasets import WEIGHTS, lab_images
+from hpt_hf.models.families import FAMILIES
 from hpt_hf.training import config
 
 ROOT = Path(__file__).parent.parent
@@ -204,11 +205,15 @@ def place(tmp_path_factory):
             cli.main(["evaluate", *asked.split()])
         shutil.copytree("outputs/tecoa", "outputs/evaluation")
         shutil.copytree(WEIGHTS / "proxy", "W/first")
+        shutil.copytree(WEIGHTS / "student", "outputs/my_clip")
+        config = json.loads(Path("outputs/my_clip/config.json").read_text())
+        Path("outputs/my_clip/config.json").write_text(json.dumps(config | {"model_type": "my_clip"}))
     return place
 
 
 @pytest.mark.parametrize(("command", "rest"), RUN, ids=lambda part: part[:70])
 @mock.patch("hpt_hf.commands.common.LAB_TRAINING_SIZE", FEW)
+@mock.patch.dict(FAMILIES)
 def test_a_line_of_the_documents_runs(command, rest, place, tmp_path, monkeypatch):
     shutil.copytree(place, tmp_path / "here", symlinks=True)
     monkeypatch.chdir(tmp_path / "here")

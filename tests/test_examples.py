@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from conftest import make_images, write_image_folder
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands import evaluate, verify
+from hpt_hf.commands.common import load_model
 from hpt_hf.commands.parser import parse
 from hpt_hf.commands.train import RECIPE, build_schedule, run
+from hpt_hf.models.families import FAMILIES
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -75,10 +79,25 @@ def test_a_broken_attack_of_ones_own_is_one_line(code, said, tmp_path):
         EvaluationAttack(ThreatModel("linf", "1/255"), f"{tmp_path / 'my.py'}:mine")
 
 
+@mock.patch.dict(FAMILIES)
+def test_a_model_of_a_family_of_ones_own_is_opened_by_its_path(folder, paths, tmp_path):
+    theirs = shutil.copytree(paths[1], tmp_path / "theirs")
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(config | {"model_type": "my_clip"}))
+    with pytest.raises(ValueError, match="a model of type 'my_clip': expected one of 'clip'"):
+        load_model(str(theirs))
+    own = f"{EXAMPLES / 'own_family.py'}:my_family:{theirs}"
+    images = torch.rand(2, 3, 32, 32)
+    classes = [load_model(name).set_classes(["a", "b"]) for name in (own, paths[1])]
+    torch.testing.assert_close(*(model.classify(images).logits for model in classes))
+    record = run(*recipe("hpt", folder, (paths[0], own), tmp_path / "out", "--proxy", own))
+    assert record["proxy"]["source"] == str(theirs) and record["recipe"]["proxy"] == [own]
+
+
 def test_there_is_no_other_example():
     assert {f.stem for f in EXAMPLES.glob("*.py")} == {
         *("evaluate_pipeline", "evaluate_module", "compare_two_models", "train_on_a_folder", "own_objective"),
-        *("save_adversarial_images", "own_attack"),
+        *("save_adversarial_images", "own_attack", "own_family"),
     }
     assert all(len(f.read_text().splitlines()) <= 24 for f in EXAMPLES.glob("*.py"))
 
@@ -86,9 +105,9 @@ def test_there_is_no_other_example():
 FLAGS = "--max_steps 2 --per_device_train_batch_size 8 --use_cpu true --disable_tqdm true --eps 8/255 --learning_rate 1e-3 --logging_steps 1"
 
 
-def recipe(method: str, folder, paths, output):
+def recipe(method: str, folder, paths, output, *more):
     flags = f"--method {method} --dataset {folder} --model {paths[0]} {FLAGS} --output_dir {output}"
-    return parse(RECIPE, flags.split())
+    return parse(RECIPE, [*flags.split(), *more])
 
 
 def test_an_objective_of_ones_own_trains_and_is_called_by_its_name(folder, paths, tmp_path):

@@ -13,8 +13,9 @@ from hpt_hf.data.dataset import DatasetSpec, LabelledImages, load_images
 from hpt_hf.data.zero_shot_sets import SETS, open_set
 from hpt_hf.lab.datasets import LAB_SUITE, LAB_TRAINING_SIZE, WEIGHTS, lab_images, real_images, real_suite
 from hpt_hf.lab.photographs import PHOTO_SUITE, photo_images
+from hpt_hf.models.families import FAMILIES, Family
 from hpt_hf.models.zero_shot import ZeroShotClassifier
-from hpt_hf.utils import did_you_mean, processes, progress
+from hpt_hf.utils import did_you_mean, load_object, processes, progress
 
 
 @dataclass
@@ -49,10 +50,15 @@ class ImageArguments:
 
 
 def load_model(source: str, revision: str | None = None) -> ZeroShotClassifier:
-    """`lab:student` and `lab:proxy` are the pair that ships with the package; all else is a folder or a Hub id."""
-    return ZeroShotClassifier.from_pretrained(
-        WEIGHTS / source[4:] if source.startswith("lab:") else source, revision=revision
-    )
+    """`lab:student`, `lab:proxy`: shipped; `my_file.py:my_family:FOLDER`: of a family of one's own; a folder or Hub id."""
+    place: str | Path = source
+    if source.count(":") == 2:
+        path, _, place = source.rpartition(":")
+        own = load_object(path, Family)
+        FAMILIES[own.model_class.config_class.model_type] = own
+    elif source.startswith("lab:"):
+        place = WEIGHTS / source[4:]
+    return ZeroShotClassifier.from_pretrained(place, revision=revision)
 
 
 def dataset_spec(args, path: str, split: str, *, revision: str | None = None) -> DatasetSpec:

@@ -38,6 +38,7 @@ def draw_log(folder: str | Path) -> None:
 
     state = Path(folder, "trainer_state.json")
     rows = [row for row in read_json(state)["log_history"] if "loss" in row] if state.is_file() else []
+    Path(folder, CURVE).unlink(missing_ok=True)  # an earlier run's
     if len(rows) < 2:
         return
     figure = Figure(figsize=(8, 2.4), layout="constrained")
