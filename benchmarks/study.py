@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers.utils import logging
@@ -44,7 +44,6 @@ class World:
     recipes: str  # folder of the recipes that rows begin with
     left_out: tuple[str, ...]  # what rates are chosen on
     winner: str  # its margins are counted against every row
-    rates: dict[str, str] = field(default_factory=dict)  # of rows that were given another than the recipe's
 
     def attack(self, strict: bool = False) -> EvaluationAttack:
         name, steps = ("standard", None) if strict else ("pgd", STEPS)
@@ -60,7 +59,6 @@ WORLDS = {
         "lab",
         ("--leave_out_classes", "0.25"),
         "anchor, clean, attacked by KL",
-        {"FARE": "0.001", "LORE": "0.001"},
     ),
     "photographs": World(
         "photographs",
@@ -70,25 +68,19 @@ WORLDS = {
         "photographs",
         ("--choose_on", "photos:tiny_imagenet held out"),
         "anchor, clean, attacked by KL",
-        {
-            "TeCoA": "0.01",
-            "PMG-AFT": "0.01",
-            "FARE": "0.001",
-            "LORE": "0.001",
-        },  # by docs/results/fronts-photographs.json
     ),
 }
 ROWS = {
-    "TeCoA": "--method tecoa",
+    "TeCoA": "--config {recipes}/tecoa",
     REFERENCE: "--method anchor_clean",
     "anchor, clean, attacked by KL": "--method anchor_clean --attack_loss kl",
     "anchor, clean, mean of the last third": "--method anchor_clean --average_last 0.33",
     "anchor, clean, layer rates 0.7": "--method anchor_clean --layer_rate_decay 0.7",
     "AGFT": "--method agft",
     "UCAT": "--method ucat",
-    "PMG-AFT": "--method pmg_aft",
-    "FARE": "--method fare",
-    "LORE": "--method lore",
+    "PMG-AFT": "--config {recipes}/pmg_aft",
+    "FARE": "--config {recipes}/fare",
+    "LORE": "--config {recipes}/fare --method lore",
     "HPT-GPD": "--config {recipes}/hpt_gpd --proxy {proxy}",
     "ViT proxy, clean": "--method ga --proxy {proxy}",
     "ViT proxy, clean, attacked by KL": "--method ga --proxy {proxy} --attack_loss kl",
@@ -207,7 +199,6 @@ def main() -> None:
     measured += ["--measure_probe", str(PROBE)] if args.strict else ["--measure_attack_steps", str(STEPS)]
     for row in args.rows:
         flags = [*row_flags(world, row, args.models, args.data_dir), *measured, "--seed", *args.seeds]
-        flags += ["--learning_rate", world.rates[row]] if row in world.rates else []
         run(Grid.read([*flags, "--output_dir", str(output / slug(row))]))
 
 
