@@ -160,8 +160,10 @@ def table(found: dict) -> str:
             "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**row["difference"][k]) if row["difference"] else "–"
             for k in ("clean", "robust")
         ]
-        cells.append((row["row"], row["seeds"], *values, *gaps))
-    return markdown(("taught by", "seeds", "clean %", "robust %", "clean, paired", "robust, paired"), cells)
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in row["verdicts"].items())
+        cells.append((row["row"], row["seeds"], *values, *gaps, *([verdicts] if found["checked"] else [])))
+    header = ("taught by", "seeds", "clean %", "robust %", "clean, paired", "robust, paired")
+    return markdown((*header, *(["verdicts"] if found["checked"] else [])), cells)
 
 
 def kept(found: dict) -> str:
@@ -191,7 +193,7 @@ def main() -> None:
         found = {} if args.strict else {"phenomenon": phenomenon(world, args.models, args.data_dir, args.limit)}
         picture, asked = Path(args.collect).with_suffix(".svg"), Question.of(attack, args.limit)
         found |= {"winner": world.winner, "rows": collect(output, picture, asked, world.winner)}
-        found |= {"attack": f"{attack}, linf {world.eps}", "limit": args.limit}
+        found |= {"attack": f"{attack}, linf {world.eps}", "limit": args.limit, "checked": args.strict}
         write_json(args.collect, found | {"versions": versions(), "hardware": hardware()})
         print(table(found), margins(found), sep="\n\n")
         return

@@ -17,7 +17,7 @@ from hpt_hf.attacks.threat_model import ThreatModel
 CLIMB = Criterion(lambda logits, rows: logits[:, 0], lambda logits, rows: torch.zeros(len(logits), dtype=torch.bool))
 
 
-@pytest.mark.parametrize("steps", [*range(1, 30), 50, 100, 200, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 10, 20, 29, 50, 100, 1000])
 def test_checkpoints_are_the_papers(steps):
     """p(j+1) = p(j) + max(p(j) - p(j-1) - 0.03, 0.06) from 0 and 0.22, in exact fractions of the number of steps."""
     marks = [Fraction(0), Fraction(22, 100)]
@@ -67,10 +67,8 @@ def test_apgd_asks_about_the_points_of_the_written_out_algorithm(steps, turns):
     images, shift = grey(count, side=2), torch.rand(count, 12, generator=generator) - 0.5
     bend = 0.3 + torch.rand(count, 12, generator=generator)
     for norm, size in (("linf", 0.2), ("l2", 0.1)):
-        top, threat = (
-            images.flatten(1) + size * shift * torch.tensor([0.5, 1, 2, 4] * 2)[:, None],
-            ThreatModel(norm, radius),
-        )
+        top = images.flatten(1) + size * shift * torch.tensor([0.5, 1, 2, 4] * 2)[:, None]
+        threat = ThreatModel(norm, radius)
         queries = Recorder(lambda x, top=top: -(bend * (x.flatten(1) - top) ** 2).sum(1, keepdim=True))
         run_attack(queries, images, APGD(threat, steps), noise=Noise(torch.arange(count), round=2), criterion=CLIMB)
         for i in range(count):

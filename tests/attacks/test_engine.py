@@ -58,26 +58,26 @@ def test_what_is_broken_is_answered_wrongly_and_lies_in_the_ball(trained, batch,
 
 @every_attack
 def test_whether_an_image_breaks_does_not_depend_on_its_batch(trained, batch, name, norm):
-    whole = run(trained, batch, name, norm, rows=slice(0, 10))[1]
-    for size in (1, 7):
-        parts = [run(trained, batch, name, norm, rows=slice(i, min(i + size, 10)))[1] for i in range(0, 10, size)]
-        assert torch.equal(torch.cat(parts), whole), f"in batches of {size}"
-    backwards = run(trained, batch, name, norm, rows=torch.arange(9, -1, -1))[1]
-    assert torch.equal(backwards.flip(0), whole) and 0 < whole.sum() < 10
+    whole = run(trained, batch, name, norm, rows=slice(0, 8))[1]
+    for size in (1, 5):
+        parts = [run(trained, batch, name, norm, rows=rows)[1] for rows in torch.arange(7, -1, -1).split(size)]
+        assert torch.equal(torch.cat(parts).flip(0), whole), f"backwards in batches of {size}"
+    assert 0 < whole.sum() < 8
 
 
 @every_attack
 def test_all_chance_hangs_on_image_id_and_seed(trained, batch, name, norm):
-    first, again = (run(trained, batch, name, norm, steps=3)[0] for _ in range(2))
-    assert torch.equal(first, again)
+    def found(**changes):
+        return run(trained, batch, name, norm, steps=3, rows=slice(0, 10), **changes)[0]
+
+    first = found()
+    assert torch.equal(first, found())
     for change in ({"seed": 1}, {"image_ids": batch["image_ids"] + 1}):
-        other = run(trained, batch, name, norm, steps=3, **change)[0]
-        assert (other != first).flatten(1).any(1).all(), "every image"
+        assert (found(**change) != first).flatten(1).any(1).all(), "every image"
 
 
 @every_attack
-@pytest.mark.parametrize("training", [True, False])
-def test_an_attack_changes_nothing_but_what_it_returns(trained, batch, name, norm, training):
+def test_an_attack_changes_nothing_but_what_it_returns(trained, batch, name, norm):
     """Not even of a model that asks for gradients: `frozen` saves the work, the attack itself keeps its hands off."""
     parameters = dict(trained.named_parameters())
     before = {n: (p.detach().clone(), p.requires_grad) for n, p in parameters.items()}
@@ -85,10 +85,11 @@ def test_an_attack_changes_nothing_but_what_it_returns(trained, batch, name, nor
     held = "model.visual_projection.weight"
     parameters[held].grad = torch.full_like(parameters[held], 7.0)  # of an accumulation step, say
     images, image_ids, state = batch["images"].clone(), batch["image_ids"].clone(), torch.get_rng_state()
-    trained.train(training)
+    trained.train().model.vision_model.eval()  # some of its modules train, and some do not
+    modes = [m.training for m in trained.modules()]
     try:
         run(trained, batch, name, norm, steps=3, freeze=False)
-        assert all(m.training == training for m in trained.modules())
+        assert [m.training for m in trained.modules()] == modes
         assert (parameters.pop(held).grad == 7).all() and all(p.grad is None for p in parameters.values())
     finally:
         trained.get_parameter(held).grad = None
@@ -115,12 +116,12 @@ def test_neither_autocast_nor_the_gradient_mode_around_reaches_it(trained, batch
 def test_more_steps_or_a_larger_ball_never_break_fewer(trained, batch, name, norm):
     eps, steps = CASES[name, norm]
     radius = ThreatModel(norm, eps).radius
-    by_steps = [int(run(trained, batch, name, norm, steps=n)[1].sum()) for n in (1, steps, 2 * steps)]
-    balls = (0, 0.5 * radius, radius, 1.6 * radius, 0.5 if norm == "linf" else 20 * radius)
+    balls = (0.5 * radius, radius, 1.6 * radius, 0.5 if norm == "linf" else 20 * radius)
     by_eps = [int(run(trained, batch, name, norm, eps=eps)[1].sum()) for eps in balls]
-    assert by_eps == sorted(by_eps) and by_eps[0] == 0 and by_eps[2] == by_steps[1], by_eps
+    assert by_eps == sorted(by_eps), by_eps
     if name != "training":  # its steps are of one size, and only the last counts
-        assert by_steps == sorted(by_steps), by_steps
+        few, many = (int(run(trained, batch, name, norm, steps=n)[1].sum()) for n in (1, 2 * steps))
+        assert few <= by_eps[1] <= many
     if name != "square":
         assert by_eps[-1] == len(batch["labels"]), "what a huge ball leaves standing was not attacked"
 
@@ -149,10 +150,7 @@ def test_an_empty_batch_is_an_empty_answer_and_an_empty_ball_the_image_alone(nam
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "change",
-    ["three ids", "half", "bfloat16", "double", -0.01, 1.01, 255.0, float("nan"), float("inf"), -float("inf")],
-)
+@pytest.mark.parametrize("change", ["three ids", "half", "bfloat16", "double", -0.01, 1.01, torch.nan, torch.inf])
 def test_what_no_attack_may_start_from_is_refused(name, change):
     images, labels, noise = grey(4), torch.zeros(4, dtype=torch.int64), Noise(torch.arange(4))
     if change == "three ids":
@@ -244,19 +242,14 @@ def test_a_chosen_answer_is_what_the_attack_is_for(trained, batch, make):
     assert (q > p).float().mean() > 0.9
 
 
-LABELS, TARGETS = torch.arange(9) % 5, (torch.arange(9) * 2 + 1) % 5
+BOTH = torch.arange(9) % 5, (torch.arange(9) * 2 + 1) % 5  # labels and targets
 
 
 @pytest.mark.parametrize(
     ("criterion", "loss", "reached"),
     [
-        (misclassification(margin, LABELS), lambda z: margin(z, LABELS), lambda a: a != LABELS),
-        (
-            misclassification(targeted_dlr, LABELS, TARGETS),
-            lambda z: targeted_dlr(z, LABELS, TARGETS),
-            lambda a: a != LABELS,
-        ),
-        (target_reached(cross_entropy, TARGETS), lambda z: -cross_entropy(z, TARGETS), lambda a: a == TARGETS),
+        (misclassification(targeted_dlr, *BOTH), lambda z: targeted_dlr(z, *BOTH), lambda a: a != BOTH[0]),
+        (target_reached(cross_entropy, BOTH[1]), lambda z: -cross_entropy(z, BOTH[1]), lambda a: a == BOTH[1]),
     ],
 )
 def test_a_criterion_keeps_to_the_rows_that_it_is_asked_about(criterion, loss, reached):

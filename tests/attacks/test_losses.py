@@ -22,9 +22,8 @@ def test_margin_and_dlr_are_their_formulas_on_python_numbers(classes):
     for z, y, t, m, d in zip(logits.tolist(), labels.tolist(), targets.tolist(), margins, towards, strict=True):
         best = sorted(z, reverse=True)
         assert m == pytest.approx(max(v for i, v in enumerate(z) if i != y) - z[y], abs=1e-5)
-        assert d == pytest.approx(
-            (z[t] - z[y]) / (best[0] - sum(best[2:4]) / 2 if classes > 3 else 1), rel=1e-4, abs=1e-5
-        )
+        spread = best[0] - sum(best[2:4]) / 2 if classes > 3 else 1
+        assert d == pytest.approx((z[t] - z[y]) / spread, rel=1e-4, abs=1e-5)
     assert torch.equal(margin(logits, labels) > 0, logits.argmax(1) != labels)
     for loss in (cross_entropy, margin, lambda z, y: targeted_dlr(z, y, (y + 1) % classes)):
         alone = torch.cat([loss(logits[i : i + 1], labels[i : i + 1]) for i in range(240)])

@@ -59,9 +59,8 @@ def test_with_a_criterion_it_stops_at_the_first_success_and_is_the_same_before(t
         torch.testing.assert_close(found[first == number], iterates[number][first == number])
     assert torch.equal(first < 99, broken) and 0 < broken.sum() < len(images)
     torch.testing.assert_close(found[~broken], iterates[6][~broken])
-    assert [len(x) for x in logits_fn.calls] == [int((first >= n).sum()) for n in range(7)], (
-        "the broken leave the batch"
-    )
+    standing = [int((first >= n).sum()) for n in range(7)]
+    assert [len(x) for x in logits_fn.calls] == standing, "the broken leave the batch"
 
 
 def test_a_step_of_training_is_the_radius_unless_told_otherwise():

@@ -73,9 +73,7 @@ def test_square_changes_windows_of_its_best_point_and_stays_on_the_ball(norm, he
                 inside = delta[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
                 assert torch.allclose(inside.abs(), torch.full_like(inside, 0.1), atol=1e-6)
                 one_sign = (inside.sign() == inside.sign()[:, :1, :1]).flatten(1).all(1)
-                assert one_sign[change.flatten(1).any(1)].all(), (
-                    "a channel that changes has one sign in all the window"
-                )
+                assert one_sign[change.flatten(1).any(1)].all(), "a channel that changes has one in all the window"
     assert moves > 200
 
 
@@ -130,14 +128,12 @@ def test_square_takes_images_of_any_shape(norm, height, width):
 
 @NORMS
 def test_square_asks_for_no_gradient_and_keeps_no_graph(norm):
-    images, (_, answer), modes = grey(5), linear(3), set()
+    images, (_, answer), noise, modes = grey(5), linear(3), Noise(torch.arange(5)), set()
 
     def logits_fn(x):
         modes.add((torch.is_grad_enabled(), x.requires_grad))
         return answer(x)
 
     with torch.enable_grad():
-        ATTACKS["square"][0](
-            logits_fn, images, answer(images).argmax(1), ThreatModel(norm, 0.01), 20, Noise(torch.arange(5))
-        )
+        ATTACKS["square"][0](logits_fn, images, answer(images).argmax(1), ThreatModel(norm, 0.01), 20, noise)
     assert modes == {(False, False)}

@@ -38,7 +38,7 @@ def assert_inside(perturbed, images, threat):
 
 
 @every_threat
-@pytest.mark.parametrize("size", [1, 5, 32])
+@pytest.mark.parametrize("size", [1, 32])
 def test_random_start_and_projection_stay_in_the_ball_to_the_last_bit(threat, size):
     images = awkward_images(size)
     for number in range(3):
@@ -62,12 +62,8 @@ def test_projection_is_idempotent_and_leaves_the_ball_alone(threat):
     shorter = images + (once - images) * 0.5
     assert torch.allclose(threat.project(shorter, images), shorter, rtol=0, atol=1e-9 if threat.norm == "l2" else 0)
     radius = torch.tensor(threat.radius)
-    assert (
-        radius.item()
-        == threat.radius
-        <= parse_eps(threat.eps)
-        < torch.nextafter(radius, torch.tensor(torch.inf)).item()
-    )
+    above = torch.nextafter(radius, torch.tensor(torch.inf)).item()
+    assert radius.item() == threat.radius <= parse_eps(threat.eps) < above
 
 
 @pytest.mark.parametrize("eps", LINF)
@@ -116,7 +112,7 @@ def test_contains_sees_one_bit_too_far_one_bit_out_of_range_and_nan():
 READ = {" 8 / 255 ": 8 / 255, "0.5/255": 0.5 / 255, "0.03": 0.03, 0.03: 0.03, "1e-2": 0.01, "0": 0.0, 0: 0.0, 1: 1.0}
 
 
-@pytest.mark.parametrize(("text", "value"), [*READ.items(), *((f"{k}/255", k / 255) for k in range(0, 256, 15))])
+@pytest.mark.parametrize(("text", "value"), [*READ.items(), *((f"{k}/255", k / 255) for k in range(0, 256, 51))])
 def test_eps_is_read_exactly(text, value):
     assert parse_eps(text) == value
 

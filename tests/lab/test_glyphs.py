@@ -1,4 +1,4 @@
-"""Proves that the lab's world is a pure function of its seed, keeps test faces unseen, and asks questions that have answers."""
+"""Proves that the lab's world is a pure function of its seed, keeps test faces unseen, and asks what has an answer."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def pixels(image):
 
 
 def ink(image, colour):
-    """(how far the inkiest pixel lies on the way from the ground to a colour, how far beside that way), of 1 and of 255."""
+    """How far the inkiest pixel lies on the way from the ground to a colour, of 1, and beside that way, of 255."""
     shown = pixels(image).reshape(-1, 3)
     way = np.array(COLOURS[colour]) - shown[0]
     off = shown - shown[0]
@@ -78,8 +78,7 @@ def test_pictures_are_rgb_squares_with_a_figure_on_a_ground(size):
 
 
 def test_captions_say_only_what_is_true():
-    world = GlyphWorld(0)
-    named = 0
+    world, named = GlyphWorld(0), 0
     for i in range(300):
         p = world[i]
         named += p.name in p.caption
@@ -156,9 +155,8 @@ def test_a_task_has_three_classes_or_more_with_names_of_their_own(task):
     assert len(classes) >= 3 and len(set(classes)) == len(classes)
     assert all(c == c.strip() and c for c in classes)
     if task in GROUPS:
-        assert list(classes) == [
-            glyph_name(c) for c in GROUPS[task] if glyph_name(c) in classes
-        ]  # none damaged, in order
+        names = map(glyph_name, GROUPS[task])
+        assert list(classes) == [name for name in names if name in classes]  # none damaged, in order
 
 
 @every_task

@@ -1,4 +1,4 @@
-"""The photographs' world on a small folder of its layout: which images and names each set holds, and pre-training on it."""
+"""The photographs' world on a small folder of its layout: images and names of each set, and pre-training on it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,7 @@ from hpt_hf.lab.photographs import GROUPS, PHOTO_SUITE, PHOTO_VALIDATION, captio
 from hpt_hf.lab.pretrain import photograph_batches
 
 NAMES = ("collie", "tabby cat", "lion", "goldfish", "robin", "school bus", "pizza", "abacus")
-CHAINS = (
-    ["dog"],
-    ["cat", "feline"],
-    ["feline"],
-    ["fish", "sea creature"],
-    ["bird"],
-    ["bus", "vehicle"],
-    ["food"],
-    ["object"],
-)
+CHAINS = ("dog", "cat, feline", "feline", "fish, sea creature", "bird", "bus, vehicle", "food", "object")
 
 
 def images(count: int, seed: int) -> list[Image.Image]:
@@ -40,9 +31,8 @@ def write(file, count: int, seed: int, **columns) -> None:
     features, values = {"image": datasets.Image()}, {"image": images(count, seed)}
     for name, given in columns.items():
         values[name] = given[1] if isinstance(given, tuple) else given
-        kind = (
-            datasets.Value("string") if isinstance(values[name][0], str) else datasets.List(datasets.Value("string"))
-        )
+        text = datasets.Value("string")
+        kind = text if isinstance(values[name][0], str) else datasets.List(text)
         features[name] = datasets.ClassLabel(names=list(given[0])) if isinstance(given, tuple) else kind
     datasets.Dataset.from_dict(values, features=datasets.Features(features)).to_parquet(file)
 
@@ -55,7 +45,7 @@ def folder(tmp_path_factory):
         wnids = [f"n{label}" for label in labels]
         write(place / f"tiny_imagenet-{split}.parquet", count, seed, label=(NAMES, labels), wnid=wnids)
     kinds = {
-        f"n{i}": {"name": name, "synonyms": [f"old {name}"], "hypernyms": chain}
+        f"n{i}": {"name": name, "synonyms": [f"old {name}"], "hypernyms": chain.split(", ")}
         for i, (name, chain) in enumerate(zip(NAMES, CHAINS, strict=True))
     }
     (place / "tiny_imagenet_hypernyms.json").write_text(json.dumps(kinds))
@@ -121,12 +111,8 @@ def test_models_are_pretrained_on_training_images_alone_under_all_their_names(fo
     rows = captioned_photographs(str(folder))
     assert len(rows) == 28
     captions = {c for _, cs in rows[:24] for c in cs}
-    assert {
-        "collie",
-        "a collie, a kind of dog",
-        "This is a photo of a feline",
-        "This is a photo of a old lion",
-    } <= captions
+    asked = {"collie", "a collie, a kind of dog", "This is a photo of a feline", "This is a photo of a old lion"}
+    assert asked <= captions
     assert rows[24][1] == ("a dog runs 0", "grass")
     seen = {np.asarray(image).tobytes() for image, _ in rows}
     for name in ("tiny_imagenet", "cifar10", "pacs photo"):

@@ -1,4 +1,4 @@
-"""The lab: pre-training learns, the shipped pair is what the docs say it is, and the quickstart compares methods at one budget."""
+"""Pre-training learns, the shipped pair is what the docs say, and the quickstart compares methods at one budget."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_contrastive_loss_is_clips_own_when_no_caption_repeats():
 
 
 def test_pictures_with_one_caption_are_positives_of_each_other():
-    """Two pictures, one caption: nothing to tell apart, so moving an image towards its twin's caption cannot raise the loss."""
+    """Nothing is to be told apart, so moving an image towards its twin's caption cannot raise the loss."""
     embeds = torch.eye(3)
     captions = torch.tensor([0, 0, 1])
     good = contrastive_loss(torch.stack([embeds[0], embeds[0], embeds[1]]), embeds[:2], torch.tensor(20.0), captions)
@@ -60,12 +60,10 @@ def test_pretraining_learns_and_repeats_itself(tmp_path):
     for _ in range(2):
         torch.manual_seed(0)
         model = new_clip(tokenizer, vision={**size, "patch_size": 8}, text=size)
-        args = pretraining_arguments(
-            str(tmp_path), max_steps=20, learning_rate=1e-3, warmup_steps=2, logging_steps=10, save_strategy="no"
-        )
-        losses = [
-            e["loss"] for e in pretrain(model, new_processor(tokenizer), world_batches(world, 32), args) if "loss" in e
-        ]
+        how = {"max_steps": 12, "learning_rate": 1e-3, "warmup_steps": 2, "logging_steps": 6, "save_strategy": "no"}
+        args = pretraining_arguments(str(tmp_path), **how)
+        log = pretrain(model, new_processor(tokenizer), world_batches(world, 16), args)
+        losses = [entry["loss"] for entry in log if "loss" in entry]
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
     assert losses[-1] < losses[0]
     assert torch.equal(*weights)

@@ -1,4 +1,4 @@
-"""Proves that the schedule is the right function of the step. What GPDCallback does of it: training/test_trainer.py."""
+"""Proves that the schedule is the right function of the step. What comes of it: training/test_trainer.py."""
 
 from __future__ import annotations
 

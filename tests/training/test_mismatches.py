@@ -1,4 +1,4 @@
-"""Every field of a recipe changed alone: a checkpoint of the other run is refused by that field, or the field is free."""
+"""Every field of a recipe changed: a checkpoint of the other run is refused by that field, or the field is free."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def run(tmp_path_factory, paths) -> tuple[list[str], Path, dict]:
     named |= {"other_student": save_tiny_clip(place / "student", seed=77)}
     second = save_tiny_clip(place / "second", patch_size=16, seed=79)
     named |= {"other_proxy": save_tiny_clip(place / "proxy", patch_size=16, seed=78)}
-    argv = f"--dataset {data} --image_column image --label_column label --model {paths[0]} --proxy {paths[1]} {second} {STEPS}"
-    argv = [*argv.split(), "--output_dir", str(place / "out")]
+    argv = f"--dataset {data} --image_column image --label_column label --output_dir {place / 'out'}"
+    argv = f"{argv} --model {paths[0]} --proxy {paths[1]} {second} {STEPS}".split()
     trainer(argv, "--save_steps", "3", "--save_strategy", "steps").train()
     assert len(list((place / "out").glob("checkpoint-*"))) >= 2
     return argv, place / "out", named
@@ -128,7 +128,7 @@ def flags(name: str, value: str, named: dict) -> list[str]:
 
 @pytest.mark.parametrize("name", DECIDES)
 def test_what_decides_the_weights_is_refused_by_its_name_whatever_begins_the_run(name, run):
-    """Resumed, it would end at other weights under this run's name; begun afresh beside it, a kill would mix the two."""
+    """Resumed, it would end at other weights under this run's name; begun beside it, a kill would mix the two."""
     argv, folder, named = run
     value, field = DECIDES[name]
     before, started = contents(folder), trainer(argv, *flags(name, value, named))

@@ -1,6 +1,6 @@
 """Proves that two processes train, log, stream, evaluate and estimate as one does, stay in step, and survive a kill.
 
-Run by torchrun this file is its own worker: gloo on CPU, weights and metrics of each rank written to a folder.
+Run by torchrun this file is its own worker, which does all of it in one launch: gloo on CPU.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -31,23 +32,22 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from hpt_hf.commands import evaluate
-from hpt_hf.commands.train import main
+from hpt_hf.commands import estimate, evaluate
+from hpt_hf.commands import train as train_command
 from hpt_hf.evaluation import evaluator
-from hpt_hf.utils import shutdown_distributed
+from hpt_hf.utils import processes, shutdown_distributed
 
 pytestmark = pytest.mark.multiprocess
-RECIPES = Path(__file__).parent.parent.parent / "recipes"
-
-
-# --- the Trainer
+RECIPE = Path(__file__).parent.parent.parent / "recipes" / "train.py"
+COMMANDS = {"folder": train_command, "stream": train_command, "long": train_command}
+COMMANDS |= {"evaluate": evaluate, "estimate": estimate}
 
 
 def train(folder: Path, paths, batch_size: int) -> dict:
     """HPT-GPD over its switch and two epochs, then the held-out slice, which no number of processes divides."""
     # Rates at which one pixel whose gradient is rounded to the other sign does not reach the sixth decimal.
     rates = {"warm_up_learning_rate": 3e-4, "learning_rate": 1e-3}
-    schedule = gpd_schedule(warm_up_steps=10, steps=10, interval=4, **rates)
+    schedule = gpd_schedule(warm_up_steps=5, steps=5, interval=2, **rates)
     sizes = {f"per_device_{kind}_batch_size": batch_size for kind in ("train", "eval")}
     save = {"save_strategy": "steps", "save_steps": 10}
     trainer = trainer_from_disk(folder, paths, schedule, held_out=make_images(19, seed=3), **sizes, **save)
@@ -64,49 +64,60 @@ def train(folder: Path, paths, batch_size: int) -> dict:
     }
 
 
-def worker(folder: str, *paths: str) -> None:
-    torch.save(train(Path(folder) / "out", paths, batch_size=4), Path(folder) / f"rank{os.environ['RANK']}.pt")
+def worker(place: Path, *paths: str) -> None:
+    """Each command would take the group down at its end."""
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    torch.save(train(place / "trained", paths, batch_size=4), place / f"rank{os.environ['RANK']}.pt")
+    for name, argv in json.loads((place / "flags.json").read_text()).items():
+        COMMANDS[name].shutdown_distributed = lambda: processes().wait_for_everyone()
+        COMMANDS[name].main([*argv, "--output_dir", str(place / "two" / name)])
     shutdown_distributed()
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, paths) -> list[dict]:
-    folder = tmp_path_factory.mktemp("two")
-    launch(2, __file__, str(folder), *paths)
-    ranks = [torch.load(folder / f"rank{r}.pt") for r in (0, 1)]
-    ranks[0]["files"] = {p.name for p in (folder / "out" / "checkpoint-10").iterdir()}
-    return ranks
+def launched(tmp_path_factory, paths, trained) -> tuple[Path, dict[str, list[str]], str]:
+    """The folder in which two processes have trained and run every command, the flags of each, and what was said."""
+    place = tmp_path_factory.mktemp("processes")
+    trained.save_pretrained(place / "model")
+    images, stream = write_image_folder(place / "images", make_images()), write_stream(place / "s", make_images(43))
+    second = save_tiny_clip(place / "second", seed=7)
+    gpd = f"--method hpt_gpd --use_cpu true --disable_tqdm true --eps 8/255 --model {paths[0]} --proxy {paths[1]}"
+    more = {
+        "folder": f"{gpd} {second} --dataset {images} --held_out 0.2 --max_steps 4 --learning_rate 1e-3",
+        "stream": f"{gpd} --dataset {stream} --streaming true --interval 3 --max_steps 8 --learning_rate 1e-3"
+        " --ga_learning_rate 1e-3",
+        "long": f"{gpd} --dataset {images} --interval 7 --max_steps 30 --learning_rate 1e-2 --ga_learning_rate 1e-3"
+        " --save_strategy steps --save_steps 3 --resume_from_checkpoint true",
+        "evaluate": f"--attack apgd-ce square --attack_steps 20 --probe 4 --batch_size 8 --eps 16/255"
+        f" --model {place / 'model'} --dataset {images}",
+        "estimate": f"{gpd} --dataset {images} --held_out 0.2 --num_train_epochs 50 --probe_steps 2",
+    }
+    flags = {name: told.split() for name, told in more.items()}
+    for name in flags.keys() - {"evaluate"}:
+        flags[name] += ["--per_device_train_batch_size", "4"]
+    (place / "flags.json").write_text(json.dumps(flags))
+    return place, flags, launch(2, __file__, str(place), *paths)
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory, paths) -> dict:
-    return train(tmp_path_factory.mktemp("one"), paths, batch_size=8)
-
-
-def test_two_processes_equal_one_at_the_same_global_batch_and_each_other(one, two):
+def test_two_processes_equal_one_at_the_same_global_batch_and_each_other(launched, tmp_path, paths):
     """A loss that bypassed DDP's wrapper would let them drift apart silently."""
+    one, two = train(tmp_path, paths, batch_size=8), [torch.load(launched[0] / f"rank{r}.pt") for r in (0, 1)]
     kinds = [r["kind"] for r in (one, *two)]
-    assert kinds == [(1, "ZeroShotClassifier"), *2 * [(2, "DistributedDataParallel")]], (
-        "or one is compared with itself"
-    )
+    assert kinds == [(1, "ZeroShotClassifier"), *2 * [(2, "DistributedDataParallel")]], "or one is its own equal"
     for what, moved in (("weights", 1e-3), ("average", 1e-4)):
         assert largest_difference(two[0][what], two[1][what]) == 0
         assert largest_difference(one[what], two[0][what]) < 1e-6
         assert largest_difference(one[what], {n: one["vanilla"][n] for n in one[what]}) > moved
-
-
-def test_the_log_is_the_mean_over_the_processes_and_every_held_out_image_counts_once(one, two):
-    assert [e["phase"] for e in one["log"]] == ["ga"] * 10 + ["hpt"] * 10
+    # The log is the mean over the processes, and every held-out image counts once.
+    assert [e["phase"] for e in one["log"]] == ["ga"] * 5 + ["hpt"] * 5
     for a, b in zip(one["log"], two[0]["log"], strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - {"phase", "grad_norm"}:
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=2e-5), key
     for rank in two:
         assert rank["metrics"] == pytest.approx(one["metrics"])
-
-
-def test_one_pivot_is_saved_beside_the_checkpoint_and_the_state_of_both(two):
-    files = two[0]["files"]
+    # One pivot stands beside the checkpoint, and the random state of both.
+    files = {p.name for p in (launched[0] / "trained" / "checkpoint-10").iterdir()}
     assert {"gpd_pivot.safetensors", "model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= files
     assert not [f for f in files if f.endswith(".part")]
 
@@ -114,26 +125,13 @@ def test_one_pivot_is_saved_beside_the_checkpoint_and_the_state_of_both(two):
 # --- the commands
 
 
-FLAGS = "--method hpt_gpd --use_cpu true --disable_tqdm true --eps 8/255"
-
-
 @pytest.mark.parametrize("source", ["folder", "stream"])
-def test_the_recipe_trains_on_two_processes_as_on_one_and_exports_once(source, tmp_path, paths, monkeypatch):
-    """`recipes/train.py` under a launcher; of a stream, each process decodes its own half of every batch.
-
-    Of a folder with two proxies at once.
-    """
-    proxies = paths[1] if source == "stream" else f"{paths[1]} {save_tiny_clip(tmp_path / 'second', seed=7)}"
+def test_the_recipe_trains_on_two_processes_as_on_one_and_exports_once(source, launched, tmp_path, paths, monkeypatch):
+    """Of a folder with two proxies at once; of a stream, where each process decodes its own half of every batch."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # in this process
-    if source == "folder":
-        more = f"--dataset {write_image_folder(tmp_path / 'data', make_images())} --held_out 0.2 --max_steps 4"
-    else:
-        data = write_stream(tmp_path / "data", make_images(43))
-        more = f"--dataset {data} --streaming true --interval 3 --ga_learning_rate 1e-3 --max_steps 8"
-    flags = f"{FLAGS} --learning_rate 1e-3 --model {paths[0]} --proxy {proxies} {more} --per_device_train_batch_size"
-    out = [tmp_path / f"out{count}" for count in (1, 2)]
-    main([*flags.split(), "8", "--output_dir", str(out[0])])
-    launch(2, str(RECIPES / "train.py"), *flags.split(), "4", "--output_dir", str(out[1]))
+    place, flags, _ = launched
+    train_command.main([*flags[source][:-1], "8", "--output_dir", str(tmp_path)])
+    out = [tmp_path, place / "two" / source]
     alone, together = (json.loads((folder / "train.json").read_text()) for folder in out)
     assert alone["batch"] == together["batch"] == 8 and (alone["processes"], together["processes"]) == (1, 2)
     assert alone["held_out"] == together["held_out"] and bool(alone["held_out"]) == (source == "folder")
@@ -141,60 +139,48 @@ def test_the_recipe_trains_on_two_processes_as_on_one_and_exports_once(source, t
     assert largest_difference(ours, theirs) < 1e-6 and largest_difference(ours, vanilla) > 1e-4
 
 
-def test_two_processes_estimate_together_and_one_speaks(tmp_path, paths):
-    data = write_image_folder(tmp_path / "data", make_images())
-    flags = f"{FLAGS} --dataset {data} --model {paths[0]} --proxy {paths[1]} --held_out 0.2 --num_train_epochs 50"
-    flags += f" --per_device_train_batch_size 4 --probe_steps 2 --output_dir {tmp_path / 'out'}"
-    said = launch(2, str(RECIPES / "estimate.py"), *flags.split())
+def test_two_processes_estimate_together_and_one_speaks(launched):
+    place, _, said = launched
     assert len(re.findall(r"a step of hpt +\| +200 \|", said)) == 1 and said.count("hours on 2 processes") == 1
-    assert not (tmp_path / "out").exists()
+    assert not (place / "two" / "estimate").exists()
 
 
-def until_done(folder: Path, flags: list[str], kills: list[float]) -> int:
-    """Train on two processes, killing all of them so many seconds after each start, and resuming.
+def kill(command: list[str], folder: Path, saves: int, seconds: float) -> None:
+    """Start the launcher, and kill it with its workers so many seconds after so many more checkpoints stand."""
 
-    Returns how many kills struck a run that was not done.
-    """
-    options = [*flags, "--output_dir", str(folder), "--resume_from_checkpoint", "true"]
-    log, struck = folder.with_suffix(".log"), 0
-    for delay in (*kills, None):
-        command = torchrun(2, str(RECIPES / "train.py"), *options)
-        with log.open("a") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-        try:
-            assert process.wait(timeout=delay or 240) == 0, log.read_text()
-        except subprocess.TimeoutExpired:
-            assert delay is not None, "the last run must end"
-            struck += 1
-        finally:
-            if process.poll() is None:
-                # The launcher gives each worker a session of its own: they are found as its children.
-                for victim in (*psutil.Process(process.pid).children(recursive=True), process):
-                    victim.kill()
-            process.wait()
-    return struck
+    def stand() -> int:
+        return len(list(folder.glob("checkpoint-*")))
+
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        awaited, deadline = stand() + saves, time.monotonic() + 240
+        while stand() < awaited and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(seconds)
+        assert process.poll() is None, "killed too late to prove anything"
+    finally:
+        if process.poll() is None:
+            # The launcher gives each worker a session of its own: they are found as its children.
+            for victim in (*psutil.Process(process.pid).children(recursive=True), process):
+                victim.kill()
+        process.wait()
 
 
 RANDOM = random.Random(int(os.environ.get("KILL_SEED", "0")))
+MOMENTS = [(0, RANDOM.uniform(1, 5)), *((1, RANDOM.uniform(0, 0.1)) for _ in range(4))]
 
 
+# Once while a checkpoint is being saved; or first while it starts, and then anywhere.
 @pytest.mark.parametrize(
-    ("kills", "steps"),
-    [
-        ([2.0, 14.0], 150),  # the first falls into the imports: `--resume_from_checkpoint true` begins then
-        pytest.param([RANDOM.uniform(5, 12) for _ in range(6)], 600, marks=pytest.mark.slow),
-    ],
-    ids=["twice", "at random moments"],
+    "moments", [[(2, 0)], pytest.param(MOMENTS, marks=pytest.mark.slow)], ids=["once", "at random moments"]
 )
-def test_two_processes_that_are_killed_end_as_if_left_alone(kills, steps, tmp_path, paths):
-    data = write_image_folder(tmp_path / "data", make_images())
-    flags = f"{FLAGS} --max_steps {steps} --interval 7 --learning_rate 1e-2 --ga_learning_rate 1e-3 --dataset {data}"
-    flags += f" --model {paths[0]} --proxy {paths[1]} --per_device_train_batch_size 4"
-    flags += " --save_strategy steps --save_steps 3"
-    assert until_done(tmp_path / "alone", flags.split(), []) == 0
-    assert until_done(tmp_path / "killed", flags.split(), kills) >= 1, "killed too late to prove anything"
-    folders = (tmp_path / "killed", tmp_path / "alone", Path(paths[0]))
-    ours, theirs, vanilla = (load_file(folder / "model.safetensors") for folder in folders)
+def test_two_processes_that_are_killed_end_as_if_left_alone(moments, launched, tmp_path, paths):
+    place, flags, _ = launched
+    command = [str(RECIPE), *flags["long"], "--output_dir", str(tmp_path)]
+    for saves, seconds in moments:
+        kill(torchrun(2, *command), tmp_path, saves, seconds)
+    launch(2, *command)
+    ours, theirs, vanilla = (load_file(Path(f, "model.safetensors")) for f in (tmp_path, place / "two/long", paths[0]))
     assert largest_difference(ours, theirs) == 0 and largest_difference(ours, vanilla) > 1e-4
 
 
@@ -202,16 +188,11 @@ def test_two_processes_that_are_killed_end_as_if_left_alone(kills, steps, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory, trained) -> tuple[list[str], Path, Path]:
+def evaluated(launched) -> tuple[list[str], Path, Path]:
     """The flags of an evaluation, and the folders that one process and two processes filled."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    trained.save_pretrained(folder / "model")
-    data = write_image_folder(folder / "data", make_images())
-    flags = "--attack apgd-ce square --attack_steps 20 --probe 4 --batch_size 8 --eps 16/255"
-    flags = [*flags.split(), "--model", str(folder / "model"), "--dataset", data]
-    evaluate.main([*flags, "--output_dir", str(folder / "one")])
-    launch(2, str(RECIPES / "evaluate.py"), *flags, "--output_dir", str(folder / "two"))
-    return flags, folder / "one", folder / "two"
+    place, flags, _ = launched
+    evaluate.main([*flags["evaluate"], "--output_dir", str(place / "one")])
+    return flags["evaluate"], place / "one", place / "two" / "evaluate"
 
 
 def findings(folder: Path) -> dict[str, dict[str, list[str]]]:
@@ -235,10 +216,7 @@ def test_two_processes_evaluate_as_one(evaluated):
     assert results(two) == results(one) and len(results(one)) == 6
     robust = [json.loads(f.read_text())["robust"] for f in (two / "results").iterdir()]
     assert any(0 < value < 100 for value in robust), "an attack that does all or nothing proves nothing"
-
-
-def test_each_process_answered_some_of_the_batches_and_none_was_answered_twice(evaluated):
-    _, one, two = evaluated
+    # Each answered some of the batches, and none was answered twice.
     alone, shared = findings(one), findings(two)
     assert alone.keys() == shared.keys() and len(shared) == 2
     for question, ranks in shared.items():
@@ -267,4 +245,4 @@ def test_a_run_begun_by_two_processes_goes_on_with_one(evaluated, tmp_path, monk
 
 
 if __name__ == "__main__":
-    worker(*sys.argv[1:])
+    worker(Path(sys.argv[1]), *sys.argv[2:])

@@ -8,23 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    contents,
-    gpd_schedule,
-    largest_difference,
-    make_images,
-    save_tiny_clip,
-    single_schedule,
-    trainer_from_disk,
-    weights,
-)
+from conftest import contents, gpd_schedule, largest_difference, make_images, trainer_from_disk, weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
-from hpt_hf.method.gpd import PIVOT_FILE
+from hpt_hf.method.gpd import PIVOT_FILE, GPDCallback
 
-ROOT = Path(__file__).parent.parent.parent
 SAVE = {"save_strategy": "steps", "save_steps": 1}
 
 
@@ -57,15 +47,14 @@ def ends_equal(a: Path, b: Path) -> bool:
     return all(largest_difference(*pair) == 0 for pair in (*files, momentum))
 
 
-def test_every_checkpoint_opens_with_pipeline_and_has_record_card_and_seal(whole):
+def test_every_checkpoint_has_record_card_and_pivot_and_opens_with_pipeline(whole):
     checkpoints = sorted(whole[0].glob("checkpoint-*"))
     assert len(checkpoints) == 10
-    image = make_images(1)[0]["image"]
     for folder in checkpoints:
         assert {"train.json", "parity.json", "README.md", PIVOT_FILE} <= {f.name for f in folder.iterdir()}
         assert json.loads((folder / "train.json").read_text())["steps"] == int(folder.name.split("-")[1])
-        answers = pipeline("zero-shot-image-classification", model=str(folder))(image, candidate_labels=["cat", "dog"])
-        assert len(answers) == 2
+    image, labels = make_images(1)[0]["image"], ["cat", "dog"]
+    assert len(pipeline("zero-shot-image-classification", model=str(folder))(image, candidate_labels=labels)) == 2
 
 
 # Averages after steps 2, 4 and 5; restart before step 6; pulls before steps 8 and 10; an epoch is five steps.
@@ -73,7 +62,6 @@ CUTS = {
     2: "right after an average",
     3: "in the warm-up, away from any event",
     5: "exactly at the switch, and at the end of an epoch",
-    6: "in the second stage",
     7: "right before a pull",
     8: "right after a step that began with a pull",
     10: "at the end",
@@ -85,7 +73,7 @@ def test_resumed_equals_uninterrupted(cut, whole, stopped, tmp_path, paths):
     folder, end, log = whole
     at_cut = load_file(stopped(cut) / "model.safetensors")
     assert (largest_difference(at_cut, end) == 0) == (cut == 10), "or there is nothing left to do"
-    trainer = trainer_from_disk(tmp_path, paths, **SAVE)
+    trainer = trainer_from_disk(tmp_path, paths, **SAVE | {"save_steps": 10})
     trainer.train(resume_from_checkpoint=True)
     assert largest_difference(weights(trainer.model), end) == 0
     assert [e for e in trainer.state.log_history if "loss" in e] == log and trainer.state.global_step == 10
@@ -94,8 +82,7 @@ def test_resumed_equals_uninterrupted(cut, whole, stopped, tmp_path, paths):
 
 
 @pytest.mark.parametrize(
-    ("argument", "config"),
-    [("PATH", None), (None, "true"), (None, "PATH"), ("PATH", "false"), ("PATH", "/no/such/checkpoint")],
+    ("argument", "config"), [(None, "true"), (None, "PATH"), ("PATH", "false"), ("PATH", "/no/such/checkpoint")]
 )
 def test_train_and_args_both_name_the_checkpoint_and_train_wins(argument, config, whole, stopped, tmp_path, paths):
     path = str(stopped(6))
@@ -117,47 +104,32 @@ def test_a_checkpoint_of_the_version_before_resumes(whole, stopped, tmp_path, pa
     schedule = [2, ["ga", 5, 0.001, 0, False, 0.9, None], ["hpt", 5, 0.01, 0, True, None, 0.5]]
     metadata = {"vanilla": vanilla, "schedule": json.dumps(schedule)}
     save_file(load_file(folder / PIVOT_FILE), folder / PIVOT_FILE, metadata=metadata)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="schedule: got"):
+        trainer_from_disk(tmp_path, paths, gpd_schedule(steps=6)).train(resume_from_checkpoint=str(folder))
+    assert contents(tmp_path) == before
     trainer = trainer_from_disk(tmp_path, paths)
     trainer.train(resume_from_checkpoint=str(folder))
     assert largest_difference(weights(trainer.model), whole[1]) == 0
 
 
-@pytest.mark.parametrize("name", ["tecoa", "fare"])
-def test_a_single_objective_resumes_too(name, tmp_path, paths):
-    """`fare` also needs its anchor back: the vanilla student and not the checkpoint's."""
-    schedule = single_schedule(name, steps=8, learning_rate=1e-4)
-    trainer, again = (trainer_from_disk(tmp_path / f, paths, schedule, **SAVE | {"save_steps": 3}) for f in "ab")
-    trainer.train()
-    assert not list(tmp_path.rglob(PIVOT_FILE))
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
-    assert largest_difference(weights(again.model), weights(trainer.model)) == 0
-
-
 # --- what cannot be resumed
 
 
-OTHER = [{"steps": 6}, {"interval": 3}, {"pull": 0.4}, {"ema": 0.8}, {"learning_rate": 0.02}, {"restart": False}]
-OTHER += [{"decay": "linear"}]
+OTHER = [{"interval": 3}, {"pull": 0.4}, {"ema": 0.8}, {"learning_rate": 0.02}, {"restart": False}]
+OTHER += [{"decay": "linear"}, {"steps": 6}, {"average_last": 0.5}, "other weights"]
 
 
-@pytest.mark.parametrize("why", ["no pivot", "other weights", *OTHER], ids=str)
-def test_what_does_not_belong_to_the_run_is_refused_and_nothing_is_changed(why, stopped, tmp_path, paths):
-    checkpoint, student, schedule = stopped(5, 6), paths[0], gpd_schedule()
-    for name in ("train.json", "digests.json"):  # the version before wrote none; the pivot knows its schedule
-        (checkpoint / name).unlink()
-    says = "schedule: got"
-    if why == "no pivot":
-        (checkpoint / PIVOT_FILE).unlink()
-        says = "was cut off while being saved"
-    elif why == "other weights":  # every shape fits, and only the digest tells
-        student, says = save_tiny_clip(tmp_path / "other", patch_size=8, seed=77), "vanilla weights: got .*--model"
+@pytest.mark.parametrize("other", OTHER, ids=str)
+def test_the_pivot_alone_knows_its_schedule_and_its_vanilla_weights(other, whole, student):
+    """Of the version before, which kept no record, it is all that tells."""
+    schedule, says = gpd_schedule(), "vanilla weights: got .*--model"
+    if other == "other weights":  # every shape fits, and only the digest tells
+        student.model.visual_projection.weight.data *= 2
     else:
-        schedule = gpd_schedule(**why)
-    before = contents(tmp_path)
-    trainer = trainer_from_disk(tmp_path, (student, paths[1]), schedule, **SAVE)
+        schedule, says = gpd_schedule(**other), "schedule: got"
     with pytest.raises(ValueError, match=says):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert contents(tmp_path) == before and len(before) > 10 and trainer.state.global_step == 0
+        GPDCallback(schedule, student.freeze_text()).load(whole[0] / "checkpoint-6")
 
 
 # --- another run's checkpoints
@@ -171,13 +143,7 @@ def test_overwrite_removes_another_runs_checkpoints_and_no_others(stopped, tmp_p
 
 
 def test_what_cannot_change_the_weights_may_change_and_two_runs_exclude_each_other(whole, stopped, tmp_path, paths):
-    free = {
-        "logging_steps": 3,
-        "save_steps": 5,
-        "save_strategy": "steps",
-        "run_name": "x",
-        "dataloader_num_workers": 1,
-    }
+    free = SAVE | {"save_steps": 5, "logging_steps": 3, "run_name": "x", "dataloader_num_workers": 1}
     trainer = trainer_from_disk(stopped(6).parent, paths, **free)
     with trainer.sole_run(), pytest.raises(ValueError, match="is in use by another run"):
         trainer_from_disk(tmp_path, paths).train()
@@ -197,17 +163,8 @@ def test_nothing_to_resume_is_an_error(tmp_path, paths):
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("missing", [PIVOT_FILE, "trainer_state.json"])
-def test_a_checkpoint_cut_off_while_being_saved_is_passed_over(missing, whole, stopped, tmp_path, paths, caplog):
-    """Preemption strikes while saving, too: the run goes on from the checkpoint before, after a warning."""
-    (stopped(5, 6) / missing).unlink()
-    trainer = trainer_from_disk(tmp_path, paths)
-    trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-6 was cut off while being saved" in caplog.text
-    assert largest_difference(weights(trainer.model), whole[1]) == 0
-    shutil.rmtree(tmp_path / "checkpoint-5")
-    with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        trainer_from_disk(tmp_path, paths).train(resume_from_checkpoint=True)
+def torn(file: Path):
+    file.write_text("{")
 
 
 def flip_a_bit(file: Path):
@@ -221,51 +178,51 @@ def edit_the_step(file: Path):
 
 
 DAMAGES = {
-    "torn by a full disk": ("trainer_state.json", lambda f: f.write_text("")),
+    "cut off before its state": ("trainer_state.json", Path.unlink),
+    "cut off before its pivot": (PIVOT_FILE, Path.unlink),
+    "torn by a full disk": ("trainer_state.json", torn),
     "a flipped bit": ("model.safetensors", flip_a_bit),
     "another step": ("trainer_state.json", edit_the_step),
     "no momentum": ("optimizer.pt", Path.unlink),
     "no random state": ("rng_state.pth", Path.unlink),
     "a flipped bit of the pivot": (PIVOT_FILE, flip_a_bit),
-    "torn digests": ("digests.json", lambda f: f.write_text("{")),
+    "torn digests": ("digests.json", torn),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_checkpoint_that_is_not_what_was_saved_is_passed_over_or_refused(
-    damage, whole, stopped, tmp_path, paths, caplog
-):
+def test_a_checkpoint_that_is_not_what_was_saved_is_passed_over_or_refused(damage, stopped, tmp_path, paths, caplog):
     name, act = DAMAGES[damage]
     act(stopped(5, 6) / name)
-    with pytest.raises((ValueError, FileNotFoundError), match="checkpoint-6"):
-        trainer_from_disk(tmp_path, paths).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     trainer = trainer_from_disk(tmp_path, paths)
-    trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="checkpoint-6 (was cut off|cannot be used|is damaged)"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert trainer.last_checkpoint() == str(tmp_path / "checkpoint-5")
     assert "checkpoint-6" in caplog.text and "looking for an earlier one" in caplog.text
-    assert largest_difference(weights(trainer.model), whole[1]) == 0
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        trainer.last_checkpoint()
 
 
 FULL = [OSError(28, "No space left on device"), RuntimeError("[enforce fail] PytorchStreamWriter failed writing file")]
 FULL += [SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")]
 
 
-@pytest.mark.parametrize("error", FULL, ids=lambda e: type(e).__name__)
-def test_a_full_disk_leaves_no_half_checkpoint_and_the_run_goes_on_after_making_room(
-    error, whole, tmp_path, paths, monkeypatch
-):
-    trainer = trainer_from_disk(tmp_path, paths, **SAVE)
-    save, calls = trainer._save_optimizer_and_scheduler, []
+def test_a_full_disk_leaves_no_half_checkpoint_and_the_run_goes_on_after_making_room(whole, tmp_path, paths):
+    """Three times in a row, at every second save of two steps each."""
+    for done, error in enumerate(FULL, 1):
+        trainer = trainer_from_disk(tmp_path, paths, **SAVE | {"save_steps": 2})
+        save, errors = trainer._save_optimizer_and_scheduler, iter([None, error])
 
-    def full(folder):
-        calls.append(folder)
-        if len(calls) == 4:
-            raise error
-        save(folder)
+        def full(folder, save=save, errors=errors):
+            if error := next(errors):
+                raise error
+            save(folder)
 
-    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(OSError, match="no space left for .*checkpoint-4. Fix: make room"):
-        trainer.train()
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    again = trainer_from_disk(tmp_path, paths, **SAVE)
+        trainer._save_optimizer_and_scheduler = full
+        with pytest.raises(OSError, match=f"no space left for .*checkpoint-{2 * done + 2}. Fix: make room"):
+            trainer.train(resume_from_checkpoint=done > 1)
+        assert {f.name for f in tmp_path.iterdir()} == {f"checkpoint-{2 * number}" for number in range(1, done + 1)}
+    again = trainer_from_disk(tmp_path, paths)
     again.train(resume_from_checkpoint=True)
     assert largest_difference(weights(again.model), whole[1]) == 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import subprocess
-import sys
+import functools
+from collections import Counter
 
 import pytest
 import torch
 from conftest import (
+    classifier,
     gpd_schedule,
     largest_difference,
     make_images,
@@ -16,8 +16,8 @@ from conftest import (
     single_schedule,
     trainer_from_disk,
     weights,
-    write_image_folder,
 )
+from torch._dynamo.utils import counters
 
 from hpt_hf.data.collator import Collator
 from hpt_hf.method.objectives import OBJECTIVES
@@ -34,38 +34,27 @@ def schedule(name: str):
     if name == "gpd":
         return gpd_schedule(learning_rate=1e-3)
     # The attack takes signs: one gradient near 0 rounded the other way moves a pixel, above all by fare's large ones.
-    return single_schedule(name, learning_rate=1e-5 if name == "fare" else 1e-3)
+    return single_schedule(name, steps=3, learning_rate=1e-5 if name == "fare" else 1e-3)
 
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory, paths):
     """Each schedule's run at batch 8, once."""
-    known = {}
-
-    def get(name):
-        if name not in known:
-            known[name] = run(tmp_path_factory.mktemp("usual"), paths, schedule(name))
-        return known[name]
-
-    return get
+    return functools.cache(lambda name: run(tmp_path_factory.mktemp("usual"), paths, schedule(name)))
 
 
+SMALL = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+LOOK = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 5}
+# Their terms are those of hpt_gpd, pmg_aft, ucat and distillation.
+ALIKE = {"ga", "hpt", "tecoa", "anchor_clean", "agft"}
 # (schedule, settings, by how much a weight may differ)
 SAME = {
-    "the same seed": ("gpd", {"seed": 42}, 0),
     "gradient checkpointing": ("gpd", {"activation_checkpointing": True}, 1e-6),
     "loader processes": ("gpd", {"dataloader_num_workers": 2}, 0),
-    "evaluation after every step": ("gpd", {"eval_strategy": "steps", "eval_steps": 1}, 0),
-    "a save after every step": ("gpd", {"save_strategy": "steps", "save_steps": 1}, 0),
-    **{
-        f"{name}: 4 accumulated batches of 2": (
-            name,
-            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-            1e-6,
-        )
-        for name in ("gpd", *sorted(OBJECTIVES))
-    },
+    "evaluation after every step, and two saves": ("gpd", LOOK, 0),
 }
+for name in ("gpd", *sorted(OBJECTIVES.keys() - ALIKE)):
+    SAME[f"{name}: 4 accumulated batches of 2"] = (name, SMALL, 1e-6)
 
 
 @pytest.mark.parametrize("what", SAME)
@@ -73,7 +62,7 @@ def test_the_same_weights_by_another_road(what, tmp_path, paths, usual):
     name, settings, bound = SAME[what]
     end, log = usual(name)
     ours, our_log = run(tmp_path, paths, schedule(name), held_out=make_images(8, seed=3), **settings)
-    assert largest_difference(end, weights(trainer_from_disk(tmp_path, paths).model)) > 1e-4
+    assert largest_difference(end, weights(classifier(paths[0]))) > 1e-4
     assert largest_difference(end, ours) <= bound
     for key in ("loss", "robust_batch_accuracy"):
         assert [e[key] for e in our_log] == pytest.approx([e[key] for e in log], rel=1e-3 if bound else 1e-9)
@@ -81,7 +70,7 @@ def test_the_same_weights_by_another_road(what, tmp_path, paths, usual):
 
 def test_another_seed_ends_elsewhere(tmp_path, paths, usual):
     """The equalities would hold for a Trainer that ignores its data and noise; this one does not."""
-    assert largest_difference(run(tmp_path, paths, schedule("hpt"), seed=1)[0], usual("hpt")[0]) > 1e-4
+    assert largest_difference(run(tmp_path, paths, schedule("gpd"), seed=1)[0], usual("gpd")[0]) > 1e-4
 
 
 def test_without_labels_the_attack_aims_at_the_proxys_answer(tmp_path, paths, proxy):
@@ -95,7 +84,7 @@ def test_without_labels_the_attack_aims_at_the_proxys_answer(tmp_path, paths, pr
 
 
 def test_in_bfloat16_the_attack_is_that_of_float32(tmp_path, paths):
-    """The first step's adversarial images are bit-equal; its loss, of bfloat16 products in student and proxy, is not."""
+    """The first step's adversarial images are bit-equal; its loss, of products in bfloat16, is not."""
     found = []
     for half in (False, True):
         trainer = trainer_from_disk(tmp_path / str(half), paths, single_schedule("hpt", steps=1), bf16=half)
@@ -126,46 +115,28 @@ def test_gradient_checkpointing_keeps_less(student):
     assert kept() < usual / 2
 
 
-COMPILED = """
-import sys, torch
-from hpt_hf.commands.train import RECIPE, build
-from hpt_hf.commands.parser import parse
-
-def train(*more):
-    trainer = build(*parse(RECIPE, [*sys.argv[2:], *more]))
-    calls = {}
-    for model, name in ((trainer.model, "student"), (trainer.proxy, "proxy")):
-        for number, layer in enumerate(model.model.vision_model.encoder.layers):
-            if layer._compiled_call_impl is not None:
-                def call(*args, run=layer._compiled_call_impl, at=f"{name} {number}", **kwargs):
-                    calls[at] = calls.get(at, 0) + 1
-                    return run(*args, **kwargs)
-                layer._compiled_call_impl = call
-    trainer.train()
-    assert trainer.model_wrapped is trainer.model, "compiled as a whole, too"
-    return trainer.model.state_dict(), calls
-
-usual, none = train()
-compiled, calls = train("--torch_compile", "true", "--torch_compile_backend", sys.argv[1])
-assert none == {} and usual.keys() == compiled.keys()
-largest = max(float((usual[n] - compiled[n]).abs().max()) for n in usual)
-print(largest, calls, dict(torch._dynamo.utils.counters["graph_break"]), sep="|")
-"""
-
-
-@pytest.mark.multiprocess
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layers_end_at_the_same_weights_the_attacks_passes_included(backend, tmp_path, paths):
-    """With dynamo's stand-in for a compiler, and the real one; in a process without the checks of shapes."""
-    data = write_image_folder(tmp_path / "data", make_images())
-    flags = f"--method hpt --dataset {data} --model {paths[0]} --proxy {paths[1]} --use_cpu true --max_steps 10"
-    flags += " --per_device_train_batch_size 8 --eps 8/255 --learning_rate 1e-2 --disable_tqdm true"
-    command = [sys.executable, "-c", COMPILED, backend, *flags.split(), "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    largest, calls, breaks = done.stdout.splitlines()[-1].split("|")
-    assert float(largest) < 1e-5
-    assert breaks == "{}", "a layer that is compiled in pieces is no faster"
-    assert "recompile_limit" not in done.stderr
-    # Ten steps: two of the attack and the loss for the student, one look for the proxy.
-    assert ast.literal_eval(calls) == {"student 0": 30, "student 1": 30, "proxy 0": 10}
+    """With dynamo's stand-in for a compiler, and the real one."""
+    calls, ends = Counter(), []
+    torch._dynamo.reset()
+    counters.clear()
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": backend}):
+        trainer = trainer_from_disk(tmp_path, paths, single_schedule("hpt"), **compiled)
+        for model, name in ((trainer.model, "student"), (trainer.proxy, "proxy")):
+            for number, layer in enumerate(model.model.vision_model.encoder.layers):
+
+                def call(*args, run=layer._compiled_call_impl, at=f"{name} {number}", **kwargs):
+                    calls[at] += 1
+                    return run(*args, **kwargs)
+
+                layer._compiled_call_impl = layer._compiled_call_impl and call
+        trainer.train()
+        assert trainer.model_wrapped is trainer.model, "compiled as a whole, too"
+        ends.append(weights(trainer.model))
+    assert largest_difference(*ends) < 1e-5
+    assert not counters["graph_break"], "a layer that is compiled in pieces is no faster"
+    assert counters["stats"]["unique_graphs"] <= 6, "compiled again and again"
+    # Five steps: two of the attack and the loss for the student, one look for the proxy.
+    assert calls == {"student 0": 15, "student 1": 15, "proxy 0": 5}

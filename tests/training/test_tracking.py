@@ -1,4 +1,4 @@
-"""Proves that a tracker can tell runs apart, that its files lie beside the model, and that a missing one costs a line."""
+"""Proves that a tracker can tell runs apart, its files lie beside the model, and a missing one costs a line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 
 import pytest
 from conftest import classifier, gpd_schedule, make_images, make_trainer, single_schedule, write_image_folder
-from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from hpt_hf.commands.parser import parse
@@ -16,13 +15,6 @@ from hpt_hf.training import config
 from hpt_hf.training.config import TRACKERS, HPTConfig
 
 FLAGS = "--max_steps 2 --per_device_train_batch_size 8 --use_cpu true --disable_tqdm true --learning_rate 1e-3"
-
-
-class Tracker(TrainerCallback):
-    """Reads of a run what transformers' trackers read: the name, and the arguments as a dict."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.name, self.config = args.run_name, json.loads(args.to_json_string())
 
 
 class Board(TensorBoardCallback):
@@ -42,9 +34,10 @@ class Board(TensorBoardCallback):
         super().on_log(args, state, control, logs=logs)
 
 
-def flags(folder, paths, output, *more):
-    data = write_image_folder(folder / "images", make_images())
-    return f"{FLAGS} --model {paths[0]} --dataset {data} --output_dir {output}".split() + list(more)
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory, paths):
+    data = write_image_folder(tmp_path_factory.mktemp("tracking") / "images", make_images())
+    return f"{FLAGS} --model {paths[0]} --dataset {data}".split()
 
 
 @pytest.mark.parametrize(
@@ -56,15 +49,15 @@ def flags(folder, paths, output, *more):
         ("--method hpt --run_name mine", {"method": "hpt", "ga_epochs": 1.0}, "mine"),
     ],
 )
-def test_a_tracker_is_told_method_attack_models_and_data(more, expected, named, paths, tmp_path):
+def test_a_tracker_is_told_method_attack_models_and_data(more, expected, named, flags, paths, tmp_path):
+    """By what transformers' trackers read of a run: the name, and the arguments as a dict."""
     more = more.split() + (["--proxy", paths[1]] if "hpt" in more else [])
-    trainer = build(*parse(RECIPE, flags(tmp_path, paths, tmp_path / "out", *more)))
-    trainer.add_callback(tracker := Tracker())
-    trainer.train()
-    assert {k: tracker.config[k] for k in expected} == expected
-    assert tracker.config["student"] == paths[0] and tracker.config["dataset"] == "images"
-    assert named in tracker.name and (("proxy" in tracker.name) == ("--proxy" in more) or named == "mine")
-    assert tracker.name == "mine" or tracker.name.startswith(f"{tmp_path / 'out'}: ") and "images" in tracker.name
+    args = build(*parse(RECIPE, [*flags, "--output_dir", str(tmp_path / "out"), *more])).args
+    name, told = args.run_name, json.loads(args.to_json_string())
+    assert {k: told[k] for k in expected} == expected
+    assert told["student"] == paths[0] and told["dataset"] == "images"
+    assert named in name and (("proxy" in name) == ("--proxy" in more) or named == "mine")
+    assert name == "mine" or name.startswith(f"{tmp_path / 'out'}: ") and "images" in name
 
 
 def test_a_trainer_made_of_parts_tells_it_as_well_and_names_every_proxy(paths, student, proxy, tmp_path):
@@ -102,22 +95,15 @@ def test_a_missing_tracker_is_told_before_anything_is_loaded(name, tmp_path, mon
     assert HPTConfig(output_dir=str(tmp_path)).report_to == []
 
 
-@pytest.mark.parametrize("held_out", ["0", "0.2"])
-def test_the_log_stays_beside_the_model(held_out, paths, tmp_path):
-    more = ("--method", "tecoa", "--held_out", held_out, "--logging_steps", "1")
-    run(*parse(RECIPE, flags(tmp_path, paths, tmp_path / "out", *more)))
-    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    assert [row["step"] for row in log if "loss" in row] == [1, 2]
-    assert any("eval_robust_accuracy" in row for row in log) == (held_out != "0")
-
-
-def test_the_card_shows_the_runs_curve_the_same_for_the_same_run_and_no_earlier_one(paths, tmp_path):
+def test_the_log_stays_beside_the_model_and_the_card_shows_the_runs_curve_but_no_earlier_one(flags, tmp_path):
     drawn = []
-    for name, more in (("one", "1"), ("again", "1"), ("again", "50")):
-        argv = flags(tmp_path / name, paths, tmp_path / name, "--method", "tecoa", "--logging_steps", more)
-        run(*parse(RECIPE, argv))
-        shown = "](training.png)" in (tmp_path / name / "README.md").read_text()
-        file = tmp_path / name / "training.png"
-        drawn.append(file.read_bytes() if file.exists() else None)
-        assert shown == (drawn[-1] is not None)
+    for name, every, held_out in (("one", 1, 0), ("again", 1, 0), ("again", 50, 0.2)):
+        out = tmp_path / name
+        more = f"--method tecoa --logging_steps {every} --held_out {held_out} --output_dir {out}"
+        run(*parse(RECIPE, [*flags, *more.split()]))
+        log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        assert [row["step"] for row in log if "loss" in row] == ([1, 2] if every == 1 else [])
+        assert any("eval_robust_accuracy" in row for row in log) == (held_out > 0)
+        drawn.append(file.read_bytes() if (file := out / "training.png").exists() else None)
+        assert ("](training.png)" in (out / "README.md").read_text()) == (drawn[-1] is not None)
     assert drawn[0] == drawn[1] != drawn[2] is None

@@ -91,14 +91,11 @@ def by_hand(student, proxy, batch, *, g, b, restart, eps=8 / 255, momentum=0.9):
         student.zero_grad()
 
 
-@pytest.mark.parametrize(("g", "b", "restart"), [(0.9, 0.5, True), (0.5, 0.2, True), (0.5, 0.2, False)])
+@pytest.mark.parametrize(("g", "b", "restart"), [(0.9, 0.2, True), (0.5, 0.5, False)])
 def test_hpt_gpd_equals_the_method_written_out_by_hand(g, b, restart, student, student_path, proxy, tmp_path):
     """Also: only the vision side moves, and no gradient of the attack leaks into the update, for by hand it cannot."""
-    data, own, schedule = (
-        make_images(8),
-        classifier(student_path),
-        gpd_schedule(steps=4, ema=g, pull=b, restart=restart),
-    )
+    data, own = make_images(8), classifier(student_path)
+    schedule = gpd_schedule(steps=4, ema=g, pull=b, restart=restart)
     make_trainer(tmp_path, student, schedule, proxy=proxy, data=data, seed=0).train()
     vanilla = weights(own)
     by_hand(own, proxy, Collator(own.processor)(list(data)), g=g, b=b, restart=restart)
@@ -119,20 +116,15 @@ class Watcher(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def test_rates_used_and_logged_are_the_schedules(paths, tmp_path):
-    schedule, watcher = gpd_schedule(warmup_steps=2), Watcher()
-    trainer = trainer_from_disk(tmp_path, paths, schedule, callbacks=[watcher])
-    trainer.train()
-    expected = pytest.approx([schedule.learning_rate(s) for s in range(10)], abs=1e-15)
-    assert watcher.rates == expected and [e["learning_rate"] for e in logged(trainer)] == expected
-
-
-def test_terms_accuracy_and_phase_are_logged_by_name(paths, tmp_path):
-    schedule = Schedule((Phase(OBJECTIVES["ga"], 2, 1e-3), Phase(OBJECTIVES["pmg_aft"], 4, 1e-3)), interval=2)
+def test_rates_terms_accuracy_and_phase_are_the_schedules_and_logged_by_name(paths, tmp_path):
+    second = Phase(OBJECTIVES["pmg_aft"], 4, 2e-3, warmup_steps=3)
+    schedule = Schedule((Phase(OBJECTIVES["ga"], 2, 1e-3), second), interval=2)
     watcher = Watcher()
     trainer = trainer_from_disk(tmp_path, paths, schedule, logging_steps=2, callbacks=[watcher])
     trainer.train()
-    entries = logged(trainer)
+    entries, rates = logged(trainer), [trainer.schedule.learning_rate(s) for s in range(6)]
+    assert watcher.rates == pytest.approx(rates, abs=1e-15)
+    assert [e["learning_rate"] for e in entries] == pytest.approx(rates[1::2], abs=1e-15)
     assert [e["phase"] for e in entries] == ["ga", "pmg_aft", "pmg_aft"]
     assert [e["phase"] for e in watcher.logs if "loss" in e] == ["ga", "pmg_aft", "pmg_aft"]
     for entry, names in zip(entries, (("ga",), *2 * [("ce", "anchor", "clean")]), strict=True):
@@ -147,16 +139,8 @@ def test_terms_accuracy_and_phase_are_logged_by_name(paths, tmp_path):
 
 
 def test_the_configs_values_decide_the_schedule_are_recorded_and_not_changed(student, proxy, tmp_path):
-    args = HPTConfig(
-        str(tmp_path),
-        learning_rate=0.02,
-        num_train_epochs=2,
-        warmup_steps=3,
-        lr_scheduler_type="linear",
-        per_device_train_batch_size=8,
-        use_cpu=True,
-        report_to="none",
-    )
+    said = {"learning_rate": 0.02, "num_train_epochs": 2, "warmup_steps": 3, "lr_scheduler_type": "linear"}
+    args = HPTConfig(str(tmp_path), **said, per_device_train_batch_size=8, use_cpu=True, report_to="none")
     before = args.to_dict()
     images = make_images()  # five steps an epoch
     common = {"attack": TrainingAttack(ThreatModel("linf", "8/255")), "proxy": proxy, "train_dataset": images}
@@ -167,15 +151,8 @@ def test_the_configs_values_decide_the_schedule_are_recorded_and_not_changed(stu
     trainer.save_model()
     assert args.to_dict() == before and args.max_steps == -1
     record = json.loads((tmp_path / "train.json").read_text())
-    warm_up = {
-        "objective": "ga",
-        "steps": 5,
-        "learning_rate": pytest.approx(2e-5),
-        "warmup_steps": 0,
-        "decay": "cosine",
-    }
-    main = {"objective": "hpt", "steps": 10, "learning_rate": 0.02, "warmup_steps": 3, "decay": "linear"}
-    assert record["phases"] == [warm_up, main]
+    told = [list(phase.values()) for phase in record["phases"]]
+    assert told == [["ga", 5, pytest.approx(2e-5), 0, "cosine"], ["hpt", 10, 0.02, 3, "linear"]]
     assert record["steps"] == 15 == trainer.state.global_step and record["learning_rate"] == 0.02
     rates = [trainer.schedule.learning_rate(s) for s in range(5, 15)]
     assert rates[:4] == pytest.approx([0.02 / 3, 0.04 / 3, 0.02, 0.02]) and rates[-1] == pytest.approx(0.02 / 7)
@@ -289,7 +266,7 @@ def warnings_of(caplog) -> list[str]:
 )
 def test_a_proxy_that_may_not_teach_is_a_warning_and_a_good_one_silence(proxy, says, student, tmp_path, caplog):
     proxy = classifier(save_tiny_clip(tmp_path / "proxy", **proxy))
-    trainer = make_trainer(tmp_path, student, single_schedule("hpt", steps=10), proxy=proxy)
+    trainer = make_trainer(tmp_path, student, single_schedule("hpt"), proxy=proxy)
     warnings = warnings_of(caplog)
     assert len(warnings) == len(says) and all(part in warning for part, warning in zip(says, warnings, strict=True))
     trainer.train()
@@ -302,9 +279,7 @@ def test_a_proxy_that_is_the_student_is_refused(student, student_path, tmp_path)
         make_trainer(tmp_path, student, single_schedule("hpt"), proxy=classifier(student_path))
 
 
-@pytest.mark.parametrize("on", ["student", "proxy"])
-def test_attack_on_proxy_crafts_there(on, student, proxy, tmp_path, monkeypatch):
-    """The option changes which model the images are crafted on, and nothing else is attacked."""
+def test_attack_on_proxy_crafts_there(student, proxy, tmp_path, monkeypatch):
     asked, classify = [], ZeroShotClassifier.classify
 
     def spy(self, images):
@@ -313,32 +288,27 @@ def test_attack_on_proxy_crafts_there(on, student, proxy, tmp_path, monkeypatch)
         return classify(self, images)
 
     monkeypatch.setattr(ZeroShotClassifier, "classify", spy)
-    objective = dataclasses.replace(OBJECTIVES["hpt"], attack_on=on)
+    objective = dataclasses.replace(OBJECTIVES["hpt"], attack_on="proxy")
     make_trainer(tmp_path, student, Schedule.single(objective, steps=2, learning_rate=1e-3), proxy=proxy).train()
-    target = student if on == "student" else proxy
-    assert len(asked) == 4 and all(model is target for model in asked), "two steps of PGD-2"
+    assert len(asked) == 4 and all(model is proxy for model in asked), "two steps of PGD-2"
 
 
 # --- what can go wrong while training
-
-
-def test_a_diverged_run_stops_and_says_where(paths, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step [1-9] of 20, in phase hpt .*a lower rate"):
-        trainer_from_disk(tmp_path, paths, single_schedule("hpt", steps=20, learning_rate=1e30)).train()
 
 
 def test_a_broken_proxy_stops_the_run_in_the_phase_that_asks_it(student, proxy, tmp_path):
     with torch.no_grad():
         proxy.model.visual_projection.weight.fill_(torch.nan)
     schedule = Schedule((Phase(OBJECTIVES["tecoa"], 3, 1e-3), Phase(OBJECTIVES["hpt"], 3, 1e-3)), interval=3)
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 3 of 6, in phase hpt \(hpt nan\)"):
+    says = r"the loss is nan at step 3 of 6, in phase hpt \(hpt nan\).*a lower rate"
+    with pytest.raises(FloatingPointError, match=says):
         make_trainer(tmp_path, student, schedule, proxy=proxy).train()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ["tecoa", "fare", "distillation"])
 def test_images_without_labels(name, student, proxy, tmp_path):
-    before = weights(student)
-    trainer = make_trainer(tmp_path, student, single_schedule(name), proxy=proxy, data=make_images(labelled=False))
+    before, schedule, bare = weights(student), single_schedule(name, steps=1), make_images(labelled=False)
+    trainer = make_trainer(tmp_path, student, schedule, proxy=proxy, data=bare)
     if OBJECTIVES[name].needs_labels:
         with pytest.raises(ValueError, match=f"{name} needs labels"):
             trainer.train()
@@ -381,9 +351,8 @@ def test_a_step_costs_the_forwards_its_equations_name_and_text_is_read_once(name
             module = getattr(models[key].model, f"{tower}_model")
             module.register_forward_hook(lambda module, inputs, output, count=count: count.append(1))
         models[key].set_classes(CLASSES)
-    trainer = make_trainer(
-        tmp_path, models["student"], single_schedule(name, steps=3), proxy=models["proxy"], held_out=make_images(8)
-    )
+    others = {"proxy": models["proxy"], "held_out": make_images(8)}
+    trainer = make_trainer(tmp_path, models["student"], single_schedule(name, steps=3), **others)
     trainer.train()
     assert {key: len(calls[key, "vision"]) for key in models} == {key: 3 * n for key, n in forwards.items()}
     trainer.evaluate()
