@@ -61,9 +61,8 @@ def test_a_tracker_is_told_method_attack_models_and_data(more, expected, named, 
 
 
 def test_a_trainer_made_of_parts_tells_it_as_well_and_names_every_proxy(paths, student, proxy, tmp_path):
-    proxies = Ensemble(
-        [proxy, classifier(paths[0]).with_weights({n: w + 1e-3 for n, w in student.plain_state().items()})]
-    )
+    other = classifier(paths[0]).with_weights({n: w + 1e-3 for n, w in student.plain_state().items()})
+    proxies = Ensemble([proxy, other])
     trainer = make_trainer(tmp_path, student, gpd_schedule(), proxy=proxies)
     told = trainer.args.to_dict()
     assert (told["method"], told["eps"], told["dataset"]) == ("ga+hpt", "8/255", "made")
@@ -78,17 +77,15 @@ def test_what_tensorboard_writes_lies_beside_the_model_whatever_is_logged_first(
     trainer.evaluate(metric_key_prefix="vanilla")
     trainer.train()
     (folder,) = set(board.folders)
-    assert folder.startswith(f"{tmp_path / 'out' / 'runs'}/") and folder.endswith(
-        "tecoa-linf-8-255-2-attack-steps-made"
-    )
+    assert folder.startswith(f"{tmp_path / 'out' / 'runs'}/")
+    assert folder.endswith("tecoa-linf-8-255-2-attack-steps-made")
 
 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_tracker_is_told_before_anything_is_loaded(name, tmp_path, monkeypatch):
     monkeypatch.setattr(config, "get_available_reporting_integrations", lambda: [t for t in TRACKERS if t != name])
-    with pytest.raises(
-        ValueError, match=f"^report_to: got '{name}', which is not installed. Fix: pip install {name}$"
-    ):
+    says = f"^report_to: got '{name}', which is not installed. Fix: pip install {name}$"
+    with pytest.raises(ValueError, match=says):
         HPTConfig(output_dir=str(tmp_path), report_to=name)
     others = [t for t in TRACKERS if t != name]
     assert HPTConfig(output_dir=str(tmp_path), report_to=others).report_to == others
