@@ -100,6 +100,16 @@ ROWS = {
     "--proxy {proxy}",
 }
 
+BRIEF = (
+    "TeCoA",
+    REFERENCE,
+    "anchor, clean, attacked by KL",
+    "PMG-AFT",
+    "HPT-GPD",
+    "ViT proxy, clean",
+    "ViT proxy, adversarial (HPT)",
+)
+
 
 def row_flags(world: World, row: str, models: str, data_dir: str | None) -> list[str]:
     paths = {name: path.format(models=models) for name, path in world.models.items()}
@@ -147,6 +157,14 @@ def margins(found: dict) -> str:
             said = [f"{-g['value']:+.1f} ({-g['high']:+.1f} to {-g['low']:+.1f})" for g in gap.values()]
             cells.append((row["row"], row["seeds"], *said))
     return markdown((f"{found['winner']}, above", "its seeds", "clean, paired", "robust, paired"), cells)
+
+
+def brief(found: dict) -> str:
+    """The README's table: both accuracies of a few rows."""
+    cells = [(r["row"], r["clean"], r["robust"]) for r in found["rows"] if r["row"] in BRIEF]
+    return markdown(
+        (f"photographs: mean of {found['rows'][0]['sets']} sets", "clean %", f"robust % ({found['attack']})"), cells
+    )
 
 
 def table(found: dict) -> str:
