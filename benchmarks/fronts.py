@@ -115,6 +115,7 @@ def draw(found: dict, file: Path) -> None:
     axes.set(
         xlabel="clean accuracy %", ylabel="robust accuracy %", title="from the vanilla student; pale: rates not chosen"
     )
+    axes.set_xlim(left=0.7 * found["vanilla"]["clean"])  # what has collapsed is out of sight
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
     with rc_context({"svg.hashsalt": "hpt_hf"}):  # the same front, the same file

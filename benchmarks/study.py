@@ -67,7 +67,7 @@ WORLDS = {
         {name: f"{{models}}/{name}" for name in ("student", "proxy", "convolution")},
         "photographs",
         ("--choose_on", "photos:tiny_imagenet held out"),
-        "anchor, clean, attacked by KL",
+        "PMG-AFT",
     ),
 }
 ROWS = {
@@ -126,8 +126,8 @@ def phenomenon(world: World, models: str, data_dir: str | None, limit: int) -> d
     return {name: {k: crossed["student", name][k] for k in ("clean", "adversarial", "kl")} for name in opened}
 
 
-def collect(output: Path, picture: Path, asked: Question, winner: str) -> list[dict]:
-    """Every row that has a run: means, spread over seeds, and paired differences from the reference; all in a picture."""
+def collect(output: Path, picture: Path | None, asked: Question, winner: str) -> list[dict]:
+    """Every row that has a run: means, spread over seeds, and paired differences from the reference."""
     results = []
     for row in ROWS:
         for folder in sorted((output / slug(row) / "recipe").glob("seed*")):
@@ -135,7 +135,8 @@ def collect(output: Path, picture: Path, asked: Question, winner: str) -> list[d
             results += [replace(r, model=f"{row}/{folder.name}") for r in found]
     verdicts = {row: dict(Counter(r.verdict for r in results if r.model.startswith(f"{row}/"))) for row in ROWS}
     rows, compared = [], compare(results, REFERENCE)
-    front({str(results[0].question): compared}, picture)
+    if picture:
+        front({str(results[0].question): compared}, picture)
     for c in compared:
         found = {"row": c.model, "seeds": c.seeds, "sets": c.sets, "n": c.n, "clean": c.clean, "robust": c.robust}
         found |= {"spread": c.spread, "dominated_by": c.dominated_by, "verdicts": verdicts[c.model]}
@@ -209,7 +210,8 @@ def main() -> None:
     attack = world.attack(args.strict)
     if args.collect:
         found = {} if args.strict else {"phenomenon": phenomenon(world, args.models, args.data_dir, args.limit)}
-        picture, asked = Path(args.collect).with_suffix(".svg"), Question.of(attack, args.limit)
+        picture = None if args.strict else Path(args.collect).with_suffix(".svg")
+        asked = Question.of(attack, args.limit)
         found |= {"winner": world.winner, "rows": collect(output, picture, asked, world.winner)}
         found |= {"attack": f"{attack}, linf {world.eps}", "limit": args.limit, "checked": args.strict}
         write_json(args.collect, found | {"versions": versions(), "hardware": hardware()})

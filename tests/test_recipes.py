@@ -24,7 +24,7 @@ def test_the_recipes_that_were_asked_for_are_there():
     wanted = {
         "quickstart.yaml",
         "own_images.yaml",
-        *(f"best/{name}.yaml" for name in ("glyphs", "tiny_imagenet", "imagenet")),
+        *(f"best/{name}.yaml" for name in ("glyphs", "photographs", "tiny_imagenet", "imagenet")),
         *(f"lab/{m}.yaml" for m in methods),
         *(f"{world}/{m}.yaml" for m in methods for world in ("real", "photographs")),
     }
@@ -33,7 +33,7 @@ def test_the_recipes_that_were_asked_for_are_there():
     }
     wanted |= {f"tiny_imagenet/{m}_vit_b32_eps1.yaml" for m in methods}
     assert wanted <= names
-    assert len(RECIPES) == len(wanted) == 32
+    assert len(RECIPES) == len(wanted) == 33
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import attack_cost
 import compare
+import fronts
 import independent
 import lora
 import narrow
@@ -18,6 +19,7 @@ import pytest
 import scaling
 import step
 import study
+import yaml
 
 from hpt_hf.commands import interpolate as dial
 from hpt_hf.commands.parser import parse
@@ -101,10 +103,23 @@ def test_evaluation_shows_the_comparison_with_the_independent_implementation():
 @pytest.mark.parametrize("world", study.WORLDS)
 def test_results_show_the_study_of_teachers(world):
     found = json.loads((ROOT / "docs" / "results" / f"study-{world}.json").read_text())
-    tables = [study.kept(found), study.table(found), *([study.margins(found)] if world == "glyphs" else [])]
+    strict = json.loads((ROOT / "docs" / "results" / f"strict-{world}.json").read_text())
+    tables = [study.kept(found), study.table(found), study.margins(found), study.table(strict)]
     assert [missing(table, "docs/results.md") for table in tables] == [[]] * len(tables)
+    assert strict["checked"] and strict["attack"].startswith("standard") and len(strict["rows"]) >= 4
     assert {row["row"] for row in found["rows"]} <= set(study.ROWS) and len(found["rows"]) >= 8
     assert all(row["difference"] or row["row"] == study.REFERENCE for row in found["rows"])
+
+
+def test_results_show_the_fronts_and_the_recipes_hold_the_rates_that_were_chosen():
+    found = json.loads((ROOT / "docs" / "results" / "fronts-photographs.json").read_text())
+    assert missing(fronts.table(found), "docs/results.md") == []
+    photographs = json.loads((ROOT / "docs" / "results" / "study-photographs.json").read_text())
+    assert missing(study.brief(photographs), "README.md") == []
+    chosen = {row["row"]: float(row["rate"]) for row in found["rows"] if row["chosen"]}
+    for row, name in (("TeCoA", "tecoa"), ("anchor, clean", "anchor_clean"), ("PMG-AFT", "pmg_aft"), ("FARE", "fare")):
+        recipe = yaml.safe_load((ROOT / "recipes" / "photographs" / f"{name}.yaml").read_text())
+        assert recipe["learning_rate"] == chosen[row]
 
 
 def test_results_show_the_narrow_regime():
