@@ -226,6 +226,14 @@ def test_a_line_of_the_documents_runs(command, rest, place, tmp_path, monkeypatc
     assert contents(Path()) != before or command in ("verify", "estimate")
 
 
+def test_a_line_that_does_not_run_says_what_it_needs():
+    """`FOLDER` is the user's own data; `make smoke` runs the quickstart."""
+    blocks = [line for file in DOCUMENTS for line in re.findall(r"^    (?:hpt-hf|accelerate).*", text_of(file), re.M)]
+    asked = [(line, match) for line in blocks if (match := COMMAND.search(line)) and match[1] != "quickstart"]
+    left = [line for line, m in asked if (m[1], shlex.join(shlex.split(m[2], comments=True))) not in RUN]
+    assert len(left) >= 8 and [line for line in left if "# needs" not in line and "FOLDER" not in line] == []
+
+
 def test_help_names_every_command_that_the_documents_use(capsys):
     cli.main(["--help"])
     told = capsys.readouterr().out
