@@ -53,7 +53,9 @@ def left_by(folder: Path) -> dict[str, bytes]:
     files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
     assert not [name for name in files if ".part" in name or name == ".lock"]
     kept = {
-        n: f for n, f in files.items() if not re.match(r"checkpoint-|progress/|trainer_log|trainer_state|log\.", n)
+        n: f
+        for n, f in files.items()
+        if not re.match(r"checkpoint-|progress/|trainer_log|trainer_state|training\.png|log\.", n)
     }
     text = rb'"seconds": [\d.]+|[\d.]+ s on |"commit": "[^"]*"|\| time \|[^\n]*|<!-- written by hpt_hf[^>]*>'
     return {n: re.sub(text, b"", f.read_bytes()) for n, f in kept.items()}
