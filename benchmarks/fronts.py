@@ -8,15 +8,14 @@ Each method is a sweep over rates, chosen on what training never saw; every mode
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
-from study import STEPS, WORLDS, World, row_flags
+from study import STEPS, WORLDS, World, parser_of, row_flags, suite
 from transformers.utils import logging
 
-from hpt_hf.commands.common import ImageArguments, load_model, open_sets, suite_names
+from hpt_hf.commands.common import load_model
+from hpt_hf.commands.compare import save
 from hpt_hf.commands.interpolate import interpolate
 from hpt_hf.commands.parser import RecipeError
 from hpt_hf.commands.sweep import Grid, choose, name_of, sole
@@ -40,16 +39,12 @@ RATES = {
 }
 
 
-def suite(world: World, args) -> list[LabelledImages]:
-    return open_sets(ImageArguments("", dataset=[*suite_names(world.suite)], data_dir=args.data_dir, limit=args.limit))
-
-
 def student(world: World, args) -> ZeroShotClassifier:
     return load_model(world.models["student"].format(models=args.models))
 
 
-def accuracy(model: ZeroShotClassifier, name: str, world: World, args) -> dict[str, float]:
-    return mean([evaluate(model, s, world.attack(), name=name, limit=args.limit, probe=0) for s in suite(world, args)])
+def accuracy(model: ZeroShotClassifier, name: str, world: World, sets: list[LabelledImages], limit: int) -> dict:
+    return mean([evaluate(model, images, world.attack(), name=name, limit=limit, probe=0) for images in sets])
 
 
 def run(world: World, row: str, output: Path, args) -> None:
@@ -63,13 +58,16 @@ def run(world: World, row: str, output: Path, args) -> None:
         print(error)
         return
     write_json(grid.output / "sweep.json", {"settings": seen, "chosen": chosen})
+    sets = suite(world, args)
     for setting in grid.settings:
         folder = grid.output / "choice" / name_of(setting)
         with sole(folder / "front.json") as mine:
             if mine and not (folder / "front.json").is_file():
                 robust = load_model(str(folder))
                 models = {weight: interpolate(original, robust, weight) for weight in WEIGHTS}
-                points = [{"weight": w, **accuracy(m, str(folder), world, args)} for w, m in models.items()]
+                points = [
+                    {"weight": w, **accuracy(m, str(folder), world, sets, args.limit)} for w, m in models.items()
+                ]
                 write_json(folder / "front.json", {"points": points})
 
 
@@ -118,27 +116,18 @@ def draw(found: dict, file: Path) -> None:
     axes.set_xlim(left=0.7 * found["vanilla"]["clean"])  # what has collapsed is out of sight
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
-    with rc_context({"svg.hashsalt": "hpt_hf"}):  # the same front, the same file
-        figure.savefig(file, metadata={"Date": None})
+    save(figure, file)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=WORLDS, required=True)
-    parser.add_argument("--data_dir")
-    parser.add_argument("--models", default="outputs/photographs", help="folder of the photographs' models")
-    parser.add_argument("--rows", nargs="+", choices=RATES, default=list(RATES))
-    parser.add_argument("--limit", type=int, default=300)
-    parser.add_argument("--output_dir", type=Path)
-    parser.add_argument("--collect", metavar="FILE")
-    args = parser.parse_args()
+    args = parser_of(__doc__, RATES, limit=300).parse_args()
     logging.disable_progress_bar()
     world, output = WORLDS[args.world], args.output_dir or Path("outputs/fronts", args.world)
     if not args.collect:
         for row in args.rows:
             run(world, row, output, args)
         return
-    vanilla = accuracy(student(world, args), "vanilla", world, args)
+    vanilla = accuracy(student(world, args), "vanilla", world, suite(world, args), args.limit)
     found = {"vanilla": vanilla, "rows": collect(output), "attack": str(world.attack()), "eps": world.eps}
     write_json(args.collect, found | {"limit": args.limit, "versions": versions(), "hardware": hardware()})
     draw(found, Path(args.collect).with_suffix(".svg"))

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from study import suite
 from transformers.utils import logging
 
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
-from hpt_hf.commands.common import ImageArguments, load_model, open_sets, suite_names
+from hpt_hf.commands.common import load_model
+from hpt_hf.commands.compare import save
 from hpt_hf.commands.interpolate import interpolate
 from hpt_hf.commands.parser import parse
 from hpt_hf.commands.sweep import sole
@@ -72,9 +74,7 @@ def measured(world: World, method: str, epochs: int, rate: float, args, folder: 
     argv += ["--dataset", world.narrow, "--output_dir", str(folder), "--seed", str(args.seed)]
     argv += ["--data_dir", args.data_dir] if args.data_dir else []
     run(*parse(RECIPE, argv))
-    sets = open_sets(
-        ImageArguments("", dataset=list(suite_names(world.suite)), data_dir=args.data_dir, limit=args.limit)
-    )
+    sets = suite(world, args)
     attack = EvaluationAttack(ThreatModel("linf", world.eps), steps=STEPS)
     robust, found = load_model(str(folder)), []
     models = {method: robust}
@@ -114,7 +114,7 @@ def draw(found: dict, file: Path) -> None:
         axes.set(xlabel="clean accuracy %", ylabel="robust accuracy %", title=f"rate {rate:g}; numbers: epochs")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.savefig(file, metadata={"Date": None})
+    save(figure, file)
 
 
 def main() -> None:

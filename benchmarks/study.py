@@ -24,6 +24,7 @@ from hpt_hf.commands.common import ImageArguments, load_model, open_sets, suite_
 from hpt_hf.commands.compare import front
 from hpt_hf.commands.sweep import Grid, run
 from hpt_hf.commands.transfer import matrix, means
+from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation.comparison import Compared, compare
 from hpt_hf.evaluation.result import Question, read_results_of
 from hpt_hf.evaluation.sanity_checks import PROBE
@@ -118,10 +119,15 @@ def row_flags(world: World, row: str, models: str, data_dir: str | None) -> list
     return [*flags, *(["--data_dir", data_dir] if data_dir else [])]
 
 
-def phenomenon(world: World, models: str, data_dir: str | None, limit: int) -> dict:
+def suite(world, args) -> list[LabelledImages]:
+    """The sets that figures are measured on."""
+    return open_sets(ImageArguments("", dataset=[*suite_names(world.suite)], data_dir=args.data_dir, limit=args.limit))
+
+
+def phenomenon(world: World, args) -> dict:
     """What each model answers rightly, clean and on the student's adversarial images, in percent."""
-    opened = {name: load_model(path.format(models=models)) for name, path in world.models.items()}
-    sets = open_sets(ImageArguments("", dataset=list(suite_names(world.suite)), data_dir=data_dir, limit=limit))
+    opened = {name: load_model(path.format(models=args.models)) for name, path in world.models.items()}
+    sets, limit = suite(world, args), args.limit
     crossed = means(matrix(opened, sets, world.attack(), sources=["student"], limit=limit))
     return {name: {k: crossed["student", name][k] for k in ("clean", "adversarial", "kl")} for name in opened}
 
@@ -193,23 +199,29 @@ def kept(found: dict) -> str:
     return markdown(("model", "clean %", "on the student's adversarial images %", "kept %"), rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(what: str, rows, limit: int) -> argparse.ArgumentParser:
+    """The flags of everything that runs rows of a world."""
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=WORLDS, required=True)
     parser.add_argument("--data_dir")
     parser.add_argument("--models", default="outputs/photographs", help="folder of the photographs' models")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", default=["0"])
-    parser.add_argument("--limit", type=int, default=100)
-    parser.add_argument("--strict", action="store_true", help="under `standard`, with the sanity checks")
+    parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows))
+    parser.add_argument("--limit", type=int, default=limit)
     parser.add_argument("--output_dir", type=Path)
     parser.add_argument("--collect", metavar="FILE")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__, ROWS, limit=100)
+    parser.add_argument("--seeds", nargs="+", default=["0"])
+    parser.add_argument("--strict", action="store_true", help="under `standard`, with the sanity checks")
     args = parser.parse_args()
     logging.disable_progress_bar()
     world, output = WORLDS[args.world], args.output_dir or Path("outputs/study", args.world)
     attack = world.attack(args.strict)
     if args.collect:
-        found = {} if args.strict else {"phenomenon": phenomenon(world, args.models, args.data_dir, args.limit)}
+        found = {} if args.strict else {"phenomenon": phenomenon(world, args)}
         picture = None if args.strict else Path(args.collect).with_suffix(".svg")
         asked = Question.of(attack, args.limit)
         found |= {"winner": world.winner, "rows": collect(output, picture, asked, world.winner)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -13,6 +14,9 @@ from hpt_hf.evaluation.comparison import Compared, compare
 from hpt_hf.evaluation.result import read_results_of
 from hpt_hf.evaluation.tables import latex
 from hpt_hf.utils import markdown, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -81,7 +85,6 @@ def as_frame(compared: dict[str, list[Compared]]) -> pd.DataFrame:
 
 def front(compared: dict[str, list[Compared]], file: Path) -> None:
     """Clean over robust accuracy, a panel a question: hollow marks are dominated."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8 * len(compared), 4.5), layout="constrained")
@@ -101,8 +104,15 @@ def front(compared: dict[str, list[Compared]], file: Path) -> None:
         axes.margins(0.1)
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         axes.grid(alpha=0.3)
+    save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> None:
+    """The same picture is the same SVG."""
+    import matplotlib
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):  # the same front, the same file
+    with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):
         figure.savefig(file, metadata={"Date": None})
 
 

@@ -26,7 +26,8 @@ from hpt_hf.evaluation.comparison import compare as compared
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import EvalResult, Question, read_results_of
 from hpt_hf.evaluation.statistics import mean
-from hpt_hf.utils import did_you_mean, processes, progress, read_json, write_json, write_text
+from hpt_hf.training.record import differences
+from hpt_hf.utils import did_you_mean, processes, progress, write_json, write_text
 
 Setting = dict[str, str]  # flag -> its value
 FREE = ("data_dir", "license", "proxy_device")  # decide no weights
@@ -137,11 +138,9 @@ def run_one(grid: Grid, folder: Path, recipe, sets: list[LabelledImages], probe:
         return [r for r in results if not probe or r.verdict != "unchecked"]
 
     if (folder / train.TRAINED).is_file():
-        then = read_json(folder / train.TRAINED).get("recipe", {})
-        now = json.loads(json.dumps(train.settings(*recipe)))
-        if odd := [name for name in now if now[name] != then.get(name, now[name]) and name not in FREE]:
-            was = f"{odd[0]}: got {now[odd[0]]!r}, expected {then[odd[0]]!r}"
-            raise RecipeError(f"{folder} holds a run of another recipe: {was}. Fix: another --output_dir")
+        now = {name: value for name, value in train.settings(*recipe).items() if name not in FREE}
+        if odd := differences(folder, json.loads(json.dumps(now)), "recipe"):
+            raise RecipeError(f"{folder} holds a run of another recipe: {'; '.join(odd)}. Fix: another --output_dir")
         if len(done := found()) >= len(sets):
             return done
     with sole(folder) as mine:

@@ -53,10 +53,10 @@ def total_batch(args) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def differences(checkpoint: str | Path, now: dict) -> list[str]:
-    """What decided a checkpoint's weights otherwise than `now`, by field; empty where it does not say."""
+def differences(checkpoint: str | Path, now: dict, told: str = "decided_by") -> list[str]:
+    """What a run's record tells otherwise than `now`, by field; empty where it does not say."""
     file = Path(checkpoint, TRAINED)
-    then = read_json(file).get("decided_by", {}) if file.is_file() else {}
+    then = read_json(file).get(told, {}) if file.is_file() else {}
     return [f"{k}: got {_short(now[k])}, expected {_short(then[k])}" for k in now if k in then and then[k] != now[k]]
 
 
