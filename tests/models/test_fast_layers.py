@@ -126,10 +126,10 @@ from hpt_hf.models.fast_layers import keep_memory
 if sys.argv[1] == "keep":
     keep_memory()
 faults = []
-for _ in range(6):
+for _ in range(10):
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
     [torch.ones(12_000_000) for _ in range(3)]
-print(faults[-1] - faults[1])
+print(faults[-1] - faults[5])  # the heap grows in the first three or four rounds, not the same way each time
 """
 
 
@@ -142,7 +142,7 @@ def test_kept_memory_is_not_asked_for_again():
         )
         for how in ("keep", "")
     }
-    assert faults["keep"] < faults[""] / 10, faults
+    assert faults["keep"] < faults[""] / 100, faults
 
 
 def test_where_there_is_nothing_to_set_keeping_memory_does_nothing(monkeypatch):
