@@ -34,6 +34,8 @@ RATES = {
     "AGFT": PROBABLE,
     "PMG-AFT": PROBABLE,
     "FARE": SQUARED,
+    "LORE": SQUARED,
+    "UCAT": PROBABLE,
     "ViT proxy, adversarial (HPT)": PROBABLE,
     "HPT-GPD": ("0.01", "0.03", "0.1"),
 }

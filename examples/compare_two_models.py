@@ -5,7 +5,7 @@ import sys
 import hpt_hf
 
 first, second, images = sys.argv[1:]
-results = [*hpt_hf.evaluate(first, images, "pgd", "2/255"), *hpt_hf.evaluate(second, images, "pgd", "2/255")]
+results = hpt_hf.evaluate([first, second], images, "pgd", "2/255")
 for row in hpt_hf.compare(results, reference=first):
     print(f"{row.model}: clean {row.clean:.1f}%, robust {row.robust:.1f}%")
     if row.against:

@@ -8,7 +8,8 @@ hpt_hf.HPTTrainer("openai/clip-vit-base-patch32", proxy="openai/clip-vit-base-pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,7 +92,7 @@ def evaluate(
     """Clean and robust accuracy, with intervals and sanity checks: one result for each data set, attack and eps.
 
     Args:
-        model, processor, image_size: see `classifier_of`.
+        model, processor, image_size: see `classifier_of`; or several models, a list or name -> model.
         dataset: anything that `hpt-hf evaluate --dataset` takes, one or several; a `datasets.Dataset` or a pair of
             tensors, see `images_of`.
         attack: `standard`, or pgd, cw, apgd-ce, apgd-t, square; `steps`: instead of its own number.
@@ -100,30 +101,42 @@ def evaluate(
         probe: images that the sanity checks look at; 0: none are run.
         baseline: an undefended model, which the attack must break.
         save_images: keep all adversarial images in `output_dir`, under `images/`.
+        name: what the results call one model.
         output_dir: for the results, so that a killed evaluation goes on; None: nothing is written.
 
     Raises:
         ValueError: a model that gives no logits, labels that do not fit, an unknown attack.
     """
     sets = _sets(dataset, data_dir=data_dir, protocol=protocol, limit=limit, classes=classes, templates=templates)
-    if image_size is None and isinstance(model, torch.nn.Module) and not isinstance(model, PreTrainedModel):
-        image_size = _one_size(sets[0])
-    classifier = classifier_of(model, processor=processor, image_size=image_size)
-    undefended = None if baseline is None else classifier_of(baseline, image_size=image_size)
-    called = name or (model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__)
-    options = {"name": str(called), "revision": classifier.revision, "batch_size": batch_size, "limit": limit}
+    opening = {"processor": processor, "image_size": image_size or _one_size(sets[0])}
+    classifiers = {called: classifier_of(one, **opening) for called, one in _named(model, name).items()}
+    undefended = None if baseline is None else classifier_of(baseline, **opening)
+    options = {"batch_size": batch_size, "limit": limit}
     if save_images and output_dir is None:
         raise ValueError("save_images: got no output_dir, expected the folder to keep them in")
     options |= {"probe": probe, "baseline": undefended, "folder": output_dir, "save_images": save_images}
+    kinds, radii = ([x] if isinstance(x, str) else x for x in (attack, eps))
+    attacks = [EvaluationAttack(ThreatModel(norm, r), kind, steps, protocol, seed) for kind in kinds for r in radii]
     results = []
-    for kind in [attack] if isinstance(attack, str) else attack:
-        for radius in [eps] if isinstance(eps, str) else eps:
-            chosen = EvaluationAttack(ThreatModel(norm, radius), kind, steps, protocol, seed)
-            for images in sets:
-                results.append(result := evaluator.evaluate(classifier, images, chosen, **options))
-                if output_dir is not None:
-                    write_json(Path(output_dir) / "results" / result.file_name, result.to_json())
+    for (called, classifier), chosen, images in itertools.product(classifiers.items(), attacks, sets):
+        model_of = {"name": called, "revision": classifier.revision}
+        results.append(result := evaluator.evaluate(classifier, images, chosen, **model_of, **options))
+        if output_dir is not None:
+            write_json(Path(output_dir) / "results" / result.file_name, result.to_json())
     return Results(tuple(results))
+
+
+def _named(model, name: str | None) -> dict[str, Any]:
+    """Name -> model, of one or of several. Raises ValueError for two of one name."""
+    if isinstance(model, Mapping):
+        return dict(model)
+    models = list(model) if isinstance(model, list | tuple) else [model]
+    names = [
+        str(m) if isinstance(m, str | Path) else getattr(m, "name_or_path", "") or type(m).__name__ for m in models
+    ]
+    if len(set(names)) < len(names):
+        raise ValueError(f"model: got {', '.join(names)}, expected a name for each. Fix: {{name: model, …}}")
+    return dict(zip([name] if name else names, models, strict=True))
 
 
 def _sets(dataset, *, classes, templates, **where) -> list[LabelledImages]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -63,6 +65,17 @@ def test_every_form_of_a_model_and_of_data_gives_what_the_command_gives(kind, pa
         assert found.fingerprint == by_command.fingerprint and found.images_digest == by_command.images_digest
     if kinds:
         assert torch.equal(before, [*model.parameters()][0]) and kinds == [*map(type, model.modules())], "untouched"
+
+
+def test_several_models_are_measured_at_once(paths, images):
+    first, second = map(str, paths[:2])
+    one, other = (hpt_hf.evaluate(path, images, **QUICK)[0] for path in (first, second))
+    found = hpt_hf.evaluate([first, Path(second)], images, **QUICK)
+    assert [(r.model, r.ends) for r in found] == [(first, one.ends), (second, other.ends)]
+    found = hpt_hf.evaluate({"x": hpt_hf.ZeroShotClassifier.from_pretrained(first), "y": second}, images, **QUICK)
+    assert [(r.model, r.ends) for r in found] == [("x", one.ends), ("y", other.ends)]
+    with pytest.raises(ValueError, match="expected a name for each"):
+        hpt_hf.evaluate([first, first], images, **QUICK)
 
 
 class Brightness(torch.nn.Module):

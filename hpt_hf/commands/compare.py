@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
-from hpt_hf.evaluation.comparison import Compared, compare
+from hpt_hf.evaluation.comparison import Compared, compare, named, table
 from hpt_hf.evaluation.result import read_results_of
 from hpt_hf.evaluation.tables import latex
-from hpt_hf.utils import markdown, write_text
+from hpt_hf.utils import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,27 +44,6 @@ def run(args: CompareArguments) -> str:
         write_text(folder / "comparison.tex", latex(frame))
         front(compared, folder / "comparison.svg")
     return text
-
-
-def named(rows: Sequence[Compared]) -> dict[str, str]:
-    """Each model's shortest name that no other has."""
-    paths = [row.model for row in rows]
-    last = [Path(path).name for path in paths]
-    return dict(zip(paths, last if len(set(last)) == len(last) else paths, strict=True))
-
-
-def table(rows: Sequence[Compared]) -> str:
-    names, cells = named(rows), []
-    for row in rows:
-        means = [
-            f"{value:.1f}" + (f" ± {spread:.1f}" if row.seeds > 1 else "")
-            for value, spread in zip((row.clean, row.robust), row.spread, strict=True)
-        ]
-        gaps = [str(row.against[kind]) for kind in ("clean", "robust")] if row.against else ["reference", "reference"]
-        front = "dominated by " + ", ".join(names[m] for m in row.dominated_by) if row.dominated_by else "on the front"
-        cells.append((names[row.model], row.seeds, row.sets, row.n, *means, *gaps, front))
-    header = ("model", "seeds", "sets", "n", "clean %", "robust %", "clean, paired", "robust, paired", "front")
-    return markdown(header, cells)
 
 
 def as_frame(compared: dict[str, list[Compared]]) -> pd.DataFrame:

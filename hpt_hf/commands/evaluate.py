@@ -1,4 +1,4 @@
-"""`hpt-hf evaluate`: clean and robust accuracy of a model on labelled images: results with verdicts, a table, a page."""
+"""`hpt-hf evaluate`: clean and robust accuracy of models on labelled images: results with verdicts, a table, a page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from hpt_hf.utils import duration, processes, progress, shutdown_distributed, wr
 @dataclass
 class EvaluateArguments(ImageArguments):
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "for results/*.json and report.html"})
-    model: str = field(default="", metadata={"help": "folder or Hub id"})
+    model: list[str] = field(
+        default_factory=list, metadata={"help": "folders or Hub ids; several are compared, image by image"}
+    )
     model_revision: str | None = None
     attack: list[str] = field(
         default_factory=lambda: ["pgd"],
@@ -52,6 +54,8 @@ def run(args: EvaluateArguments) -> list[EvalResult]:
     """Evaluate, writing each result as soon as it stands, then the report of all results in the folder."""
     if not args.model:
         raise RecipeError("nothing to evaluate. Fix: --model FOLDER or --model owner/name.")
+    if args.model_revision and len(args.model) > 1:
+        raise RecipeError(f"--model_revision: got it for {len(args.model)} models, expected one. Fix: one at a time")
     if args.probe < 0:
         raise RecipeError(f"--probe: got {args.probe}, expected at least 0 images")
     # What fails after the first attack would cost its hours: an old result, a target that the last set lacks.
@@ -61,31 +65,32 @@ def run(args: EvaluateArguments) -> list[EvalResult]:
         for name in dict.fromkeys(args.attack)
         for eps in dict.fromkeys(args.eps)
     ]
-    classifier = on_device(load_model(args.model, args.model_revision))
-    source = args.baseline or trained_from(args.model)
-    baseline = on_device(load_model(source)) if source else None
+    models = {name: on_device(load_model(name, args.model_revision)) for name in args.model}
+    sources = {name: args.baseline or trained_from(name) for name in models}
+    baselines = {source: on_device(load_model(source)) for source in {*sources.values()} - {None}}
     sets = open_sets(args)
     for images in sets:
         images.without_class(args.target)
-    asked = list(itertools.product(attacks, sets))
+    asked = list(itertools.product(models, attacks, sets))
     sizes = {"limit": args.limit, "probe": args.probe, "batch_size": args.batch_size}
-    ahead = [forecast(classifier, images, attack, **sizes) for attack, images in asked]
+    ahead = [forecast(models[name], images, attack, **sizes) for name, attack, images in asked]
     whole = f"{len(asked)} evaluations" if len(asked) > 1 else f"{sets[0].name}, {attacks[0]}"
     progress(f"{whole}: about {duration(sum(ahead))}")
     if args.estimate:
         return []
     settings = {name: getattr(args, name) for name in ("batch_size", "limit", "probe", "save_images")}
-    settings |= {"name": args.model, "revision": classifier.revision, "baseline": baseline, "folder": args.output_dir}
     results: list[EvalResult] = []
     start = time.time()
-    for attack, images in asked:
-        results.append(result := evaluate(classifier, images, attack, **settings))
+    for name, attack, images in asked:
+        of_model = {"name": name, "revision": models[name].revision, "baseline": baselines.get(sources[name])}
+        result = evaluate(models[name], images, attack, folder=args.output_dir, **of_model, **settings)
+        results.append(result)
         if processes().is_main_process:
             write_json(Path(args.output_dir) / "results" / result.file_name, result.to_json())
             doubts = ": " + ", ".join(check["name"] for check in result.raised) if result.raised else ""
             low, high = result.interval
             progress(
-                f"{result.dataset}: clean {result.clean:.1f}%, robust {result.robust:.1f}% ({low:.1f}–{high:.1f}) "
+                f"{f'{name}, ' if len(models) > 1 else ''}{result.dataset}: clean {result.clean:.1f}%, robust {result.robust:.1f}% ({low:.1f}–{high:.1f}) "
                 f"under {attack} at {attack.threat}, n = {result.n}, {result.verdict}{doubts}"
             )
             if left := len(asked) - len(results):

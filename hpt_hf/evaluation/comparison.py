@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hpt_hf.evaluation.result import EvalResult
+from hpt_hf.utils import markdown
 
 KINDS = ("clean", "robust")
 
@@ -145,3 +146,25 @@ def _named(reference: str, models: dict) -> str:
     if len(found) != 1:
         raise ValueError(f"reference: got {reference!r}, expected one of {', '.join(models)}")
     return found[0]
+
+
+def named(rows: Sequence[Compared]) -> dict[str, str]:
+    """Each model's shortest name that no other has."""
+    paths = [row.model for row in rows]
+    last = [Path(path).name for path in paths]
+    return dict(zip(paths, last if len(set(last)) == len(last) else paths, strict=True))
+
+
+def table(rows: Sequence[Compared]) -> str:
+    """Markdown: means, the spread over seeds, paired differences with intervals, and who is dominated by whom."""
+    names, cells = named(rows), []
+    for row in rows:
+        means = [
+            f"{value:.1f}" + (f" ± {spread:.1f}" if row.seeds > 1 else "")
+            for value, spread in zip((row.clean, row.robust), row.spread, strict=True)
+        ]
+        gaps = [str(row.against[kind]) for kind in ("clean", "robust")] if row.against else ["reference", "reference"]
+        front = "dominated by " + ", ".join(names[m] for m in row.dominated_by) if row.dominated_by else "on the front"
+        cells.append((names[row.model], row.seeds, row.sets, row.n, *means, *gaps, front))
+    header = ("model", "seeds", "sets", "n", "clean %", "robust %", "clean, paired", "robust, paired", "front")
+    return markdown(header, cells)

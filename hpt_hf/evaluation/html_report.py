@@ -11,7 +11,7 @@ from pathlib import Path
 import jinja2
 
 from hpt_hf.attacks.threat_model import parse_eps
-from hpt_hf.evaluation.comparison import Compared, compare
+from hpt_hf.evaluation.comparison import Compared, compare, table
 from hpt_hf.evaluation.result import REMARKS, EvalResult, read_results_of, told_apart
 from hpt_hf.evaluation.sanity_checks import CHECKS
 from hpt_hf.evaluation.statistics import percent, wilson
@@ -45,15 +45,16 @@ def write_html_report(folder: str | Path) -> Path:
     skipped = sum(len(r.skipped) for r in results)
     text = [escaped(f"# {', '.join(models) or 'Transfer'}")]
     text += ["95% intervals: Wilson. Means: unweighted over data sets."]
-    for part in parts:
-        text += [f"## {part[0].question}", result_table(part)]
+    tables = [(str(part[0].question), part, differences(part)) for part in parts]
+    for question, part, rows in tables:
+        text += [f"## {question}", result_table(part), *([table(rows)] if rows else [])]
         text += [escaped(f"- {r.dataset} ({r.model}): {c['name']}: {c['detail']}") for r in part for c in r.raised]
     if skipped:
         text.append(f"{skipped} unreadable images were left out; the files of the results list them.")
     if transfer:
         text += ["## Transfer", transfer["table"]]
     write_text(folder / "report.md", "\n\n".join(text) + "\n")
-    rows, tables = summary(results), [(str(part[0].question), part, differences(part)) for part in parts]
+    rows = summary(results)
     page = {"models": models, "summary": rows, "tables": tables, "plots": curves(rows), "single": bars(results, rows)}
     page |= {"gallery": examples, "transfer": transfer, "skipped": skipped, "verdicts": VERDICTS, "remarks": REMARKS}
     page |= {"raised": {c["name"]: MEANINGS.get(c["name"], "") for r in results for c in r.raised}}

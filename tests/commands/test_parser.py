@@ -185,3 +185,23 @@ def test_each_attack_at_each_radius_is_a_score_of_each_set_once(tmp_path, studen
     wanted = [(a, e, d) for a in ("pgd-1", "cw-1") for e in ("2/255", "1/255") for d in ("one", "two")]
     assert told == [(*one, 3, "unchecked") for one in wanted]
     assert sorted(read_results(tmp_path / "o" / "results"), key=repr) == sorted(scores, key=repr)
+
+
+def test_several_models_are_measured_in_one_command_and_compared(tmp_path, student_path, trained, capsys):
+    """Each result is what the model's own command gives, and the table holds their paired differences."""
+    data, ours = write_image_folder(tmp_path / "data", make_images(12)), str(tmp_path / "ours")
+    trained.save_pretrained(ours)
+    asked = f"--dataset {data} --attack_steps 2 --eps 8/255 --probe 0".split()
+    evaluate.main(["--model", ours, student_path, *asked, "--output_dir", str(tmp_path / "both")])
+    said = capsys.readouterr()
+    argvs = (
+        ["--model", m, *asked, "--output_dir", str(tmp_path / "alone" / Path(m).name)] for m in (ours, student_path)
+    )
+    alone = [evaluate.run(*parse((EvaluateArguments,), argv)) for argv in argvs]
+    both = {r.model: r for r in read_results(tmp_path / "both" / "results")}
+    assert [(both[r.model].ends, both[r.model].file_name) for (r,) in alone] == [
+        (r.ends, r.file_name) for (r,) in alone
+    ]
+    assert "clean, paired" in said.out and "reference" in said.out and f"{ours}, data: clean" in said.err
+    with pytest.raises(RecipeError, match="--model_revision: got it for 2 models"):
+        evaluate.run(*parse((EvaluateArguments,), ["--model", "a", "b", "--model_revision", "main"]))
