@@ -10,28 +10,16 @@ from transformers.utils import ModelOutput
 
 # Un-normalised RGB in [0, 1]. Normalisation happens inside the model, so that a pixel means the same to every model.
 Images = Float[Tensor, "batch 3 height width"]
-
-
 # The same at the size that the vision tower reads.
 InputImages = Float[Tensor, "batch 3 tall wide"]
-
-
 # logit_scale * cosine similarity to each class's prompt.
 Logits = Float[Tensor, "batch classes"]
-
-
 # Projected, not normalised.
 Embeds = Float[Tensor, "batch dim"]
-
-
 # Indices into the class list.
 Labels = Int[Tensor, "batch"]
-
-
 # One number per image, for example its loss.
 PerExample = Float[Tensor, "batch"]
-
-
 # One 63-bit number per image: a digest of its pixels. The attack's randomness hangs on it and not on the place in a batch.
 ImageIds = Int[Tensor, "batch"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +46,6 @@ GROUPS: dict[str, str] = {
     "music": "♩♪♫♬♭♮♯",
     "mathematics": "∀∂∃∅∆∇∈∏∑∓√∞∟∩∪∫≈≠≡≤≥⊂⊃⊕⊗",
 }
-
-
 # Names, sRGB values: different in brightness, so that a figure stays visible on every ground it is paired with.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (12, 12, 12),
@@ -56,8 +55,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "yellow": (246, 214, 40),
     "white": (245, 245, 245),
 }
-
-
 # face file -> (family, weight, slant), the words of the captions. The cm* faces map only letters and digits to Unicode.
 FACES: dict[str, tuple[str, str, str]] = {
     "DejaVuSans": ("sans serif", "regular", "upright"),
@@ -82,20 +79,10 @@ FACES: dict[str, tuple[str, str, str]] = {
     "cmss10": ("sans serif", "regular", "upright"),
     "cmtt10": ("monospace", "regular", "upright"),
 }
-
-
 TEST_FACES = ("DejaVuSans-BoldOblique", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic", "STIXGeneralBol")
-
-
 SCRIPTS = ("latin", "greek", "cyrillic", "hebrew", "armenian")
-
-
 TEMPLATE = "This is a photo of {}."  # the pipeline's own default, and the paper's
-
-
 _TEMPLATES = (("{}", 0.35), (TEMPLATE, 0.45), ("a picture of {}", 0.2))
-
-
 # Tasks about something other than the glyph's name: task -> what is asked of a image.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "text colour": tuple(f"{c} text" for c in COLOURS),
@@ -103,16 +90,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "script": tuple(f"{s} script" for s in SCRIPTS),
     "typeface": ("sans serif typeface", "monospace typeface", "serif typeface"),
 }
-
-
 # An l-inf ball of the usual sizes repaints neither a ground nor a stroke: under PGD-20 at 6/255 the vanilla student still names 83% of the
 # text colours right, against 9% of all else. Such tasks measure nothing and stay out of every average.
 UNATTACKABLE = ("background colour", "text colour")
-
-
 TASKS: tuple[str, ...] = (*GROUPS, *ATTRIBUTES)
-
-
 _EM = 64  # side in pixels of the cached masks; images are drawn from them at 32 px or so
 
 
@@ -174,12 +155,9 @@ class GlyphImage:
 
     image: Image.Image
     name: str
-    group: str
     colour: str
     background: str
     family: str
-    weight: str
-    slant: str
     caption: str
 
     @property
@@ -199,12 +177,7 @@ class GlyphWorld:
     """
 
     def __init__(self, seed: int = 0, *, faces: str = "train", groups: tuple[str, ...] | None = None, size: int = 32):
-        if faces not in ("train", "test"):
-            raise ValueError(f"faces={faces!r}: expected 'train' or 'test'")
         groups = tuple(GROUPS) if groups is None else groups
-        for group in groups:
-            if group not in GROUPS:
-                raise ValueError(f"no group of glyphs is called {group!r}; there are {', '.join(GROUPS)}")
         self.seed, self.faces, self.size = seed, faces, size
         self.glyphs = {g: tuple(c for c in GROUPS[g] if faces_of(c, "train") and faces_of(c, "test")) for g in groups}
         weights = np.array([len(v) ** 0.5 for v in self.glyphs.values()])
@@ -214,14 +187,14 @@ class GlyphWorld:
         """Image number `index`: any group, glyph, face and colours."""
         rng = np.random.default_rng([self.seed, len(TEST_FACES) * (self.faces == "test"), index])
         group = list(self.glyphs)[rng.choice(len(self.glyphs), p=self._weights)]
-        return self._draw(rng, group, self.glyphs[group][rng.integers(len(self.glyphs[group]))])
+        return self._draw(rng, self.glyphs[group][rng.integers(len(self.glyphs[group]))])
 
     def of_class(self, group: str, label: int, index: int) -> GlyphImage:
         """Image number `index` of the `label`-th glyph of a group."""
         rng = np.random.default_rng([self.seed, 1000 + list(GROUPS).index(group), label, index, self.faces == "test"])
-        return self._draw(rng, group, self.glyphs[group][label])
+        return self._draw(rng, self.glyphs[group][label])
 
-    def _draw(self, rng: np.random.Generator, group: str, character: str) -> GlyphImage:
+    def _draw(self, rng: np.random.Generator, character: str) -> GlyphImage:
         faces = faces_of(character, self.faces)
         face = faces[rng.integers(len(faces))]
         text, ground = _pairs()[rng.integers(len(_pairs()))]
@@ -232,9 +205,8 @@ class GlyphWorld:
         scale = self.size * rng.uniform(0.70, 0.88) / max(mask.size)
         width, height = (max(1, round(side * scale)) for side in mask.size)
         mask = mask.resize((width, height), Image.Resampling.BOX)
-        left, top = (
-            rng.integers((self.size - side) // 4, (3 * (self.size - side) + 3) // 4 + 1) for side in (width, height)
-        )
+        free = (self.size - width, self.size - height)
+        left, top = (rng.integers(room // 4, (3 * room + 3) // 4 + 1) for room in free)
         ink = np.zeros((self.size, self.size, 1), np.float32)
         ink[top : top + height, left : left + width, 0] = np.asarray(mask, np.float32) / 255
         colour, background = (np.clip(np.array(COLOURS[n]) + rng.integers(-10, 11, 3), 0, 255) for n in (text, ground))
@@ -242,31 +214,37 @@ class GlyphWorld:
         family, weight, slant = FACES[face]
         name = glyph_name(character)
         caption = _caption(rng, name, text, ground, family, weight, slant)
-        return GlyphImage(Image.fromarray(pixels), name, group, text, ground, family, weight, slant, caption)
+        return GlyphImage(Image.fromarray(pixels), name, text, ground, family, caption)
 
 
 def _caption(rng: np.random.Generator, name: str, text: str, ground: str, family: str, weight: str, slant: str) -> str:
     """Most captions give the name alone: with colours in all of them a model learns colours at once and shapes hardly."""
     script = name.split()[0] if name.split()[0] in SCRIPTS else "no"
+    below = {  # bound of the random number -> what the caption says
+        0.60: name,
+        0.70: f"{text} {name}",
+        0.78: f"{text} {name} on {ground}",
+        0.86: f"{name} in {weight} {slant} {family}",
+        0.91: f"{text} text",
+        0.94: f"a {ground} background",
+        0.97: f"{script} script",
+        1.00: f"{family} typeface",
+    }
     kind = rng.random()
-    if kind < 0.60:
-        phrase = name
-    elif kind < 0.70:
-        phrase = f"{text} {name}"
-    elif kind < 0.78:
-        phrase = f"{text} {name} on {ground}"
-    elif kind < 0.86:
-        phrase = f"{name} in {weight} {slant} {family}"
-    elif kind < 0.91:
-        phrase = f"{text} text"
-    elif kind < 0.94:
-        phrase = f"a {ground} background"
-    elif kind < 0.97:
-        phrase = f"{script} script"
-    else:
-        phrase = f"{family} typeface"
+    phrase = next(said for bound, said in below.items() if kind < bound)
     templates, weights = zip(*_TEMPLATES, strict=True)
     return templates[rng.choice(len(templates), p=weights)].format(phrase)
+
+
+# Task about something other than the glyph's name -> the class of an image, and the groups it is asked of.
+_ASKED: dict[str, Callable[[GlyphImage], str]] = {
+    "text colour": lambda p: f"{p.colour} text",
+    "background colour": lambda p: f"a {p.background} background",
+    "script": lambda p: f"{p.script} script",
+    "typeface": lambda p: f"{p.family} typeface",
+}
+_LETTERS = ("latin capitals", "latin smalls", "greek smalls", "cyrillic capitals", "cyrillic smalls")
+_LETTERS += ("hebrew letters", "armenian capitals")
 
 
 def task_classes(task: str) -> tuple[str, ...]:
@@ -282,9 +260,7 @@ def task_classes(task: str) -> tuple[str, ...]:
     return tuple(glyph_name(c) for c in GlyphWorld(groups=(task,)).glyphs[task])
 
 
-def task_rows(
-    task: str, count: int, *, seed: int = 0, faces: str = "test", size: int = 32
-) -> list[tuple[Image.Image, int]]:
+def task_rows(task: str, count: int, *, seed: int = 0, faces: str = "test") -> list[tuple[Image.Image, int]]:
     """`count` (image, label) rows of a task, classes in turn, so that any `count` is balanced to within one row.
 
     The first n rows are the same for every `count` >= n.
@@ -292,30 +268,19 @@ def task_rows(
     classes = task_classes(task)
     rows: list[tuple[Image.Image, int]] = []
     if task in GROUPS:
-        world = GlyphWorld(seed, faces=faces, groups=(task,), size=size)
+        world = GlyphWorld(seed, faces=faces, groups=(task,))
         for i in range(count):
             label = i % len(classes)
             rows.append((world.of_class(task, label, i // len(classes)).image, label))
         return rows
-    letters = (
-        "latin capitals",
-        "latin smalls",
-        "greek smalls",
-        "cyrillic capitals",
-        "cyrillic smalls",
-        "hebrew letters",
-        "armenian capitals",
-    )
-    world = GlyphWorld(seed + 1, faces=faces, groups=None if "colour" in task else letters, size=size)
-    asked = {"text colour": lambda p: f"{p.colour} text", "background colour": lambda p: f"a {p.background} background",
-             "script": lambda p: f"{p.script} script", "typeface": lambda p: f"{p.family} typeface"}[task]  # fmt: skip
+    world = GlyphWorld(seed + 1, faces=faces, groups=None if "colour" in task else _LETTERS)
     waiting: list[list[Image.Image]] = [[] for _ in classes]
     drawn = 0
     while len(rows) < count:
         label = len(rows) % len(classes)
         while not waiting[label]:
             image = world[drawn]
-            waiting[classes.index(asked(image))].append(image.image)
+            waiting[classes.index(_ASKED[task](image))].append(image.image)
             drawn += 1
         rows.append((waiting[label].pop(0), label))
     return rows
