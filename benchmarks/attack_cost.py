@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -23,21 +22,21 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from step import save
 from transformers.utils import logging
 
 from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.commands.compare import save
 from hpt_hf.commands.parser import parse
+from hpt_hf.commands.sweep import sole
 from hpt_hf.commands.train import RECIPE, build
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.statistics import mean
 from hpt_hf.lab.datasets import LAB_SUITE, lab_images
 from hpt_hf.models.fast_layers import keep_memory
-from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.training.trainer import HPTTrainer
-from hpt_hf.utils import hardware, markdown, progress, versions, write_json
+from hpt_hf.utils import hardware, markdown, progress, read_json, versions, write_json
 
 RECIPE_FILE = "recipes/quickstart.yaml"
 PIXEL = 1 / 255
@@ -51,9 +50,8 @@ class CarriedStart(ThreatModel):
 
     def random_start(self, images, noise):
         fresh = super().random_start(images, noise)
-        start = [
-            images[i] + self.last[k] if k in self.last else fresh[i] for i, k in enumerate(noise.image_ids.tolist())
-        ]
+        ids = enumerate(noise.image_ids.tolist())
+        start = [images[i] + self.last[k] if k in self.last else fresh[i] for i, k in ids]
         return self.project(torch.stack(start), images)
 
 
@@ -90,12 +88,8 @@ class HalfTheTokens(TrainingAttack):
 
     def __call__(self, loss_fn, images, image_ids, *, seed, round):
         def drop(module, inputs, tokens):
-            patches = (
-                torch.randperm(
-                    tokens.shape[1] - 1, generator=torch.Generator().manual_seed(hash((seed, round)) % 2**31)
-                )
-                + 1
-            )
+            generator = torch.Generator().manual_seed(hash((seed, round)) % 2**31)
+            patches = 1 + torch.randperm(tokens.shape[1] - 1, generator=generator)
             return tokens[:, [0, *patches[: len(patches) // 2].sort().values.tolist()]]
 
         hook = self.embeddings[0].register_forward_hook(drop)
@@ -129,7 +123,7 @@ def trained(name: str, seed: int, *flags: str) -> Iterator[HPTTrainer]:
         trainer = build(*parse(RECIPE, said))
         trainer.attack = kind(trainer.attack.threat, steps, size * PIXEL)
         if kind is HalfTheTokens:
-            trainer.attack.embeddings.append(trainer.model.vision_model.embeddings)
+            trainer.attack.embeddings.append(trainer.model.model.vision_model.embeddings)
         trainer.train()
         yield trainer
 
@@ -137,18 +131,12 @@ def trained(name: str, seed: int, *flags: str) -> Iterator[HPTTrainer]:
 def measure(name: str, seed: int, limit: int, tasks: list) -> dict:
     with trained(name, seed) as trainer:
         own = [e["robust_batch_accuracy"] for e in trainer.state.log_history if "robust_batch_accuracy" in e][-3:]
-        found = {
-            "passes": OPTIONS[name][-1],
-            "seed": seed,
-            "seconds": trainer.stopwatch.seconds(1),
-            "own_attack": 100 * statistics.mean(own),
-        }
-        model: ZeroShotClassifier = trainer.model
-    threat = ThreatModel("linf", "6/255")
+        found = {"passes": OPTIONS[name][-1], "seed": seed, "seconds": trainer.stopwatch.seconds(1)}
+        found["own_attack"] = 100 * statistics.mean(own)
+        model = trainer.model
     for attack in ("pgd", "standard"):
-        scores = [
-            evaluate(model, pictures, EvaluationAttack(threat, attack), name=name, limit=limit) for pictures in tasks
-        ]
+        asked = EvaluationAttack(ThreatModel("linf", "6/255"), attack)
+        scores = [evaluate(model, pictures, asked, name=name, limit=limit) for pictures in tasks]
         found[attack] = mean(scores)
         found["pictures"] = sum(s.n for s in scores)
     return found
@@ -164,66 +152,41 @@ def watch(name: str, epochs: int) -> dict:
     return found
 
 
+def over_seeds(values: list[float]) -> str:
+    """The mean; in brackets the lowest and the highest."""
+    return f"{statistics.mean(values):.1f} ({min(values):.1f}–{max(values):.1f})"
+
+
 def table(results: dict) -> str:
-    """Means over the seeds; in brackets the lowest and the highest."""
-
-    def cell(values):
-        return f"{statistics.mean(values):.1f} ({min(values):.1f}–{max(values):.1f})"
-
     rows = []
     for name, runs in results["options"].items():
-        own = cell([r["own_attack"] for r in runs])
-        strict = cell([r["standard"]["robust"] for r in runs])
-        rows.append(
-            (
-                name,
-                runs[0]["passes"],
-                cell([r["pgd"]["clean"] for r in runs]),
-                cell([r["pgd"]["robust"] for r in runs]),
-                strict,
-                own,
-            )
-        )
-    return markdown(
-        (
-            "training attack",
-            "passes an image",
-            "clean %",
-            "robust %, PGD-20",
-            "robust %, standard",
-            "robust to its own, in training %",
-        ),
-        rows,
-    )
+        figures = [(r["pgd"]["clean"], r["pgd"]["robust"], r["standard"]["robust"], r["own_attack"]) for r in runs]
+        rows.append((name, runs[0]["passes"], *(over_seeds(values) for values in zip(*figures, strict=True))))
+    accuracies = ("clean %", "robust %, PGD-20", "robust %, standard", "robust to its own, in training %")
+    return markdown(("training attack", "passes an image", *accuracies), rows)
 
 
 def watch_table(watched: dict) -> str:
-    rows = [
-        (
-            name,
-            run["epochs"],
-            run["own"]["eval_clean_accuracy"],
-            run["own"]["eval_robust_accuracy"],
-            run["pgd"]["eval_robust_accuracy"],
-        )
-        for name, run in watched.items()
-    ]
+    rows = []
+    for name, run in watched.items():
+        own, pgd = run["own"], run["pgd"]["eval_robust_accuracy"]
+        rows.append((name, run["epochs"], own["eval_clean_accuracy"], own["eval_robust_accuracy"], pgd))
     return markdown(("training attack", "epochs", "clean %", "robust to its own %", "robust %, PGD-20"), rows)
 
 
 def holds(results: dict, points: float = 1.0) -> list[str]:
     """The attacks no dearer than the paper's whose clean and strictly robust accuracy, means over the seeds, are at most `points` below its."""
-    means = {
-        n: [statistics.mean(r["standard"][k] for r in runs) for k in ("clean", "robust")]
-        for n, runs in results["options"].items()
-    }
-    passes = {n: runs[0]["passes"] for n, runs in results["options"].items()}
-    least = [m - points for m in means[PAPER]]
-    return [
-        n
-        for n, m in means.items()
-        if passes[n] <= passes[PAPER] and n != PAPER and all(a >= b for a, b in zip(m, least, strict=True))
-    ]
+    options = results["options"]
+
+    def falls_behind(name: str) -> float:
+        """By how many points at most, clean or robust."""
+        means = [
+            [statistics.mean(r["standard"][k] for r in options[n]) for n in (PAPER, name)] for k in ("clean", "robust")
+        ]
+        return max(paper - own for paper, own in means)
+
+    no_dearer = [n for n in options if n != PAPER and options[n][0]["passes"] <= options[PAPER][0]["passes"]]
+    return [n for n in no_dearer if falls_behind(n) <= points]
 
 
 def plot(results: dict, path: Path) -> None:
@@ -248,29 +211,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=30, help="pictures of each of the tasks")
     parser.add_argument(
-        "--watch", type=int, help="instead: single-step attacks over so many epochs, is their robustness real?"
+        "--watch", type=int, help="instead: is the robustness of single-step attacks real after so many epochs?"
     )
     parser.add_argument(
-        "--collect",
-        type=Path,
-        help="put what --output_dir holds together into this file and a picture beside it, and print the table",
+        "--collect", type=Path, help="write what --output_dir holds to this file and a picture, and print it"
     )
     args = parser.parse_args()
-    files = {(n, s): args.output / f"{list(OPTIONS).index(n)}-{s}.json" for s in args.seeds for n in OPTIONS}
+    files = {(n, s): args.output_dir / f"{number}-{s}.json" for s in args.seeds for number, n in enumerate(OPTIONS)}
+    watched = args.output_dir / "watch.json"
     if args.collect:
-        options = {
-            n: [json.loads(files[n, s].read_text()) for s in args.seeds if files[n, s].is_file()] for n in OPTIONS
-        }
-        watched = args.output / "watch.json"
-        results = {
-            "watch": json.loads(watched.read_text()) if watched.is_file() else {},
-            "options": {n: r for n, r in options.items() if r},
-            "limit": args.limit,
-            "tasks": len(LAB_SUITE),
-            "versions": versions(),
-            "hardware": hardware(),
-        }
-        write_json(args.collect, results)
+        found = {n: [read_json(files[n, s]) for s in args.seeds if files[n, s].is_file()] for n in OPTIONS}
+        results = {"watch": read_json(watched) if watched.is_file() else {}}
+        results |= {"options": {n: runs for n, runs in found.items() if runs}, "limit": args.limit}
+        write_json(args.collect, results | {"tasks": len(LAB_SUITE), "versions": versions(), "hardware": hardware()})
         plot(results, args.collect.with_suffix(".svg"))
         print(table(results), watch_table(results["watch"]), f"held: {', '.join(holds(results))}", sep="\n\n")
         return
@@ -278,26 +231,15 @@ def main() -> None:
     keep_memory()
     if args.watch:
         found = {name: watch(name, args.watch) for name in WATCHED}
-        write_json(args.output / "watch.json", found)
+        write_json(watched, found)
         print(watch_table(found))
         return
     tasks = [lab_images(t.removeprefix("lab:"), args.limit, faces="test", seed=2) for t in LAB_SUITE]
     for (name, seed), file in files.items():
-        claim = file.with_suffix(".claim")
-        claim.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            claim.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        try:
-            found = measure(name, seed, args.limit, tasks)
-        except BaseException:
-            claim.unlink()
-            raise
-        write_json(file, found)
-        progress(
-            f"{name}, seed {seed}: clean {found['pgd']['clean']:.1f}, PGD-20 {found['pgd']['robust']:.1f}, standard {found['standard']['robust']:.1f}, own {found['own_attack']:.1f}"
-        )
+        with sole(file) as mine:
+            if mine and not file.is_file():
+                write_json(file, found := measure(name, seed, args.limit, tasks))
+                progress(f"{name}, seed {seed}: {found}")
 
 
 if __name__ == "__main__":

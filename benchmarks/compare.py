@@ -13,11 +13,9 @@ Writes `OUTPUT/<method>.json` after every run and goes on from there when starte
 from __future__ import annotations
 
 import argparse
-import json
-import math
+import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,7 +32,7 @@ from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.statistics import mean
 from hpt_hf.lab.datasets import LAB_SUITE, LAB_VALIDATION, REAL_VALIDATION, real_suite
 from hpt_hf.models.zero_shot import ZeroShotClassifier
-from hpt_hf.utils import hardware, markdown, versions, write_json
+from hpt_hf.utils import hardware, markdown, read_json, versions, write_json
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("hpt", "hpt_gpd", "anchor_clean", "tecoa", "pmg_aft", "fare")
@@ -44,40 +42,28 @@ OTHER_RATES = (0.005, 0.01, 0.02, 0.03)
 VALIDATION = 400  # pictures of each set a rate is chosen on, where there are so many
 
 
-@dataclass(frozen=True)
-class Group:
-    """Where one world's recipes, tuning data and test sets are."""
-
-    tuning: str
-    validation: tuple[str, ...]
-    suite: tuple[str, ...]
-
-
+# World -> (what rates are tuned on, the sets that choose, the suite).
 GROUPS = {
-    "lab": Group("lab:tuning letters", LAB_VALIDATION, LAB_SUITE),
-    "real": Group("real:noto tuning", REAL_VALIDATION, real_suite()),
+    "lab": ("lab:tuning letters", LAB_VALIDATION, LAB_SUITE),
+    "real": ("real:noto tuning", REAL_VALIDATION, real_suite()),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--group", choices=sorted(GROUPS), required=True, help="folder of recipes/ with one recipe a method"
-    )
+    parser.add_argument("--group", choices=GROUPS, required=True, help="folder of recipes/ with one recipe a method")
     parser.add_argument("--data_dir", help="the folder of real pictures")
     parser.add_argument("--methods", nargs="+", choices=("vanilla", *METHODS), default=("vanilla", *METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of those in RATES")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--limit", type=int, default=100, help="pictures of each test set")
     parser.add_argument("--output_dir", type=Path)
-    parser.add_argument(
-        "--collect", type=Path, metavar="FILE", help="write all there is to FILE, print its tables, and stop"
-    )
+    parser.add_argument("--collect", metavar="FILE", help="write all there is to FILE, print its tables, and stop")
     args = parser.parse_args()
     output = args.output_dir or ROOT / "outputs" / f"compare-{args.group}"
     if args.collect:
         files = [f for m in ("vanilla", *METHODS) if (f := output / f"{m}.json").is_file()]
-        write_json(args.collect, results := {f.stem: json.loads(f.read_text()) for f in files})
+        write_json(args.collect, results := {f.stem: read_json(f) for f in files})
         print(table(results), rate_table(results), sep="\n\n")
         return
     logging.disable_progress_bar()
@@ -87,18 +73,14 @@ def main() -> None:
 
 def compare(method: str, args, file: Path) -> None:
     """All runs of one method that `file` does not hold yet."""
-    group = GROUPS[args.group]
+    tuning, choosing, suite = GROUPS[args.group]
     flags = ["--data_dir", args.data_dir] if args.data_dir else []
     # The vanilla models, the attack and the proxy are those that the HPT recipe names.
     _, settings, _ = recipe(args.group, "hpt" if method == "vanilla" else method, flags)
     attack = EvaluationAttack(ThreatModel(settings.norm, settings.eps), steps=20)
-    record = json.loads(file.read_text()) if file.is_file() else {"rates": {}, "runs": []}
-    record |= {
-        "attack": f"{attack}, {attack.threat}",
-        "limit": args.limit,
-        "versions": versions(),
-        "hardware": hardware(),
-    }
+    record = read_json(file) if file.is_file() else {"rates": {}, "runs": []}
+    record |= {"attack": f"{attack}, {attack.threat}", "limit": args.limit}
+    record |= {"versions": versions(), "hardware": hardware()}
 
     def pictures(names, training, limit):
         return [open_images(DatasetSpec(n), training=training, limit=limit, data_dir=args.data_dir) for n in names]
@@ -109,26 +91,22 @@ def compare(method: str, args, file: Path) -> None:
         per_set = {s.dataset: [s.clean, s.robust] for s in scores}
         return mean(scores) | {"per_set": per_set, "evaluation_seconds": round(time.time() - start, 1)}
 
-    suite = pictures(group.suite, False, args.limit)
+    suite = pictures(suite, False, args.limit)
     if method == "vanilla":
-        student, proxy = load_model(settings.model), load_model(settings.proxy)
-        record["runs"] = [measured(student, suite, args.limit)]
-        record["proxy"] = measured(proxy, suite, args.limit)
-        crossed = matrix({"student": student, "proxy": proxy}, suite, attack, sources=["student"], limit=args.limit)
-        record["proxy_on_student_adversarial"] = {
-            k: means(crossed)["student", "proxy"][k] for k in ("clean", "adversarial", "kl")
-        }
+        models = {"student": load_model(settings.model), "proxy": load_model(*settings.proxy)}
+        record["runs"] = [measured(models["student"], suite, args.limit)]
+        record["proxy"] = measured(models["proxy"], suite, args.limit)
+        crossed = means(matrix(models, suite, attack, sources=["student"], limit=args.limit))["student", "proxy"]
+        record["proxy_on_student_adversarial"] = {k: crossed[k] for k in ("clean", "adversarial", "kl")}
         write_json(file, record)
         return
-    validation = pictures(group.validation, True, VALIDATION)
-    for rate in args.rates or RATES.get(method, OTHER_RATES):
-        if f"{rate:g}" not in record["rates"]:
-            model, facts = train(
-                args.group, method, [*flags, "--dataset", group.tuning, "--learning_rate", f"{rate:g}"]
-            )
-            record["rates"][f"{rate:g}"] = facts if model is None else facts | measured(model, validation, VALIDATION)
+    choosing = pictures(choosing, True, VALIDATION)
+    for rate in [f"{rate:g}" for rate in args.rates or RATES.get(method, OTHER_RATES)]:
+        if rate not in record["rates"]:
+            model, facts = train(args.group, method, [*flags, "--dataset", tuning, "--learning_rate", rate])
+            record["rates"][rate] = facts if model is None else facts | measured(model, choosing, VALIDATION)
             write_json(file, record)
-            print(method, rate, record["rates"][f"{rate:g}"], flush=True)
+            print(method, rate, record["rates"][rate], flush=True)
     best = choose(record["rates"])
     record["runs"] = [r for r in record["runs"] if r["learning_rate"] == float(best)]  # a rate tried later may win
     for seed in args.seeds:
@@ -146,9 +124,7 @@ def choose(rates: dict[str, dict]) -> str:
 
 
 def recipe(group: str, method: str, flags: list[str]):
-    return parse(
-        RECIPE, ["--config", str(ROOT / "recipes" / group / f"{method}.yaml"), *flags, "--disable_tqdm", "true"]
-    )
+    return parse(RECIPE, ["--config", f"{group}/{method}", *flags, "--disable_tqdm", "true"])
 
 
 def train(group: str, method: str, flags: list[str]) -> tuple[ZeroShotClassifier | None, dict]:
@@ -171,37 +147,24 @@ def table(results: dict) -> str:
         rows.append((method, ", ".join(sorted(rates)) or "–", str(len(runs)), *cells))
         if method == "vanilla":
             proxy, crossed = record["proxy"], record["proxy_on_student_adversarial"]
-            rows.append(
-                ("vanilla proxy under its own attack", "–", "1", f"{proxy['clean']:.1f}", f"{proxy['robust']:.1f}")
-            )
-            rows.append(
-                (
-                    "vanilla proxy on the student's",
-                    "–",
-                    "1",
-                    f"{crossed['clean']:.1f}",
-                    f"{crossed['adversarial']:.1f}",
-                )
-            )
+            rows.append(("vanilla proxy under its own attack", "–", "1", proxy["clean"], proxy["robust"]))
+            rows.append(("vanilla proxy on the student's", "–", "1", crossed["clean"], crossed["adversarial"]))
     attack = next(iter(results.values()))["attack"]
     return markdown(("method", "rate", "seeds", "clean %", f"robust % ({attack})"), rows)
 
 
 def rate_table(results: dict) -> str:
     """What the rule saw: clean / robust on the held-out classes for every rate tried."""
-    rows = [
-        (method, rate, *((f"{r['clean']:.1f}", f"{r['robust']:.1f}") if "clean" in r else ("diverged", "")))
-        for method, record in results.items()
-        for rate, r in sorted(record["rates"].items(), key=lambda item: float(item[0]))
-    ]
+    rows = []
+    for method, record in results.items():
+        for rate, r in sorted(record["rates"].items(), key=lambda item: float(item[0])):
+            rows.append((method, rate, r.get("clean", "diverged"), r.get("robust", "")))
     return markdown(("method", "rate", "held-out classes clean %", "robust %"), rows)
 
 
 def spread(values: list[float]) -> str:
-    centre = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{centre:.1f}"
-    return f"{centre:.1f} ± {math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1)):.1f}"
+    centre = f"{statistics.mean(values):.1f}"
+    return f"{centre} ± {statistics.stdev(values):.1f}" if len(values) > 1 else centre
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Stock(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         ours = self.ours[0]
         embeds = self.clip.get_image_features(pixel_values=(images - ours.mean) / ours.std).pooler_output
-        return self.clip.logit_scale.exp() * F.normalize(embeds, dim=-1) @ ours.class_embeds.T
+        return self.clip.logit_scale.exp() * F.normalize(embeds, dim=-1) @ ours.head.T
 
 
 def independent(stock: Stock, batch: dict, threat: ThreatModel, parts) -> dict[str, tuple[int, float]]:
@@ -51,15 +51,8 @@ def independent(stock: Stock, batch: dict, threat: ThreatModel, parts) -> dict[s
     classes = len(stock.ours[0].classes)
     images, labels, found = batch["images"], batch["labels"], {}
     for part in parts:
-        attack = AutoAttack(
-            stock,
-            device="cpu",
-            eps=threat.radius,
-            norm={"linf": "Linf", "l2": "L2"}[threat.norm],
-            seed=0,
-            version="custom",
-            attacks=[part],
-        )
+        how = {"eps": threat.radius, "norm": {"linf": "Linf", "l2": "L2"}[threat.norm], "attacks": [part]}
+        attack = AutoAttack(stock, device="cpu", seed=0, version="custom", **how)
         attack.apgd.n_restarts = 1  # as in its version "standard"
         attack.apgd_targeted.n_restarts = attack.fab.n_restarts = 1
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
@@ -109,9 +102,7 @@ def compare(model: ZeroShotClassifier, stock: Stock, tasks, threat: ThreatModel,
             add("ours", ours(model, batch, threat, OURS))
             add("independent", independent(stock, batch, threat, PARTS))
         standing = {who: total[who]["square"][0] for who in ("ours", "independent")}
-        progress(
-            f"{threat} {task}: of {total['n']} pictures stand {standing['ours']} (ours), {standing['independent']} (independent)"
-        )
+        progress(f"{threat} {task}: of {total['n']} pictures stand {standing}")
     return total
 
 
@@ -122,22 +113,11 @@ def table(result: dict) -> str:
             mine, theirs = (total[who].get(part) for who in ("ours", "independent"))
             shown = [f"{100 * one[0] / total['n']:.2f}" if one else "" for one in (mine, theirs)]
             rows.append((eps, name, *shown, *(f"{one[1]:.0f}" if one else "" for one in (mine, theirs))))
-        seconds = [
-            sum(total[who][p][1] for p in parts)
-            for who, parts in (("ours", OURS), ("independent", OURS), ("independent", PARTS))
-        ]
-        rows.append(
-            (eps, "standard, seconds", "", "", f"{seconds[0]:.0f}", f"{seconds[1]:.0f} ({seconds[2]:.0f} with FAB-T)")
-        )
-    header = (
-        "eps",
-        f"attack, {result['n']} images",
-        "ours: robust %",
-        "independent: robust %",
-        "ours: s",
-        "independent: s",
-    )
-    return markdown(header, rows)
+        asked = (("ours", OURS), ("independent", OURS), ("independent", PARTS))
+        mine, theirs, whole = (f"{sum(total[who][p][1] for p in parts):.0f}" for who, parts in asked)
+        rows.append((eps, "standard, seconds", "", "", mine, f"{theirs} ({whole} with FAB-T)"))
+    figures = [f"{who}: {what}" for what in ("robust %", "s") for who in ("ours", "independent")]
+    return markdown(("eps", f"attack, {result['n']} images", *figures), rows)
 
 
 def main() -> None:
@@ -156,7 +136,7 @@ def main() -> None:
     for eps in args.eps:
         result["eps"][eps] = compare(model, stock, args.tasks, ThreatModel(args.norm, eps), args.limit)
         result["n"] = result["eps"][eps]["n"]
-        write_json(args.output, result)
+        write_json(args.output_dir, result)
         print(table(result))
 
 

@@ -9,16 +9,14 @@ TeCoA and FARE, which holds an anchor: a copy of the model, or the model without
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
+import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from step import in_own_process
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -63,50 +61,26 @@ def measure(method: str, rank: int) -> dict:
             train_dataset=images,
             data_collator=Collator(processor),
         )
-        ends: list[float] = []
-        step = trainer.training_step
-
-        def timed(*args, **kwargs):
-            begun = time.perf_counter()
-            loss = step(*args, **kwargs)
-            ends.append(time.perf_counter() - begun)
-            return loss
-
-        trainer.training_step = timed
         trainer.train()
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         memory = peak_memory(trainer.args.device)
-    seconds = float(np.median(ends[1:]))
+    seconds = statistics.median(trainer.stopwatch.steps[0][1:])
     return {"method": method, "rank": rank, "seconds": seconds, "gigabytes": memory / 2**30, "trained": trained}
 
 
 def table(found: dict) -> str:
-    rows = [
-        (
-            f"{r['method']}, {'LoRA ' + str(r['rank']) if r['rank'] else 'all weights'}",
-            f"{r['trained'] / 1e6:.1f}",
-            f"{r['seconds']:.2f}",
-            f"{r['gigabytes']:.2f}",
-        )
-        for r in found["rows"]
-    ]
+    rows = []
+    for r in found["rows"]:
+        name = f"{r['method']}, LoRA {r['rank']}" if r["rank"] else f"{r['method']}, all weights"
+        rows.append((name, f"{r['trained'] / 1e6:.1f}", f"{r['seconds']:.2f}", f"{r['gigabytes']:.2f}"))
     return markdown(("ViT-B/32, 224 px", "trained, millions", "seconds a step", "peak memory, GiB"), rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="outputs/lora")
-    parser.add_argument("--row", help="one row, as JSON to stdout")
     args = parser.parse_args()
-    if args.row:
-        method, rank = args.row.split("-")
-        print(json.dumps(measure(method, int(rank))))
-        return
-    rows = []
-    for method, rank in ROWS:
-        command = [sys.executable, __file__, "--row", f"{method}-{rank}"]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        rows.append(json.loads(out.splitlines()[-1]))
+    rows = [in_own_process(measure, *row) for row in ROWS]
     found = {"rows": rows, "batch": BATCH, "threads": torch.get_num_threads()}
     write_json(Path(args.output, "lora.json"), found | {"versions": versions(), "hardware": hardware()})
     print(table(found))

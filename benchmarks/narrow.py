@@ -42,21 +42,13 @@ class World:
     student: str
     narrow: str  # what is trained on
     flags: str
-    rate: float
 
 
+GLYPHS, PHOTOGRAPHS = "--config lab/hpt --held_out 0 --warmup_steps 10", "--config photographs/hpt --warmup_steps 30"
+STUDENT = "outputs/photographs/student"
 WORLDS = {
-    "glyphs": World(
-        "lab", "6/255", "lab:student", "lab:latin capitals", "--config lab/hpt --held_out 0 --warmup_steps 10", 0.03
-    ),
-    "photographs": World(
-        "photographs",
-        "2/255",
-        "outputs/photographs/student",
-        "photos:tiny_imagenet narrow",
-        "--config photographs/hpt --warmup_steps 30",
-        0.03,
-    ),
+    "glyphs": World("lab", "6/255", "lab:student", "lab:latin capitals", GLYPHS),
+    "photographs": World("photographs", "2/255", STUDENT, "photos:tiny_imagenet narrow", PHOTOGRAPHS),
 }
 METHODS = {
     "HPT": "--method hpt --num_train_epochs {epochs}",
@@ -124,7 +116,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rates", type=float, nargs="+")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.03])
     parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/narrow"))
     parser.add_argument("--collect", type=Path, metavar="FILE")
@@ -143,7 +135,7 @@ def main() -> None:
         return
     for epochs in args.epochs:
         for method in args.methods:
-            for rate in args.rates or (world.rate,):
+            for rate in args.rates:
                 name = f"{args.world}-{slug(method)}-{epochs}-{rate:g}-{args.seed}"
                 file = args.output_dir / f"{name}.json"
                 with sole(file) as mine:

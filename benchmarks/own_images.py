@@ -47,9 +47,8 @@ def measure(name: str, rate: float, place: Path) -> dict:
         str(place / "model"),
     ]
     record = run(*parse(RECIPE, [*flags, "--overwrite", "true", "--use_cpu", "true"]))
-    return {"set": name, "rate": rate, "steps": record["steps"], "seconds": record["seconds"]} | {
-        k: record[k] for k in ("classes", "held_out", "held_out_vanilla", "held_out_images")
-    }
+    kept = ("steps", "seconds", "classes", "held_out", "held_out_vanilla", "held_out_images")
+    return {"set": name, "rate": rate} | {k: record[k] for k in kept}
 
 
 def choose(rows: list[dict]) -> tuple[float, str]:
@@ -64,10 +63,8 @@ def choose(rows: list[dict]) -> tuple[float, str]:
         lines.append((str(rate), sum(clean) / len(clean), mean, worst))
         if worst <= MAX_DROP:
             safe[rate] = mean
-    before = [
-        sum(r["held_out_vanilla"][f"vanilla_{k}_accuracy"] for r in part) / len(part) for k in ("clean", "robust")
-    ]
-    lines.append(("vanilla student", *before, 0.0))
+    before = [[r["held_out_vanilla"][f"vanilla_{k}_accuracy"] for r in part] for k in ("clean", "robust")]
+    lines.append(("vanilla student", *(sum(values) / len(values) for values in before), 0.0))
     return max(safe, key=safe.get), markdown(("rate", "clean %", "robust %", "largest loss of clean accuracy"), lines)
 
 
@@ -85,8 +82,7 @@ def main() -> None:
                 write_json(file, {"rows": rows, "versions": versions(), "hardware": hardware()})
     chosen, table = choose(rows)
     write_json(file, {"chosen": chosen, "rows": rows, "versions": versions(), "hardware": hardware()})
-    print(table)
-    print(f"\nchosen: {chosen}")
+    print(table, f"chosen: {chosen}", sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python benchmarks/photographs.py --data_dir FOLDER --models outputs/photographs 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -19,21 +18,12 @@ from hpt_hf.commands.transfer import matrix, means
 from hpt_hf.data.collator import Collator
 from hpt_hf.evaluation.evaluator import batches
 from hpt_hf.lab.photographs import DOMAINS, SETS
-from hpt_hf.utils import hardware, markdown, versions, write_json
+from hpt_hf.utils import hardware, markdown, read_json, versions, write_json
 
 # Names of cars are longer than the context of 32 tokens.
-READ = [name for name in SETS if name != "stanford_cars"]
-ALL = [
-    f"photos:{name}"
-    for name in (
-        "tiny_imagenet unseen",
-        "tiny_imagenet groups",
-        "tiny_imagenet",
-        *READ,
-        *(f"pacs {d}" for d in DOMAINS),
-    )
-]
-ATTACKED = ("photos:tiny_imagenet unseen", "photos:tiny_imagenet groups")
+READ = [f"photos:{name}" for name in SETS if name != "stanford_cars"]
+ATTACKED = ["photos:tiny_imagenet unseen", "photos:tiny_imagenet groups"]
+ALL = [*ATTACKED, "photos:tiny_imagenet", *READ, *(f"photos:pacs {d}" for d in DOMAINS)]
 TIMES_CHANCE = 3.0
 
 
@@ -41,10 +31,9 @@ TIMES_CHANCE = 3.0
 def reading(model, images) -> float:
     """Clean accuracy over a set, at most 2,000 images of it, in percent."""
     model.set_classes(images.classes, images.templates)
-    right = [
-        (model.classify(batch["images"]).logits.argmax(1) == batch["labels"]).float()
-        for batch in batches(images, Collator(model.processor), 128, 2000)
-    ]
+    right = []
+    for batch in batches(images, Collator(model.processor), 128, 2000):
+        right.append((model.classify(batch["images"]).logits.argmax(1) == batch["labels"]).float())
     return 100 * torch.cat(right).mean().item()
 
 
@@ -80,14 +69,14 @@ def main() -> None:
     models = {name: on_device(load_model(str(args.models / name))) for name in names}
     found: dict = {"models": {}, "sets": {}, "kept": {}}
     for name in names:
-        record = json.loads((args.models / name / "pretrain.json").read_text())
+        record = read_json(args.models / name / "pretrain.json")
         losses = [entry["loss"] for entry in record["log"] if "loss" in entry]
         told = {"parameters": record["parameters"], "seconds": record["seconds"], "loss": losses[-1], "losses": losses}
         found["models"][name] = told | {"steps": record["arguments"]["max_steps"]}
     for images in open_sets(ImageArguments("", dataset=ALL, data_dir=args.data_dir)):
         clean = {name: reading(model, images) for name, model in models.items()}
         found["sets"][images.name] = {"n": min(len(images), 2000), "classes": len(images.classes), "clean": clean}
-    sets = open_sets(ImageArguments("", dataset=list(ATTACKED), data_dir=args.data_dir))
+    sets = open_sets(ImageArguments("", dataset=ATTACKED, data_dir=args.data_dir))
     for eps in ("1/255", "2/255"):
         attack = EvaluationAttack(ThreatModel("linf", eps), steps=10)
         cells = means(matrix(models, sets, attack, sources=["student"], limit=args.limit))

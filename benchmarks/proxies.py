@@ -11,10 +11,10 @@ was chosen on.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
+from attack_cost import over_seeds
 from transformers.utils import logging
 
 from hpt_hf.attacks.suite import EvaluationAttack
@@ -26,7 +26,7 @@ from hpt_hf.commands.train import RECIPE, run
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.statistics import mean
 from hpt_hf.lab.datasets import LAB_SUITE
-from hpt_hf.utils import hardware, markdown, versions, write_json
+from hpt_hf.utils import hardware, markdown, read_json, versions, write_json
 
 PROXIES = {"ViT": ["lab:proxy"], "convolution": ["lab:convolution"], "both": ["lab:proxy", "lab:convolution"]}
 LORA = {f"LoRA 16, rate {rate}": rate for rate in (0.03, 0.1, 0.2)}
@@ -54,26 +54,21 @@ def table(found: dict) -> str:
     rows = []
     for row in dict.fromkeys(r["row"] for r in found["runs"]):
         part = [r for r in found["runs"] if r["row"] == row]
-        cells = []
-        for key in ("clean", "robust"):
-            values = [r[key] for r in part]
-            cells.append(f"{sum(values) / len(values):.1f} ({min(values):.1f}–{max(values):.1f})")
-        rows.append(
-            (row, *cells, f"{part[0]['trained_parameters'] / 1e6:.2f}", sum(r["seconds"] for r in part) / len(part))
-        )
+        cells = [over_seeds([r[key] for r in part]) for key in ("clean", "robust")]
+        trained = f"{part[0]['trained_parameters'] / 1e6:.2f}"
+        rows.append((row, *cells, trained, sum(r["seconds"] for r in part) / len(part)))
     return markdown(("HPT-GPD with", "clean %", "robust %", "trained, millions", "seconds"), rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="outputs/proxies")
+    parser.add_argument("--output", type=Path, default=Path("outputs/proxies"))
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--collect", metavar="FILE")
     args = parser.parse_args()
     logging.disable_progress_bar()
-    place = Path(args.output)
     if args.collect:
-        runs = [json.loads(f.read_text()) for f in sorted(place.glob("*.json"))]
+        runs = [read_json(f) for f in args.output.glob("*.json")]
         order = [*PROXIES, *LORA]
         runs.sort(key=lambda r: (order.index(r["row"]), r["seed"]))
         found = {"runs": runs, "limit": args.limit, "attack": str(ATTACK)}
@@ -82,7 +77,7 @@ def main() -> None:
         return
     for row, seeds in [*((row, SEEDS) for row in PROXIES), *((row, SEEDS[:1]) for row in LORA)]:
         for seed in seeds:
-            file = place / f"{row.replace(' ', '_')}-{seed}.json"
+            file = args.output / f"{row.replace(' ', '_')}-{seed}.json"
             with sole(file) as mine:
                 if mine and not file.is_file():
                     write_json(file, measure(row, seed, args.limit))

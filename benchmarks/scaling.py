@@ -9,7 +9,6 @@ low and high beside it. Writes scaling.json and scaling.svg.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -18,14 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
-from step import THREAT, Ours, make_batch, make_models, save, spread
+from step import THREAT, Ours, make_batch, make_models, spread
 from torch.utils.data import DataLoader, Dataset
 
 from hpt_hf.attacks.pgd import TrainingAttack
+from hpt_hf.commands.compare import save
 from hpt_hf.data.collator import Collator, to_rgb
 from hpt_hf.models.zero_shot import ZeroShotClassifier
-from hpt_hf.utils import hardware, markdown, progress, versions, write_json, write_text
+from hpt_hf.utils import hardware, markdown, progress, read_json, versions, write_json, write_text
 
 ATTACK_STEPS = (1, 2, 3, 5, 10)
 IMAGES = (4, 8, 16, 32)
@@ -40,6 +41,7 @@ def timed(stepper, batch, repeats: int) -> dict:
         stepper(batch)
         if number >= 2:
             seconds.append(time.perf_counter() - start)
+    progress(f"{len(batch['images'])} images: {seconds}")
     return spread(seconds)
 
 
@@ -50,10 +52,9 @@ class Photographs(Dataset):
         rng = np.random.default_rng(0)
         self.files = []
         for number in range(count):
-            coarse = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8)).resize(
-                (500, 375), Image.Resampling.BICUBIC
-            )
-            pixels = np.asarray(coarse, dtype=np.int16) + rng.integers(-12, 13, (375, 500, 3))
+            coarse = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8))
+            smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16)
+            pixels = smooth + rng.integers(-12, 13, smooth.shape)
             file = folder / f"{number}.jpg"
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, quality=90)
             self.files.append(file)
@@ -85,32 +86,26 @@ def loading(folder: Path, count: int = 512) -> dict:
 
 
 def table(found: dict) -> str:
-    rows = [("attack steps", n, s) for n, s in found["attack_steps"].items()]
-    rows += [("images", n, s) for n, s in found["images"].items()]
-    rows += [("reference", n, s) for n, s in found["references"].items()]
-    cells = [(what, n, *(f"{s[k]:.2f}" for k in ("value", "low", "high"))) for what, n, s in rows]
+    what = {"attack steps": "attack_steps", "images": "images", "reference": "references"}
+    rows = [(name, n, s) for name, key in what.items() for n, s in found[key].items()]
+    cells = [(name, n, *(f"{s[k]:.2f}" for k in ("value", "low", "high"))) for name, n, s in rows]
     return markdown(("what varies", "at", "seconds a step", "low", "high"), cells)
 
 
 def loading_table(found: dict) -> str:
     need = 16 / found["attack_steps"]["2"]["value"]
-    rates = found["loading"]["images_a_second"].items()
-    rows = [
-        (w, *(f"{s[k]:.0f}" for k in ("value", "low", "high")), f"{s['value'] / need:.0f} times") for w, s in rates
-    ]
-    return markdown(
-        ("loader processes", "images a second", "low", "high", f"of what a step eats ({need:.1f} a second)"), rows
-    )
+    rows = []
+    for workers, s in found["loading"]["images_a_second"].items():
+        rows.append((workers, *(f"{s[k]:.0f}" for k in ("value", "low", "high")), f"{s['value'] / need:.0f} times"))
+    eaten = f"of what a step eats ({need:.1f} a second)"
+    return markdown(("loader processes", "images a second", "low", "high", eaten), rows)
 
 
 def plot(found: dict, path: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots(1, 3)
-    for ax, (key, title) in zip(
-        axes, (("attack_steps", "attack steps, 16 images"), ("images", "images, 2 attack steps")), strict=False
-    ):
+    titles = {"attack_steps": "attack steps, 16 images", "images": "images, 2 attack steps"}
+    for ax, (key, title) in zip(axes, titles.items(), strict=False):
         x, values = [int(n) for n in found[key]], list(found[key].values())
         spans = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
         ax.errorbar(x, [v["value"] for v in values], yerr=spans, marker="o", capsize=3)
@@ -130,33 +125,25 @@ def main() -> None:
         folder = Path(place)
         make_models(folder)
         found: dict = {"loading": loading(folder)}
-        progress(json.dumps(found["loading"]))
         stepper, batch = Ours(folder, 200), make_batch(16)
-        found["attack_steps"], found["images"] = {}, {}
+        found |= {"attack_steps": {}, "images": {}, "references": {}}
         for steps in ATTACK_STEPS:
             stepper.trainer.attack = TrainingAttack(THREAT, steps)
-            found["attack_steps"][str(steps)] = timed(stepper, batch, args.repeats)
-            progress(f"{steps} attack steps: {found['attack_steps'][str(steps)]}")
+            found["attack_steps"][steps] = timed(stepper, batch, args.repeats)
         stepper.trainer.attack = TrainingAttack(THREAT, 2)
         for images in IMAGES:
-            found["images"][str(images)] = timed(stepper, make_batch(images), args.repeats)
-            progress(f"{images} images: {found['images'][str(images)]}")
-        found["references"] = {}
+            found["images"][images] = timed(stepper, make_batch(images), args.repeats)
         for label, name in REFERENCES.items():
             del stepper
             stepper = Ours(folder, 200, objective=name)
             found["references"][label] = timed(stepper, batch, args.repeats)
-            progress(f"{label}: {found['references'][label]}")
-    found |= {
-        "machine": hardware(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "versions": versions(),
-    }
-    write_json(args.output / "scaling.json", found)
-    plot(found, args.output / "scaling.svg")
-    write_text(args.output / "scaling.md", table(found) + "\n\n" + loading_table(found) + "\n")
-    print(table(found), loading_table(found), sep="\n\n")
+    found |= {"machine": hardware(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    file = write_json(args.output_dir / "scaling.json", found | {"versions": versions()})
+    found = read_json(file)  # whose keys are text
+    plot(found, args.output_dir / "scaling.svg")
+    tables = f"{table(found)}\n\n{loading_table(found)}\n"
+    write_text(args.output_dir / "scaling.md", tables)
+    print(tables)
 
 
 if __name__ == "__main__":

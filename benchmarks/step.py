@@ -14,13 +14,12 @@ import argparse
 import functools
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -30,6 +29,7 @@ from transformers import CLIPModel
 from hpt_hf.attacks.noise import Noise
 from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.commands.compare import save
 from hpt_hf.data.collator import Collator
 from hpt_hf.lab.pretrain import new_clip, new_processor, train_tokenizer
 from hpt_hf.method.objectives import OBJECTIVES
@@ -38,7 +38,7 @@ from hpt_hf.models.fast_layers import product
 from hpt_hf.models.zero_shot import TEMPLATE, ZeroShotClassifier
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.training.trainer import HPTTrainer
-from hpt_hf.utils import hardware, markdown, progress, versions, write_json, write_text
+from hpt_hf.utils import hardware, markdown, peak_memory, progress, read_json, versions, write_json, write_text
 
 THREAT, STEPS, SEED, CONTEXT = ThreatModel("linf", "1/255"), 2, 0, 77
 OPENAI = {"num_hidden_layers": 12, "hidden_act": "quick_gelu"}
@@ -48,20 +48,18 @@ VISION = {**OPENAI, "hidden_size": 768, "intermediate_size": 3072, "num_attentio
 
 def names(count: int) -> list[str]:
     """Class names of the usual length."""
-    return [
-        f"thing {'abcdefghij'[i % 10]} {'abcdefghij'[i // 10 % 10]} {'abcdefghij'[i // 100]}" for i in range(count)
-    ]
+    letters = "abcdefghij"
+    return [f"thing {letters[i % 10]} {letters[i // 10 % 10]} {letters[i // 100]}" for i in range(count)]
 
 
 def make_models(folder: Path) -> None:
     """ViT-B/32 (student) and ViT-B/16 (proxy) at 224 px, of CLIP's own sizes, random weights."""
-    tokenizer = train_tokenizer([w for n in names(1000) for w in f"{TEMPLATE.format(n)}".split()], vocab_size=600)
-    tokenizer.model_max_length = CONTEXT
+    words = [word for name in names(1000) for word in TEMPLATE.format(name).split()]
+    tokenizer = train_tokenizer(words, vocab_size=600, max_length=CONTEXT)
     for name, patch, seed in (("student", 32, 1), ("proxy", 16, 2)):
         torch.manual_seed(seed)
-        model = new_clip(
-            tokenizer, vision={**VISION, "patch_size": patch}, text=TEXT, image_size=224, projection_dim=512
-        )
+        vision = {**VISION, "patch_size": patch}
+        model = new_clip(tokenizer, vision=vision, text=TEXT, image_size=224, projection_dim=512)
         model.save_pretrained(folder / name)
         new_processor(tokenizer, 224).save_pretrained(folder / name)
 
@@ -75,20 +73,15 @@ class Ours:
     """The step as `HPTTrainer` takes it; with `bf16`, student and proxy of the loss in bfloat16, the attack in float32 as ever."""
 
     def __init__(self, folder: Path, classes: int, *, bf16: bool = False, objective: str = "hpt"):
-        student, proxy = (
-            ZeroShotClassifier.from_pretrained(folder / name).set_classes(names(classes))
-            for name in ("student", "proxy")
-        )
-        arguments = HPTConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=bf16, seed=SEED, disable_tqdm=True)
-        schedule = Schedule.single(OBJECTIVES[objective], steps=10, learning_rate=1e-5)
-        data = [{} for _ in range(64)]
+        models = [ZeroShotClassifier.from_pretrained(folder / name) for name in ("student", "proxy")]
+        student, proxy = (model.set_classes(names(classes)) for model in models)
         self.trainer = HPTTrainer(
             student,
-            arguments,
-            schedule=schedule,
+            HPTConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=bf16, seed=SEED, disable_tqdm=True),
+            schedule=Schedule.single(OBJECTIVES[objective], steps=10, learning_rate=1e-5),
             attack=TrainingAttack(THREAT, STEPS),
             proxy=proxy,
-            train_dataset=data,
+            train_dataset=[{} for _ in range(64)],
             data_collator=Collator(student.processor),
         )
         self.trainer.create_optimizer_and_scheduler(10)
@@ -111,19 +104,15 @@ class Plain:
     """The step as the field writes it, on transformers' own classes."""
 
     def __init__(self, folder: Path, classes: int):
-        self.student, self.proxy = (
-            CLIPModel.from_pretrained(folder / name, dtype=torch.float32) for name in ("student", "proxy")
-        )
+        models = [CLIPModel.from_pretrained(folder / name, dtype=torch.float32) for name in ("student", "proxy")]
+        self.student, self.proxy = models
         processor = ZeroShotClassifier.from_pretrained(folder / "student").processor
         prompts = [TEMPLATE.format(n) for n in names(classes)]
         self.tokens = processor.tokenizer(prompts, padding="max_length", max_length=CONTEXT, return_tensors="pt")
-        self.mean, self.std = (
-            torch.tensor(v).view(1, 3, 1, 1)
-            for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
-        )
-        self.optimizer = torch.optim.SGD(
-            [p for n, p in self.student.named_parameters() if n.startswith("vision")], lr=1e-5, momentum=0.9
-        )
+        images = processor.image_processor
+        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (images.image_mean, images.image_std))
+        trained = [p for n, p in self.student.named_parameters() if n.startswith("vision")]
+        self.optimizer = torch.optim.SGD(trained, lr=1e-5, momentum=0.9)
 
     def logits(self, model: CLIPModel, images: torch.Tensor) -> torch.Tensor:
         return model(**self.tokens, pixel_values=(images - self.mean) / self.std).logits_per_image
@@ -139,9 +128,8 @@ class Plain:
         adversarial = (images + delta).detach()
         with torch.no_grad():
             teacher = self.logits(self.proxy, adversarial).log_softmax(1)
-        loss = F.kl_div(
-            self.logits(self.student, adversarial).log_softmax(1), teacher, reduction="batchmean", log_target=True
-        )
+        answer = self.logits(self.student, adversarial).log_softmax(1)
+        loss = F.kl_div(answer, teacher, reduction="batchmean", log_target=True)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -151,13 +139,12 @@ class Plain:
 STEPPERS = {"ours": Ours, "ours in bf16": functools.partial(Ours, bf16=True), "plain": Plain}
 
 
-def _measure(kind: str, folder: Path, classes: int, batch: int, repeats: int, warm_up: int, send) -> None:
-    """In a process of its own, so that its peak memory is its own: seconds of each step, FLOPs of one, peak memory, what the first step made."""
+def _measure(kind: str, folder: Path, classes: int, batch: int, repeats: int, warm_up: int) -> dict:
+    """Seconds of each step, peak memory of this process, what the first step made."""
     start = time.perf_counter()
     stepper = STEPPERS[kind](folder, classes)
     prepared = time.perf_counter() - start
     data = make_batch(batch)
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds, first = [], None
     for number in range(warm_up + repeats):
         start = time.perf_counter()
@@ -165,36 +152,20 @@ def _measure(kind: str, folder: Path, classes: int, batch: int, repeats: int, wa
         if number >= warm_up:
             seconds.append(time.perf_counter() - start)
         first = first or made
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    send.send(
-        {
-            "seconds": seconds,
-            "prepared": prepared,
-            "peak_gib": peak,
-            "before_gib": idle,
-            "adversarial": first[0].numpy(),
-            "loss": first[1],
-        }
-    )
+    found = {"seconds": seconds, "prepared": prepared, "peak_gib": peak_memory(torch.device("cpu")) / 2**30}
+    return found | {"adversarial": first[0].numpy(), "loss": first[1]}
+
+
+def in_own_process(function, *args) -> dict:
+    """What it returns, from a new process, so that its peak memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def measure(kind: str, folder: Path, *, classes: int, batch: int, repeats: int, warm_up: int = 2) -> dict:
-    receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(
-        target=_measure, args=(kind, folder, classes, batch, repeats, warm_up, send)
-    )
-    process.start()
-    send.close()
-    try:
-        found = receive.recv()
-    except EOFError:
-        raise RuntimeError(
-            f"the {kind} step at batch {batch} and {classes} classes died: exit code {process.exitcode}"
-        ) from None
-    process.join()
-    progress(
-        f"{kind}, batch {batch}, {classes} classes: {', '.join(f'{s:.1f}' for s in found['seconds'])} s, peak {found['peak_gib']:.1f} GiB"
-    )
+    found = in_own_process(_measure, kind, folder, classes, batch, repeats, warm_up)
+    seconds = ", ".join(f"{s:.1f}" for s in found["seconds"])
+    progress(f"{kind}, batch {batch}, {classes} classes: {seconds} s, peak {found['peak_gib']:.1f} GiB")
     return found
 
 
@@ -202,9 +173,11 @@ def count_flops(kind: str, folder: Path, classes: int, batch: int) -> float:
     """Floating-point operations of one step, as torch counts them: two a multiply-add, of products, convolutions and attention."""
     stepper, data = STEPPERS[kind](folder, classes), make_batch(batch, classes)
     # The kernel that is fastest here is one that torch's counter does not know; the plain one does the same products.
-    for model in (
-        (stepper.trainer.model, stepper.trainer.proxy) if kind == "ours" else (stepper.student, stepper.proxy)
-    ):
+    if kind == "ours":
+        models = (stepper.trainer.model.model, stepper.trainer.proxy.model)
+    else:
+        models = (stepper.student, stepper.proxy)
+    for model in models:
         model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         stepper(data)
@@ -238,11 +211,8 @@ def spread(values: list[float]) -> dict:
 
 def ratio(top: list[float], bottom: list[float]) -> dict:
     """Of the medians; low and high are the extremes over all pairs."""
-    return {
-        "value": statistics.median(top) / statistics.median(bottom),
-        "low": min(top) / max(bottom),
-        "high": max(top) / min(bottom),
-    }
+    value = statistics.median(top) / statistics.median(bottom)
+    return {"value": value, "low": min(top) / max(bottom), "high": max(top) / min(bottom)}
 
 
 def table(summary: dict) -> str:
@@ -260,26 +230,15 @@ def table(summary: dict) -> str:
     return markdown(("figure", "value", "low", "high"), rows)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """As SVG, the same bytes for the same figures."""
-    with matplotlib.rc_context({"svg.hashsalt": "hpt_hf"}):
-        figure.savefig(path, metadata={"Date": None})
-
-
 def plot(summary: dict, path: Path) -> None:
     """Seconds, memory, and seconds over the number of classes, of a summary read from its file; lines are the extremes."""
-    seconds, memory = summary["seconds"], summary["peak_gib"]
+    seconds, memory, half = summary["seconds"], summary["peak_gib"], summary["bf16"]
+    times = (seconds["plain_200"], seconds["ours"]["200"], half["seconds"])
+    peaks = ([memory["plain_200"]], [memory["ours"]["200"]], [half["peak_gib"]])
+    steps = ("plain", "ours", "ours, bf16")
     panels = {
-        "seconds a step, 200 classes": {
-            "plain": seconds["plain_200"],
-            "ours": seconds["ours"]["200"],
-            "ours, bf16": summary["bf16"]["seconds"],
-        },
-        "peak memory, GiB, 200 classes": {
-            "plain": [memory["plain_200"]],
-            "ours": [memory["ours"]["200"]],
-            "ours, bf16": [summary["bf16"]["peak_gib"]],
-        },
+        "seconds a step, 200 classes": dict(zip(steps, times, strict=True)),
+        "peak memory, GiB, 200 classes": dict(zip(steps, peaks, strict=True)),
         "seconds of ours a step": {f"{int(c):,} classes": s for c, s in seconds["ours"].items()},
     }
     figure = Figure(figsize=(9, 2.4), layout="constrained")
@@ -293,15 +252,13 @@ def plot(summary: dict, path: Path) -> None:
     save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="steps of ours, taken twice; the plain step, far slower, is taken twice"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="steps of ours, taken twice; of the plain step one")
     parser.add_argument("--large", action="store_true", help="the ratio at batch 64, too (a quarter of an hour more)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_models(folder)
@@ -342,20 +299,16 @@ def main(argv: list[str] | None = None) -> None:
             "share_of_pixels_that_differ": float((difference > 1e-6).mean()),
             "loss": [ours[200]["loss"], plain[0]["loss"]],
         },
-        "bf16": {
-            "step_ratio_200": ratio(plain_seconds, half["seconds"]),
-            "seconds": half["seconds"],
-            "loss": half["loss"],
-            "peak_gib": half["peak_gib"],
-        },
+        "bf16": {"step_ratio_200": ratio(plain_seconds, half["seconds"])}
+        | {k: half[k] for k in ("seconds", "loss", "peak_gib")},
         "step_ratio_200_batch_64": large and ratio(large["plain"]["seconds"], large["ours"]["seconds"]),
         "machine": hardware(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    file = write_json(args.output / "summary.json", summary)
-    write_text(args.output / "table.md", table(summary))
-    plot(json.loads(file.read_text()), args.output / "step.svg")
+    file = write_json(args.output_dir / "summary.json", summary)
+    write_text(args.output_dir / "table.md", table(summary))
+    plot(read_json(file), args.output_dir / "step.svg")
     print(table(summary))
     print(json.dumps(summary["same"]))
 

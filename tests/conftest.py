@@ -78,21 +78,13 @@ def browser():
 WORDS = [w for i, w in enumerate(sorted(set(f"this is a photo of {' '.join(CLASSES)}".split()))) for _ in range(2**i)]
 
 
-def save_tiny_clip(
-    folder, *, patch_size: int = 8, image_size: int = 32, width: int = 32, layers: int = 2, seed: int = 0
-):
+def save_tiny_clip(folder, *, patch_size=8, image_size=32, width=32, layers=2, seed=0) -> str:
     """A random CLIP of about 40,000 parameters with its processor, saved as a user would find it."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(WORDS, vocab_size=600)
-    size = {
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-    }
-    model = new_clip(
-        tokenizer, vision={**size, "patch_size": patch_size}, text=size, image_size=image_size, projection_dim=24
-    )
+    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+    text, sizes = size | {"num_attention_heads": 2}, {"image_size": image_size, "projection_dim": 24}
+    model = new_clip(tokenizer, vision={**text, "patch_size": patch_size}, text=text, **sizes)
     model.logit_scale.data.fill_(float(np.log(50)))
     model.save_pretrained(folder)
     new_processor(tokenizer, image_size).save_pretrained(folder)
@@ -133,9 +125,8 @@ def make_images(count: int = 40, *, labelled: bool = True, size: int = 32, seed:
     rng = np.random.default_rng(seed)
     labels = [i % len(CLASSES) for i in range(count)]
     base = rng.integers(40, 216, (len(CLASSES), 3))
-    images = [
-        Image.fromarray(np.clip(base[y] + rng.normal(0, 30, (size, size, 3)), 0, 255).astype(np.uint8)) for y in labels
-    ]
+    pixels = [np.clip(base[y] + rng.normal(0, 30, (size, size, 3)), 0, 255) for y in labels]
+    images = [Image.fromarray(p.astype(np.uint8)) for p in pixels]
     return LabelledImages.from_images(images, labels if labelled else None, CLASSES, name="made")
 
 
@@ -167,21 +158,11 @@ def batch(trained):
     return make_batch(trained)
 
 
-def gpd_schedule(
-    *, warm_up_steps=5, steps=5, interval=2, warm_up_learning_rate=1e-3, learning_rate=1e-2, divergence=None, **changes
-):
-    """HPT-GPD in ten steps; two epochs of `make_images()` at batch 8."""
+def gpd_schedule(*, divergence=None, **changes):
+    """HPT-GPD in ten steps; two epochs of `make_images()` at batch 8. `changes`: of `Schedule.gpd`."""
     ga, hpt = (dataclasses.replace(OBJECTIVES[n], divergence=divergence or Divergence()) for n in ("ga", "hpt"))
-    return Schedule.gpd(
-        ga,
-        hpt,
-        warm_up_steps=warm_up_steps,
-        steps=steps,
-        interval=interval,
-        warm_up_learning_rate=warm_up_learning_rate,
-        learning_rate=learning_rate,
-        **changes,
-    ).resolve(5, epochs=1, learning_rate=learning_rate)
+    usual = {"warm_up_steps": 5, "steps": 5, "interval": 2, "warm_up_learning_rate": 1e-3, "learning_rate": 1e-2}
+    return Schedule.gpd(ga, hpt, **(usual | changes)).resolve(5, epochs=1, learning_rate=1e-2)
 
 
 def single_schedule(name: str, *, steps: int = 5, learning_rate: float = 1e-2, **changes):
@@ -189,53 +170,36 @@ def single_schedule(name: str, *, steps: int = 5, learning_rate: float = 1e-2, *
     return schedule.resolve(5, epochs=1, learning_rate=learning_rate)
 
 
-def make_trainer(
-    folder,
-    student,
-    schedule,
-    *,
-    proxy=None,
-    data=None,
-    held_out=None,
-    eps="8/255",
-    attack=None,
-    callbacks=None,
-    **changes,
-):
-    """An HPTTrainer as the recipes make it (SGD with momentum, batch 8), on CPU, saving nothing; `changes` are TrainingArguments."""
-    settings = {
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
+def make_trainer(folder, student, schedule, *, data=None, held_out=None, eps="8/255", attack=None, **changes):
+    """An HPTTrainer as the recipes make it (SGD with momentum, batch 8), on CPU, saving nothing.
+
+    `changes`: proxy and callbacks; all others are TrainingArguments.
+    """
+    given = {name: changes.pop(name, None) for name in ("proxy", "callbacks")}
+    settings = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "logging_steps": 1}
+    settings |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none"}
     return HPTTrainer(
         student,
         HPTConfig(output_dir=str(folder), **(settings | changes)),
         schedule=schedule,
         attack=attack or TrainingAttack(ThreatModel("linf", eps)),
-        proxy=proxy,
         train_dataset=make_images() if data is None else data,
         eval_dataset=held_out,
         data_collator=Collator(student.processor),
-        callbacks=callbacks,
+        **given,
     )
 
 
 def trainer_from_disk(folder, paths, schedule=None, **changes):
     """What a new process would build of student and proxy; nothing is shared with a trainer built before."""
     student, proxy = (classifier(path) for path in paths)
-    return make_trainer(folder, student, schedule or gpd_schedule(), **({"proxy": proxy} | changes))
+    return make_trainer(folder, student, schedule or gpd_schedule(), **{"proxy": proxy, **changes})
 
 
 def weights(model) -> dict[str, torch.Tensor]:
     """A copy of all weights, to compare with later."""
-    return {
-        n: t.detach().clone()
-        for n, t in (model.model if isinstance(model, ZeroShotClassifier) else model).state_dict().items()
-    }
+    plain = model.model if isinstance(model, ZeroShotClassifier) else model
+    return {n: t.detach().clone() for n, t in plain.state_dict().items()}
 
 
 def contents(folder) -> dict[str, str]:
@@ -310,25 +274,14 @@ def make_result(clean: float | None = None, robust: float | None = None, **chang
         "model": "models/ours",
         "fingerprint": "0123456789abcdef",
         "dataset": "cats",
-        "source": {"path": "pictures/cats", "split": "test", "limit": None},
         "classes": len(per_class),
-        "templates": ("a photo of a {}",),
-        "images_digest": "fedcba9876543210",
-        "n": n,
-        "n_clean": right,
-        "n_robust": robust,
-        "n_after": {"pgd": robust},
-        "ends": "r" * robust + "0" * (right - robust) + "w" * (n - right),
-        "attack": "pgd-20",
-        "steps": None,
-        "norm": "linf",
-        "eps": "1/255",
-        "protocol": "input",
-        "seed": 0,
-        "seconds": 1.5,
-        "versions": {"torch": "2", "hpt_hf": "0.1.0"},
-        "hardware": "a CPU",
     }
+    settings |= {"source": {"path": "pictures/cats", "split": "test", "limit": None}}
+    settings |= {"templates": ("a photo of a {}",), "images_digest": "fedcba9876543210"}
+    settings |= {"n": n, "n_clean": right, "n_robust": robust, "n_after": {"pgd": robust}}
+    settings |= {"ends": "r" * robust + "0" * (right - robust) + "w" * (n - right)}
+    settings |= {"attack": "pgd-20", "steps": None, "norm": "linf", "eps": "1/255", "protocol": "input", "seed": 0}
+    settings |= {"seconds": 1.5, "versions": {"torch": "2", "hpt_hf": "0.1.0"}, "hardware": "a CPU"}
     return EvalResult(**(settings | changes))
 
 

@@ -63,22 +63,6 @@ def test_an_attack_of_ones_own_is_evaluated_by_its_path_and_again(folder, paths,
     assert verdict.value.code == 0 and own in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        ("", "got no 'mine'"),
-        ("mine = 3", "got int, expected OwnAttack"),
-        ("1 / 0", "cannot be imported .ZeroDivisionError"),
-        (None, "no file"),
-    ],
-)
-def test_a_broken_attack_of_ones_own_is_one_line(code, said, tmp_path):
-    if code is not None:
-        (tmp_path / "my.py").write_text(code)
-    with pytest.raises(ValueError, match=said):
-        EvaluationAttack(ThreatModel("linf", "1/255"), f"{tmp_path / 'my.py'}:mine")
-
-
 @mock.patch.dict(FAMILIES)
 def test_a_model_of_a_family_of_ones_own_is_opened_by_its_path(folder, paths, tmp_path):
     theirs = shutil.copytree(paths[1], tmp_path / "theirs")
@@ -141,9 +125,12 @@ def test_a_schedule_of_ones_own_is_taken_as_it_is(folder, paths, tmp_path):
     ],
 )
 def test_a_broken_file_of_ones_own_is_told_in_a_line(method, says, folder, paths, tmp_path):
+    """An attack's file as well as an objective's."""
     (tmp_path / "broken.py").write_text("def")
     (tmp_path / "raises.py").write_text("1 / 0")
     (tmp_path / "other.py").write_text("x = 1")
     _, args, _ = recipe(method.format(place=tmp_path), folder, paths, tmp_path / "out")
     with pytest.raises(ValueError, match=says):
         build_schedule(args)
+    with pytest.raises(ValueError, match="got int, expected OwnAttack"):
+        EvaluationAttack(ThreatModel("linf", "1/255"), f"{tmp_path / 'other.py'}:x")

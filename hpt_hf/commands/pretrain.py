@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import AutoModel, CLIPTokenizer
+from transformers.hf_argparser import HfArg
 
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.lab.datasets import captioned_rows
@@ -37,26 +38,22 @@ class PretrainArguments:
     """Which model, on what, how long."""
 
     architecture: Literal["student", "proxy", "convolution"]
-    output_dir: str = field(metadata={"help": "folder for the model, its processor and pretrain.json"})
-    world: Literal["glyphs", "real", "photographs"] = field(
-        default="glyphs", metadata={"help": "glyphs are drawn; the others lie in --data_dir (docs/lab.md)"}
+    output_dir: str = HfArg(help="folder for the model, its processor and pretrain.json")
+    world: Literal["glyphs", "real", "photographs"] = HfArg(
+        default="glyphs", help="glyphs are drawn; the others lie in --data_dir (docs/lab.md)"
     )
-    data_dir: str | None = field(default=None, metadata={"help": "the folder of the world's parquet files"})
-    start: str | None = field(default=None, metadata={"help": "go on from this folder instead of random weights"})
+    data_dir: str | None = HfArg(default=None, help="the folder of the world's parquet files")
+    start: str | None = HfArg(default=None, help="go on from this folder instead of random weights")
     max_steps: int = 8000
-    save_steps: int = field(
-        default=500, metadata={"help": "a killed run, given again, goes on from the last of these"}
-    )
-    context: int | None = field(
-        default=None, metadata={"help": "tokens the text tower reads; left out: as captions need"}
-    )
+    save_steps: int = HfArg(default=500, help="a killed run, given again, goes on from the last of these")
+    context: int | None = HfArg(default=None, help="tokens the text tower reads; left out: as captions need")
     vocab_size: int = 640
     batch_size: int = 256
     learning_rate: float = 1e-3
     seed: int = 0
-    jitter: float = field(default=1.0, metadata={"help": "of the world `real`: how far images are redrawn, 0 to 1"})
+    jitter: float = HfArg(default=1.0, help="of the world `real`: how far images are redrawn, 0 to 1")
     bf16: bool = False
-    threads: int = field(default=0, metadata={"help": "0: torch's own choice"})
+    threads: int = HfArg(default=0, help="0: torch's own choice")
 
 
 def _batches(args: PretrainArguments) -> tuple[Batches, list[str]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from hpt_hf.attacks.pgd import TrainingAttack
@@ -42,97 +43,77 @@ logger = logging.get_logger(__name__)
 class DataArguments:
     """Which images, which classes."""
 
-    dataset: str = field(
-        metadata={
-            "help": "Hub id, parquet file, image folder, lab:<task>, or real:<set> and photos:<set> with --data_dir"
-        }
+    dataset: str = HfArg(
+        help="Hub id, parquet file, image folder, lab:<task>, or real:<set> and photos:<set> with --data_dir"
     )
     split: str = "train"
     dataset_revision: str | None = None
-    data_dir: str | None = field(default=None, metadata={"help": "the folder that real:<set> or photos:<set> lies in"})
+    data_dir: str | None = HfArg(default=None, help="the folder that real:<set> or photos:<set> lies in")
     image_column: str | None = None
     label_column: str | None = None
-    classes: list[str] | None = field(default=None, metadata={"help": "class names in label order"})
-    classes_file: str | None = field(default=None, metadata={"help": "class names, one a line, or a JSON list"})
-    templates: list[str] | None = field(default=None, metadata={"help": "prompts with {} for the class name"})
-    leave_out_classes: float = field(
-        default=0.0,
-        metadata={"help": "share of classes that training never sees, to choose settings on (hpt-hf sweep)"},
+    classes: list[str] | None = HfArg(default=None, help="class names in label order")
+    classes_file: str | None = HfArg(default=None, help="class names, one a line, or a JSON list")
+    templates: list[str] | None = HfArg(default=None, help="prompts with {} for the class name")
+    leave_out_classes: float = HfArg(
+        default=0.0, help="share of classes that training never sees, to choose settings on (hpt-hf sweep)"
     )
     on_corrupt: Literal["error", "skip"] = "error"
-    streaming: bool = field(default=False, metadata={"help": "read a Hub id or parquet files as they come"})
-    images: int | None = field(
-        default=None, metadata={"help": "streaming: how many there are, where the data set does not say"}
-    )
+    streaming: bool = HfArg(default=False, help="read a Hub id or parquet files as they come")
+    images: int | None = HfArg(default=None, help="streaming: how many there are, where the data set does not say")
 
 
 @dataclass
 class MethodArguments:
     """The method: objective, attack, schedule. `learning_rate`, `num_train_epochs` and `warmup_steps` are the Trainer's own."""
 
-    method: str = field(
-        metadata={"help": "hpt_gpd, or one objective from start to end; or of your own, my_file.py:my_objective"}
-    )
-    model: str = field(metadata={"help": "the student: a folder or a Hub id"})
-    proxy: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "vanilla models of other architectures (hpt, hpt_gpd, ga); of several, the mean probability"
-        },
+    method: str = HfArg(help="hpt_gpd, or one objective from start to end; or of your own, my_file.py:my_objective")
+    model: str = HfArg(help="the student: a folder or a Hub id")
+    proxy: list[str] | None = HfArg(
+        default=None, help="vanilla models of other architectures (hpt, hpt_gpd, ga); of several, the mean probability"
     )
     model_revision: str | None = None
-    proxy_revision: list[str] | None = field(default=None, metadata={"help": "one for each proxy"})
-    proxy_weights: list[float] | None = field(default=None, metadata={"help": "of several; left out: all alike"})
-    proxy_on: Literal["adversarial", "clean"] = field(
-        default="adversarial", metadata={"help": "the images on which hpt asks the proxy; clean: as ga does"}
+    proxy_revision: list[str] | None = HfArg(default=None, help="one for each proxy")
+    proxy_weights: list[float] | None = HfArg(default=None, help="of several; left out: all alike")
+    proxy_on: Literal["adversarial", "clean"] = HfArg(
+        default="adversarial", help="the images on which hpt asks the proxy; clean: as ga does"
     )
     proxy_dtype: Literal["float32", "bfloat16"] = "float32"
-    proxy_device: str | None = field(default=None, metadata={"help": "cuda:1 …; left out: the student's"})
+    proxy_device: str | None = HfArg(default=None, help="cuda:1 …; left out: the student's")
     norm: Literal["linf", "l2"] = "linf"
-    eps: str = field(default="1/255", metadata={"help": "radius of the ball as a fraction of the pixel range"})
+    eps: str = HfArg(default="1/255", help="radius of the ball as a fraction of the pixel range")
     attack_steps: int = 2
-    attack_step_size: str | None = field(
-        default=None, metadata={"help": "2/255, or of the radius, 1.25 eps; left out: the radius, as in the paper"}
+    attack_step_size: str | None = HfArg(
+        default=None, help="2/255, or of the radius, 1.25 eps; left out: the radius, as in the paper"
     )
-    attack_random_start: bool = field(default=True, metadata={"help": "false: begin at the image"})
+    attack_random_start: bool = HfArg(default=True, help="false: begin at the image")
     attack_on: Literal["student", "proxy"] = "student"
-    attack_loss: Literal["ce", "kl"] | None = field(
-        default=None,
-        metadata={
-            "help": "what the attack raises: ce, of the label, or kl, from the teachers; left out: the method's"
-        },
+    attack_loss: Literal["ce", "kl"] | None = HfArg(
+        default=None, help="what the attack raises: ce, of the label, or kl, from the teachers; left out: the method's"
     )
-    teachers: list[str] | None = field(
+    teachers: list[str] | None = HfArg(
         default=None,
-        metadata={"choices": list(TEACHERS), "help": "distillation: whose mean probabilities the student learns"},
+        help="distillation: whose mean probabilities the student learns",
+        metadata={"choices": list(TEACHERS)},
     )
-    teacher_weights: list[float] | None = field(default=None, metadata={"help": "of several; left out: all alike"})
-    teachers_agreeing: bool = field(default=False, metadata={"help": "teach only the images that they agree on"})
+    teacher_weights: list[float] | None = HfArg(default=None, help="of several; left out: all alike")
+    teachers_agreeing: bool = HfArg(default=False, help="teach only the images that they agree on")
     kl_direction: Literal["forward", "reverse"] | None = None
-    student_temperature: float | None = field(default=None, metadata={"help": "left out: the method's, mostly 1"})
+    student_temperature: float | None = HfArg(default=None, help="left out: the method's, mostly 1")
     teacher_temperature: float | None = None
-    ga_epochs: float = field(default=1.0, metadata={"help": "hpt_gpd: epochs of the generalization-anchored warm-up"})
-    ga_learning_rate: float | None = field(
-        default=None, metadata={"help": "hpt_gpd: its rate; left out: learning_rate / 1000, the paper's ratio"}
+    ga_epochs: float = HfArg(default=1.0, help="hpt_gpd: epochs of the generalization-anchored warm-up")
+    ga_learning_rate: float | None = HfArg(
+        default=None, help="hpt_gpd: its rate; left out: learning_rate / 1000, the paper's ratio"
     )
-    ema: float = field(default=0.9, metadata={"help": "hpt_gpd: decay of the moving average that becomes the pivot"})
-    pull: float = field(default=0.5, metadata={"help": "hpt_gpd: share of the student kept at each pull to the pivot"})
-    interval: int | None = field(
-        default=None, metadata={"help": "hpt_gpd: steps between averages and pulls; left out: one epoch"}
-    )
-    restart: bool = field(default=True, metadata={"help": "hpt_gpd: the second stage begins from the vanilla weights"})
-    final_pull: bool = field(default=False, metadata={"help": "hpt_gpd: pull once more behind the last step"})
-    average_last: float | None = field(
-        default=None, metadata={"help": "the mean of the weights over this last share of training is the result"}
-    )
-    lora_r: int | None = field(
-        default=None, metadata={"help": "train LoRA adapters of this rank; left out: all weights"}
-    )
-    lora_alpha: float | None = field(default=None, metadata={"help": "their scale times the rank; left out: 2 r"})
-    held_out: float = field(
-        default=0.0, metadata={"help": "share of the training data kept aside to choose settings on"}
-    )
-    license: str | None = field(default=None, metadata={"help": "of the weights that come out, as the Hub writes it"})
+    ema: float = HfArg(default=0.9, help="hpt_gpd: decay of the moving average that becomes the pivot")
+    pull: float = HfArg(default=0.5, help="hpt_gpd: share of the student kept at each pull to the pivot")
+    interval: int | None = HfArg(default=None, help="hpt_gpd: steps between averages and pulls; left out: one epoch")
+    restart: bool = HfArg(default=True, help="hpt_gpd: the second stage begins from the vanilla weights")
+    final_pull: bool = HfArg(default=False, help="hpt_gpd: pull once more behind the last step")
+    average_last: float | None = HfArg(default=None, help="the result is the mean of the weights over this last share")
+    lora_r: int | None = HfArg(default=None, help="train LoRA adapters of this rank; left out: all weights")
+    lora_alpha: float | None = HfArg(default=None, help="their scale times the rank; left out: 2 r")
+    held_out: float = HfArg(default=0.0, help="share of the training data kept aside to choose settings on")
+    license: str | None = HfArg(default=None, help="of the weights that come out, as the Hub writes it")
 
 
 RECIPE = (DataArguments, MethodArguments, HPTConfig)
@@ -149,11 +130,8 @@ def settings(data: DataArguments, method: MethodArguments, training: HPTConfig) 
 
 def build_schedule(args: MethodArguments) -> Schedule:
     """The method as phases; what is left open is the Trainer's."""
-    given = {
-        "direction": args.kl_direction,
-        "student_temperature": args.student_temperature,
-        "teacher_temperature": args.teacher_temperature,
-    }
+    given = {"direction": args.kl_direction}
+    given |= {name: getattr(args, name) for name in ("student_temperature", "teacher_temperature")}
     given = {name: value for name, value in given.items() if value is not None}
     if args.method != "distillation" and (args.teachers or args.teacher_weights or args.teachers_agreeing):
         raise RecipeError(f"teachers: {args.method} has its own. Fix: --method distillation")
@@ -181,22 +159,16 @@ def build_schedule(args: MethodArguments) -> Schedule:
             changes["teachers"] = Teachers(tuple(names), tuple(weights), args.teachers_agreeing)
         return dataclasses.replace(chosen, **changes)
 
-    last = {"average_last": args.average_last}
     if args.method != "hpt_gpd":
         if args.final_pull:
             raise RecipeError(f"final_pull: {args.method} has no pivot. Fix: --method hpt_gpd, or leave it out")
-        return Schedule.single(objective(args.method), **last)
+        return Schedule.single(objective(args.method), average_last=args.average_last)
     return Schedule.gpd(
         objective("ga"),
         objective("hpt"),
         warm_up_epochs=args.ga_epochs,
         warm_up_learning_rate=args.ga_learning_rate,
-        interval=args.interval,
-        ema=args.ema,
-        pull=args.pull,
-        restart=args.restart,
-        final_pull=args.final_pull,
-        **last,
+        **{k: getattr(args, k) for k in ("interval", "ema", "pull", "restart", "final_pull", "average_last")},
     )
 
 
@@ -259,9 +231,8 @@ def training_images(data: DataArguments, training: HPTConfig, share: float, imag
         raise RecipeError("--images says how long a stream is. Fix: --streaming true, or leave it out")
     if data.streaming:
         if share or data.leave_out_classes or data.on_corrupt == "skip":
-            raise RecipeError(
-                "--streaming: a stream is not looked at before. Fix: no held_out or leave_out_classes, on_corrupt error"
-            )
+            fix = "Fix: no held_out or leave_out_classes, on_corrupt error"
+            raise RecipeError(f"--streaming: a stream is not looked at before. {fix}")
         spec = dataset_spec(data, data.dataset, data.split, revision=data.dataset_revision)
         images = train_part = open_stream(spec, length=data.images, batch=batch, seed=training.seed)
         eval_part = None

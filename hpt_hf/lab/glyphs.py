@@ -94,7 +94,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 # text colours right, against 9% of all else. Such tasks measure nothing and stay out of every average.
 UNATTACKABLE = ("background colour", "text colour")
 TASKS: tuple[str, ...] = (*GROUPS, *ATTRIBUTES)
-_EM = 64  # side in pixels of the cached masks; images are drawn from them at 32 px or so
+SIZE = 32  # side of the images in pixels
+_EM = 64  # of the cached masks that they are drawn from
 
 
 def glyph_name(character: str) -> str:
@@ -173,12 +174,11 @@ class GlyphWorld:
         seed: of the whole world.
         faces: `"train"` or `"test"`, the typefaces held out for testing.
         groups: which of `GROUPS` to draw from; None for all of them.
-        size: side of the square images in pixels.
     """
 
-    def __init__(self, seed: int = 0, *, faces: str = "train", groups: tuple[str, ...] | None = None, size: int = 32):
+    def __init__(self, seed: int = 0, *, faces: str = "train", groups: tuple[str, ...] | None = None):
         groups = tuple(GROUPS) if groups is None else groups
-        self.seed, self.faces, self.size = seed, faces, size
+        self.seed, self.faces = seed, faces
         self.glyphs = {g: tuple(c for c in GROUPS[g] if faces_of(c, "train") and faces_of(c, "test")) for g in groups}
         weights = np.array([len(v) ** 0.5 for v in self.glyphs.values()])
         self._weights = weights / weights.sum()
@@ -202,12 +202,12 @@ class GlyphWorld:
         if (angle := rng.uniform(-6, 6)) and max(mask.size) > 1:
             mask = mask.rotate(angle, Image.Resampling.BILINEAR, expand=True)
         # The longer side fills 70 to 88% of the image; what room is left is shared out at random.
-        scale = self.size * rng.uniform(0.70, 0.88) / max(mask.size)
+        scale = SIZE * rng.uniform(0.70, 0.88) / max(mask.size)
         width, height = (max(1, round(side * scale)) for side in mask.size)
         mask = mask.resize((width, height), Image.Resampling.BOX)
-        free = (self.size - width, self.size - height)
+        free = (SIZE - width, SIZE - height)
         left, top = (rng.integers(room // 4, (3 * room + 3) // 4 + 1) for room in free)
-        ink = np.zeros((self.size, self.size, 1), np.float32)
+        ink = np.zeros((SIZE, SIZE, 1), np.float32)
         ink[top : top + height, left : left + width, 0] = np.asarray(mask, np.float32) / 255
         colour, background = (np.clip(np.array(COLOURS[n]) + rng.integers(-10, 11, 3), 0, 255) for n in (text, ground))
         pixels = np.rint(ink * colour + (1 - ink) * background).astype(np.uint8)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +15,7 @@ from hpt_hf.commands.quickstart import overrides
 from hpt_hf.commands.train import RECIPE, build_schedule
 from hpt_hf.data.dataset import DatasetSpec
 from hpt_hf.evaluation.evaluator import attack_all
-from hpt_hf.lab.datasets import EMOJI_CATEGORIES, LAB_SUITE, LAB_TRAINING, WEIGHTS, lab_images, real_suite
+from hpt_hf.lab.datasets import LAB_SUITE, WEIGHTS, lab_images
 from hpt_hf.lab.glyphs import GlyphWorld
 from hpt_hf.lab.pretrain import (
     contrastive_loss,
@@ -30,8 +27,6 @@ from hpt_hf.lab.pretrain import (
     train_tokenizer,
     world_batches,
 )
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def test_contrastive_loss_is_clips_own_when_no_caption_repeats():
@@ -80,24 +75,15 @@ def test_the_context_fits_the_longest_caption_or_says_how_many_it_cuts(caplog):
     captions = ["a cat"] * 5 + ["a very long caption about a cat and a dog and a house"]
     fitting = train_tokenizer(captions, max_length=None)
     assert fitting.model_max_length == max(len(fitting(c)["input_ids"]) for c in captions) < 77
-    logger = logging.getLogger("hpt_hf.pretrain")
-    logger.addHandler(caplog.handler)
-    try:
-        assert train_tokenizer(captions, max_length=8).model_max_length == 8
-    finally:
-        logger.removeHandler(caplog.handler)
+    assert train_tokenizer(captions, max_length=8).model_max_length == 8
     assert "1 of 2 different captions are longer" in caplog.text
 
 
-def test_rows_are_jittered_the_same_way_at_the_same_step():
+def test_jitter_goes_from_the_picture_itself_to_another_hand_and_hangs_on_seed_and_step():
     rows = [(GlyphWorld(0)[i].image, ("one", "two")) for i in range(5)]
     first, again, other = (row_batches(rows, 8, seed=s)(3) for s in (0, 0, 1))
-    assert np.array_equal(first[0], again[0]) and first[1] == again[1]
-    assert not np.array_equal(first[0], other[0])
+    assert np.array_equal(first[0], again[0]) and first[1] == again[1] and not np.array_equal(first[0], other[0])
     assert first[0].shape == (8, 32, 32, 3) and first[0].dtype == np.uint8
-
-
-def test_jitter_goes_from_the_picture_itself_to_another_hand():
     row = [(GlyphWorld(0)[3].image, ("one",))]
     spreads = []
     for jitter in (0.0, 0.25, 1.0):
@@ -110,38 +96,25 @@ def test_jitter_goes_from_the_picture_itself_to_another_hand():
 
 
 def test_the_shipped_pair():
-    files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
-    assert len(files) == 18 and sum(f.stat().st_size for f in files) <= 12_000_000
-    assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    assert sum(f.stat().st_size for f in WEIGHTS.rglob("*")) <= 12_000_000
     student, proxy = load_model("lab:student"), load_model("lab:proxy")
     assert student.config.vision_config.patch_size != proxy.config.vision_config.patch_size
     attack = EvaluationAttack(ThreatModel("linf", "8/255"), steps=5)
+    pictures = lab_images("digits", 40, faces="test", seed=5)
     for model in (student, proxy):
-        pictures = lab_images("digits", 40, faces="test", seed=5)
-        model.set_classes(pictures.classes, pictures.templates)
-        outcomes = attack_all(model, pictures, attack)
-        after = outcomes.after(0)
-        assert after["n_clean"] / 40 > 0.7  # it reads
-        assert after["n_robust"] / 40 < 0.4  # and is a vanilla CLIP
+        after = attack_all(model.set_classes(pictures.classes, pictures.templates), pictures, attack).after(0)
+        assert after["n_clean"] > 28 and after["n_robust"] < 16, "it reads, and is a vanilla CLIP"
 
 
-def test_no_name_of_the_suite_is_cut_and_all_prompts_differ():
+def test_no_name_of_the_suite_is_cut_all_prompts_differ_and_none_is_seen_in_fine_tuning():
+    trained = set(lab_images("letters", 176, faces="train").classes)
+    assert len(trained) == 176 and len(LAB_SUITE) >= 15
     for name in ("lab:student", "lab:proxy"):
         model = load_model(name)
         for task in LAB_SUITE:
             pictures = lab_images(task.removeprefix("lab:"), 1, faces="test")
             embeds = model.set_classes(pictures.classes, pictures.templates).head  # raises for a name that is too long
-            off_diagonal = (embeds @ embeds.T).fill_diagonal_(-1).max()
-            assert off_diagonal < 0.9999, (task, off_diagonal)
-
-
-def test_the_suite_is_unseen_in_fine_tuning():
-    trained = set(lab_images("letters", 176, faces="train").classes)
-    assert len(trained) == 176 and len(LAB_SUITE) >= 15
-    for task in LAB_SUITE:
-        assert task.removeprefix("lab:") not in LAB_TRAINING
-        assert not trained & set(lab_images(task.removeprefix("lab:"), 1, faces="test").classes)
-    assert len(real_suite()) == 3 + len(EMOJI_CATEGORIES) == 12
+            assert (embeds @ embeds.T).fill_diagonal_(-1).max() < 0.9999 and not trained & set(pictures.classes), task
 
 
 @pytest.mark.parametrize("method", ["hpt", "tecoa"])

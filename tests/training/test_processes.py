@@ -23,7 +23,6 @@ from conftest import (
     largest_difference,
     launch,
     make_images,
-    save_tiny_clip,
     torchrun,
     trainer_from_disk,
     weights,
@@ -39,8 +38,7 @@ from hpt_hf.utils import processes, shutdown_distributed
 
 pytestmark = pytest.mark.multiprocess
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "train.py"
-COMMANDS = {"folder": train_command, "stream": train_command, "long": train_command}
-COMMANDS |= {"evaluate": evaluate, "estimate": estimate}
+COMMANDS = {"stream": train_command, "long": train_command, "evaluate": evaluate, "estimate": estimate}
 
 
 def train(folder: Path, paths, batch_size: int) -> dict:
@@ -80,10 +78,8 @@ def launched(tmp_path_factory, paths, trained) -> tuple[Path, dict[str, list[str
     place = tmp_path_factory.mktemp("processes")
     trained.save_pretrained(place / "model")
     images, stream = write_image_folder(place / "images", make_images()), write_stream(place / "s", make_images(43))
-    second = save_tiny_clip(place / "second", seed=7)
     gpd = f"--method hpt_gpd --use_cpu true --disable_tqdm true --eps 8/255 --model {paths[0]} --proxy {paths[1]}"
     more = {
-        "folder": f"{gpd} {second} --dataset {images} --held_out 0.2 --max_steps 4 --learning_rate 1e-3",
         "stream": f"{gpd} --dataset {stream} --streaming true --interval 3 --max_steps 8 --learning_rate 1e-3"
         " --ga_learning_rate 1e-3",
         "long": f"{gpd} --dataset {images} --interval 7 --max_steps 30 --learning_rate 1e-2 --ga_learning_rate 1e-3"
@@ -125,16 +121,14 @@ def test_two_processes_equal_one_at_the_same_global_batch_and_each_other(launche
 # --- the commands
 
 
-@pytest.mark.parametrize("source", ["folder", "stream"])
-def test_the_recipe_trains_on_two_processes_as_on_one_and_exports_once(source, launched, tmp_path, paths, monkeypatch):
-    """Of a folder with two proxies at once; of a stream, where each process decodes its own half of every batch."""
+def test_the_recipe_trains_on_two_processes_as_on_one_and_exports_once(launched, tmp_path, paths, monkeypatch):
+    """Of a stream, where each process decodes its own half of every batch."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # in this process
     place, flags, _ = launched
-    train_command.main([*flags[source][:-1], "8", "--output_dir", str(tmp_path)])
-    out = [tmp_path, place / "two" / source]
+    train_command.main([*flags["stream"][:-1], "8", "--output_dir", str(tmp_path)])
+    out = [tmp_path, place / "two" / "stream"]
     alone, together = (json.loads((folder / "train.json").read_text()) for folder in out)
     assert alone["batch"] == together["batch"] == 8 and (alone["processes"], together["processes"]) == (1, 2)
-    assert alone["held_out"] == together["held_out"] and bool(alone["held_out"]) == (source == "folder")
     ours, theirs, vanilla = (load_file(Path(f) / "model.safetensors") for f in (*out, paths[0]))
     assert largest_difference(ours, theirs) < 1e-6 and largest_difference(ours, vanilla) > 1e-4
 
@@ -220,10 +214,7 @@ def test_two_processes_evaluate_as_one(evaluated):
     alone, shared = findings(one), findings(two)
     assert alone.keys() == shared.keys() and len(shared) == 2
     for question, ranks in shared.items():
-        assert list(alone[question]) == ["0"] and list(ranks) == ["0", "1"]
-        batches = [[name for name in names if name.startswith("batch ")] for names in ranks.values()]
-        assert [len(b) for b in batches] == [3, 2]
-        assert all(len(names) > len(b) for names, b in zip(ranks.values(), batches, strict=True))
+        assert [sum(name.startswith("batch ") for name in names) for names in ranks.values()] == [3, 2]
         assert sorted(ranks["0"] + ranks["1"]) == sorted(alone[question]["0"])
 
 
@@ -231,16 +222,14 @@ def test_a_run_begun_by_two_processes_goes_on_with_one(evaluated, tmp_path, monk
     """What both left is cut off in the middle, one of them in the middle of a line."""
     flags, one, two = evaluated
     (tmp_path / "progress").mkdir()
-    left = 0
     for file in (two / "progress").iterdir():
         lines = file.read_bytes().splitlines(keepends=True)
         keep = 2 if file.stem.endswith("-0") else 1
         (tmp_path / "progress" / file.name).write_bytes(b"".join(lines[:keep]) + lines[keep][:-9])
-        left += keep
     answered, attack_batch = [], evaluator.attack_batch
     monkeypatch.setattr(evaluator, "attack_batch", lambda *a, **k: answered.append(a[1]) or attack_batch(*a, **k))
     evaluate.main([*flags, "--output_dir", str(tmp_path)])
-    assert left == 6 and len(answered) == 10 - left
+    assert len(answered) == 4, "of ten batches six were left"
     assert results(tmp_path) == results(one)
 
 

@@ -39,14 +39,6 @@ def stopped(whole, tmp_path):
     return copy
 
 
-def ends_equal(a: Path, b: Path) -> bool:
-    """Weights, pivot and momentum of two checkpoints."""
-    momentum = [torch.load(f / "optimizer.pt")["state"] for f in (a, b)]
-    momentum = [{n: s["momentum_buffer"] for n, s in state.items()} for state in momentum]
-    files = [[load_file(f / name) for f in (a, b)] for name in ("model.safetensors", PIVOT_FILE)]
-    return all(largest_difference(*pair) == 0 for pair in (*files, momentum))
-
-
 def test_every_checkpoint_has_record_card_and_pivot_and_opens_with_pipeline(whole):
     checkpoints = sorted(whole[0].glob("checkpoint-*"))
     assert len(checkpoints) == 10
@@ -78,7 +70,10 @@ def test_resumed_equals_uninterrupted(cut, whole, stopped, tmp_path, paths):
     assert largest_difference(weights(trainer.model), end) == 0
     assert [e for e in trainer.state.log_history if "loss" in e] == log and trainer.state.global_step == 10
     # What the run would need to be resumed once more is the same too.
-    assert ends_equal(tmp_path / "checkpoint-10", folder / "checkpoint-10")
+    last = tmp_path / "checkpoint-10", folder / "checkpoint-10"
+    ours, theirs = (torch.load(f / "optimizer.pt")["state"] for f in last)
+    assert all(torch.equal(ours[n]["momentum_buffer"], state["momentum_buffer"]) for n, state in theirs.items())
+    assert largest_difference(*(load_file(f / PIVOT_FILE) for f in last)) == 0
 
 
 @pytest.mark.parametrize(
@@ -104,10 +99,6 @@ def test_a_checkpoint_of_the_version_before_resumes(whole, stopped, tmp_path, pa
     schedule = [2, ["ga", 5, 0.001, 0, False, 0.9, None], ["hpt", 5, 0.01, 0, True, None, 0.5]]
     metadata = {"vanilla": vanilla, "schedule": json.dumps(schedule)}
     save_file(load_file(folder / PIVOT_FILE), folder / PIVOT_FILE, metadata=metadata)
-    before = contents(tmp_path)
-    with pytest.raises(ValueError, match="schedule: got"):
-        trainer_from_disk(tmp_path, paths, gpd_schedule(steps=6)).train(resume_from_checkpoint=str(folder))
-    assert contents(tmp_path) == before
     trainer = trainer_from_disk(tmp_path, paths)
     trainer.train(resume_from_checkpoint=str(folder))
     assert largest_difference(weights(trainer.model), whole[1]) == 0
@@ -116,20 +107,15 @@ def test_a_checkpoint_of_the_version_before_resumes(whole, stopped, tmp_path, pa
 # --- what cannot be resumed
 
 
-OTHER = [{"interval": 3}, {"pull": 0.4}, {"ema": 0.8}, {"learning_rate": 0.02}, {"restart": False}]
-OTHER += [{"decay": "linear"}, {"steps": 6}, {"average_last": 0.5}, "other weights"]
-
-
-@pytest.mark.parametrize("other", OTHER, ids=str)
-def test_the_pivot_alone_knows_its_schedule_and_its_vanilla_weights(other, whole, student):
+def test_the_pivot_alone_knows_its_schedule_and_its_vanilla_weights(whole, student):
     """Of the version before, which kept no record, it is all that tells."""
-    schedule, says = gpd_schedule(), "vanilla weights: got .*--model"
-    if other == "other weights":  # every shape fits, and only the digest tells
-        student.model.visual_projection.weight.data *= 2
-    else:
-        schedule, says = gpd_schedule(**other), "schedule: got"
-    with pytest.raises(ValueError, match=says):
-        GPDCallback(schedule, student.freeze_text()).load(whole[0] / "checkpoint-6")
+    others = {"interval": 3, "pull": 0.4, "ema": 0.8, "learning_rate": 0.02, "restart": False, "decay": "linear"}
+    for name, value in (others | {"steps": 6, "average_last": 0.5}).items():
+        with pytest.raises(ValueError, match="schedule: got"):
+            GPDCallback(gpd_schedule(**{name: value}), student.freeze_text()).load(whole[0] / "checkpoint-6")
+    student.model.visual_projection.weight.data *= 2  # every shape fits, and only the digest tells
+    with pytest.raises(ValueError, match="vanilla weights: got .*--model"):
+        GPDCallback(gpd_schedule(), student.freeze_text()).load(whole[0] / "checkpoint-6")
 
 
 # --- another run's checkpoints
@@ -142,13 +128,11 @@ def test_overwrite_removes_another_runs_checkpoints_and_no_others(stopped, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_change_the_weights_may_change_and_two_runs_exclude_each_other(whole, stopped, tmp_path, paths):
-    free = SAVE | {"save_steps": 5, "logging_steps": 3, "run_name": "x", "dataloader_num_workers": 1}
-    trainer = trainer_from_disk(stopped(6).parent, paths, **free)
+def test_two_runs_exclude_each_other_and_a_checkpoint_without_an_optimizer_is_refused(stopped, tmp_path, paths):
+    trainer = trainer_from_disk(stopped(10).parent, paths)
     with trainer.sole_run(), pytest.raises(ValueError, match="is in use by another run"):
         trainer_from_disk(tmp_path, paths).train()
-    trainer.train(resume_from_checkpoint=True)
-    assert largest_difference(weights(trainer.model), whole[1]) == 0 and not (tmp_path / ".lock").exists()
+    assert not (tmp_path / ".lock").exists()
     for name in ("optimizer.pt", "digests.json"):  # as --save_only_model leaves it
         (tmp_path / "checkpoint-10" / name).unlink()
     with pytest.raises(ValueError, match="holds no optimizer"):
@@ -173,19 +157,12 @@ def flip_a_bit(file: Path):
     file.write_bytes(content)
 
 
-def edit_the_step(file: Path):
-    file.write_text(file.read_text().replace('"global_step": 6', '"global_step": 7'))
-
-
 DAMAGES = {
     "cut off before its state": ("trainer_state.json", Path.unlink),
     "cut off before its pivot": (PIVOT_FILE, Path.unlink),
     "torn by a full disk": ("trainer_state.json", torn),
     "a flipped bit": ("model.safetensors", flip_a_bit),
-    "another step": ("trainer_state.json", edit_the_step),
     "no momentum": ("optimizer.pt", Path.unlink),
-    "no random state": ("rng_state.pth", Path.unlink),
-    "a flipped bit of the pivot": (PIVOT_FILE, flip_a_bit),
     "torn digests": ("digests.json", torn),
 }
 

@@ -30,9 +30,6 @@ class Board(TensorBoardCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(args, state, control, logs=logs)
-
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, paths):
@@ -45,7 +42,6 @@ def flags(tmp_path_factory, paths):
     [
         ("--method hpt_gpd --eps 8/255", {"method": "hpt_gpd", "eps": "8/255", "norm": "linf"}, "hpt_gpd, linf 8/255"),
         ("--method tecoa --norm l2 --eps 0.5", {"method": "tecoa", "eps": "0.5", "proxy": None}, "tecoa, l2 0.5"),
-        ("--method hpt --attack_steps 5", {"attack_steps": 5, "learning_rate": 1e-3}, "5 attack steps"),
         ("--method hpt --run_name mine", {"method": "hpt", "ga_epochs": 1.0}, "mine"),
     ],
 )
@@ -81,13 +77,11 @@ def test_what_tensorboard_writes_lies_beside_the_model_whatever_is_logged_first(
     assert folder.endswith("tecoa-linf-8-255-2-attack-steps-made")
 
 
-@pytest.mark.parametrize("name", TRACKERS)
-def test_a_missing_tracker_is_told_before_anything_is_loaded(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "get_available_reporting_integrations", lambda: [t for t in TRACKERS if t != name])
-    says = f"^report_to: got '{name}', which is not installed. Fix: pip install {name}$"
-    with pytest.raises(ValueError, match=says):
-        HPTConfig(output_dir=str(tmp_path), report_to=name)
-    others = [t for t in TRACKERS if t != name]
+def test_a_missing_tracker_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    others = [t for t in TRACKERS if t != "wandb"]
+    monkeypatch.setattr(config, "get_available_reporting_integrations", lambda: others)
+    with pytest.raises(ValueError, match="^report_to: got 'wandb', which is not installed. Fix: pip install wandb$"):
+        HPTConfig(output_dir=str(tmp_path), report_to="wandb")
     assert HPTConfig(output_dir=str(tmp_path), report_to=others).report_to == others
     assert HPTConfig(output_dir=str(tmp_path)).report_to == []
 
