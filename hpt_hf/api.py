@@ -58,9 +58,7 @@ def classifier_of(model, *, processor=None, image_size: int | None = None) -> Cl
         processor = processor or AutoProcessor.from_pretrained(model.name_or_path)
         return ZeroShotClassifier(copy.deepcopy(model).float(), processor).eval()
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            f"model: got {type(model).__name__}, expected a folder, Hub id, pipeline, CLIP or torch module"
-        )
+        raise TypeError(f"model: got {type(model).__name__}, expected a folder, Hub id, pipeline, CLIP or a module")
     if image_size is None:
         raise ValueError("image_size: got none for a module, expected the side of its input in pixels")
     return LogitsClassifier(model, image_size).eval()
@@ -131,9 +129,8 @@ def _named(model, name: str | None) -> dict[str, Any]:
     if isinstance(model, Mapping):
         return dict(model)
     models = list(model) if isinstance(model, list | tuple) else [model]
-    names = [
-        str(m) if isinstance(m, str | Path) else getattr(m, "name_or_path", "") or type(m).__name__ for m in models
-    ]
+    places = [m if isinstance(m, str | Path) else getattr(m, "name_or_path", "") for m in models]
+    names = [str(place or type(m).__name__) for place, m in zip(places, models, strict=True)]
     if len(set(names)) < len(names):
         raise ValueError(f"model: got {', '.join(names)}, expected a name for each. Fix: {{name: model, …}}")
     return dict(zip([name] if name else names, models, strict=True))

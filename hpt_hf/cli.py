@@ -37,10 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     elif command == "--version":
         print(version("hpt_hf"))
     elif command not in COMMANDS:
-        print(
-            f"hpt-hf: unknown command {command!r}{did_you_mean(command, COMMANDS, 'see hpt-hf --help')}",
-            file=sys.stderr,
-        )
+        near = did_you_mean(command, COMMANDS, "see hpt-hf --help")
+        print(f"hpt-hf: unknown command {command!r}{near}", file=sys.stderr)
         sys.exit(2)
     elif "-h" in rest or "--help" in rest:
         print_help(command, COMMANDS[command])

@@ -5,33 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers as hf
 from conftest import WORDS
-from transformers import (
-    AlignConfig,
-    AlignModel,
-    AlignProcessor,
-    AltCLIPConfig,
-    AltCLIPModel,
-    AltCLIPProcessor,
-    ChineseCLIPConfig,
-    ChineseCLIPModel,
-    ChineseCLIPProcessor,
-    CLIPConfig,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    ConvNextConfig,
-    MetaClip2Config,
-    MetaClip2Model,
-    Siglip2Config,
-    Siglip2Model,
-    Siglip2Processor,
-    SiglipConfig,
-    SiglipModel,
-    SiglipProcessor,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
-)
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
@@ -57,44 +32,44 @@ def _text(tokenizer, length: int = 24, **more) -> dict:
 def _model(family: str, tokenizer):
     text, dim = _text(tokenizer), {"projection_dim": 24}
     if family == "clip":
-        return CLIPModel(CLIPConfig(text_config=text | dim, vision_config=VIT | dim, **dim))
+        return hf.CLIPModel(hf.CLIPConfig(text_config=text | dim, vision_config=VIT | dim, **dim))
     if family == "metaclip_2":
-        return MetaClip2Model(MetaClip2Config(text_config=text | dim, vision_config=VIT | dim, **dim))
+        return hf.MetaClip2Model(hf.MetaClip2Config(text_config=text | dim, vision_config=VIT | dim, **dim))
+    long = _text(tokenizer, 64, projection_size=32)
     if family == "siglip":
-        text = _text(tokenizer, 64, projection_size=32)
-        return SiglipModel(SiglipConfig(text_config=text, vision_config=VIT))
+        return hf.SiglipModel(hf.SiglipConfig(text_config=long, vision_config=VIT))
     if family == "siglip2":
         vision = {**TOWER, "patch_size": 8, "num_patches": 16}
-        return Siglip2Model(Siglip2Config(text_config=_text(tokenizer, 64, projection_size=32), vision_config=vision))
+        return hf.Siglip2Model(hf.Siglip2Config(text_config=long, vision_config=vision))
     if family == "align":
         vision = {"image_size": SIDE, "width_coefficient": 0.5, "depth_coefficient": 0.1, "hidden_dim": 64}
-        return AlignModel(AlignConfig(text_config=text, vision_config=vision, projection_dim=160))
+        return hf.AlignModel(hf.AlignConfig(text_config=text, vision_config=vision, projection_dim=160))
     if family == "altclip":
         text |= {"project_dim": 24, "max_position_embeddings": 30, "pad_token_id": 1}
-        return AltCLIPModel(AltCLIPConfig(text_config=text, vision_config=VIT | dim, **dim))
+        return hf.AltCLIPModel(hf.AltCLIPConfig(text_config=text, vision_config=VIT | dim, **dim))
     if family == "chinese_clip":
-        return ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=VIT | dim, **dim))
-    tower = ConvNextConfig(num_stages=2, hidden_sizes=[16, 32], depths=[1, 1], patch_size=4, hidden_size=32)
-    both = VisionTextDualEncoderConfig.from_vision_text_configs(tower, CLIPTextConfig(**text), projection_dim=24)
-    return VisionTextDualEncoderModel(both)
+        return hf.ChineseCLIPModel(hf.ChineseCLIPConfig(text_config=text, vision_config=VIT | dim, **dim))
+    tower = hf.ConvNextConfig(num_stages=2, hidden_sizes=[16, 32], depths=[1, 1], patch_size=4, hidden_size=32)
+    both = hf.VisionTextDualEncoderConfig.from_vision_text_configs(tower, hf.CLIPTextConfig(**text), projection_dim=24)
+    return hf.VisionTextDualEncoderModel(both)
 
 
 def _processor(family: str, tokenizer):
     if family == "siglip":
-        return SiglipProcessor(
-            SiglipImageProcessorPil(size=SQUARE, image_mean=[0.5] * 3, image_std=[0.5] * 3), tokenizer
-        )
+        image = SiglipImageProcessorPil(size=SQUARE, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        return hf.SiglipProcessor(image, tokenizer)
     if family == "siglip2":
-        return Siglip2Processor(Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16), tokenizer)
+        return hf.Siglip2Processor(Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16), tokenizer)
     if family == "align":
         image = EfficientNetImageProcessorPil(
             size={"height": 40, "width": 40}, crop_size=SQUARE, do_center_crop=True, resample=2,
             rescale_factor=1 / 127.5, rescale_offset=True, do_normalize=False, include_top=False,
         )  # fmt: skip
-        return AlignProcessor(image, tokenizer)
+        return hf.AlignProcessor(image, tokenizer)
     if family == "chinese_clip":
-        return ChineseCLIPProcessor(ChineseCLIPImageProcessorPil(size=SQUARE, do_center_crop=False), tokenizer)
-    return (AltCLIPProcessor if family == "altclip" else CLIPProcessor)(CLIPImageProcessorPil(**SHORTEST), tokenizer)
+        return hf.ChineseCLIPProcessor(ChineseCLIPImageProcessorPil(size=SQUARE, do_center_crop=False), tokenizer)
+    made = hf.AltCLIPProcessor if family == "altclip" else hf.CLIPProcessor
+    return made(CLIPImageProcessorPil(**SHORTEST), tokenizer)
 
 
 def save_family(family: str, folder: Path, seed: int = 0) -> str:

@@ -66,16 +66,9 @@ def dataset_spec(args, path: str, split: str, *, revision: str | None = None) ->
     if args.classes and args.classes_file:
         raise RecipeError("both --classes and --classes_file name the classes: give one of them")
     classes = read_classes(args.classes_file) if args.classes_file else tuple(args.classes) if args.classes else None
+    columns = {"image": args.image_column, "label": args.label_column}
     templates = tuple(args.templates) if args.templates else None
-    return DatasetSpec(
-        path,
-        split=split,
-        revision=revision,
-        image=args.image_column,
-        label=args.label_column,
-        classes=classes,
-        templates=templates,
-    )
+    return DatasetSpec(path, split, revision, classes=classes, templates=templates, **columns)
 
 
 def on_device(model: ZeroShotClassifier) -> ZeroShotClassifier:
@@ -125,51 +118,40 @@ def open_sets(args: ImageArguments) -> list[LabelledImages]:
 
 def _open(args: ImageArguments, path: str) -> LabelledImages:
     named = path in SETS and not Path(path).exists()
-    if named or path.startswith(("lab:", "real:", "photos:")):
-        given = [
-            k for k in ("classes", "classes_file", "templates", "image_column", "label_column") if getattr(args, k)
-        ]
-        if given:
-            raise RecipeError(
-                f"{path} comes with its own classes and prompts: leave out {', '.join('--' + g for g in given)}"
-            )
+    asked = ("classes", "classes_file", "templates", "image_column", "label_column")
+    given = ", ".join(f"--{name}" for name in asked if getattr(args, name))
+    if given and (named or path.startswith(("lab:", "real:", "photos:"))):
+        raise RecipeError(f"{path} comes with its own classes and prompts: leave out {given}")
     if named:
         return open_set(path, args.protocol, on_corrupt=args.on_corrupt)
     if not Path(path).exists() and "/" not in path and ":" not in path:
-        known = (*SETS, *LAB_SUITE, *real_suite(), *PHOTO_SUITE)
-        raise RecipeError(
-            f"no data at {path}: no file or folder, and no set of that name"
-            + did_you_mean(path, known, f"there are {', '.join(SETS)}, and lab:<task>, real:<set>, photos:<set>")
-        )
+        there = f"there are {', '.join(SETS)}, and lab:<task>, real:<set>, photos:<set>"
+        near = did_you_mean(path, (*SETS, *LAB_SUITE, *real_suite(), *PHOTO_SUITE), there)
+        raise RecipeError(f"no data at {path}: no file or folder, and no set of that name{near}")
     spec = dataset_spec(args, path, args.split)
     return open_images(spec, training=False, limit=args.limit, data_dir=args.data_dir, on_corrupt=args.on_corrupt)
 
 
 def reopen(source: dict, *, data_dir: str | None = None, on_corrupt: str = "error") -> LabelledImages:
-    """The images of a result again, from its `source`; what does not lie there any more is looked for by its name in `data_dir`.
+    """The images of a result again, from its `source`; what lies there no more is looked for by name in `data_dir`.
 
     Raises:
         ValueError, OSError: they are not there any more.
     """
     try:
-        return _reopen({k: v for k, v in source.items() if k != "limit"}, data_dir, on_corrupt)
+        if "set" in source:
+            return open_set(source["set"], source["protocol"], revision=source["revision"], on_corrupt=on_corrupt)
+        path, folder = source["path"], data_dir or source.get("data_dir")
+        if path.startswith("lab:"):
+            return lab_images(path[4:], source["count"], faces=source["faces"], seed=source["seed"])
+        if path.startswith(("real:", "photos:")):
+            return open_images(DatasetSpec(path), training=source.get("split") == "train", data_dir=folder)
+        if data_dir and not Path(path).exists() and (moved := Path(data_dir) / Path(path).name).exists():
+            path = str(moved)
+        spec = {k: v for k, v in source.items() if k != "limit"} | {"path": path}
+        return open_images(DatasetSpec(**spec), training=False, on_corrupt=on_corrupt)
     except (KeyError, TypeError, AttributeError) as error:  # a file can say anything
         raise ValueError(f"the result does not say where its images came from ({error!r} in {source})") from error
-
-
-def _reopen(source: dict, data_dir: str | None, on_corrupt: str) -> LabelledImages:
-    if "set" in source:
-        return open_set(source["set"], source["protocol"], revision=source["revision"], on_corrupt=on_corrupt)
-    if "path" not in source:
-        raise ValueError(f"the result does not say where its images came from ({source or 'no source'})")
-    path, folder = source["path"], data_dir or source.get("data_dir")
-    if path.startswith("lab:"):
-        return lab_images(path[4:], source["count"], faces=source["faces"], seed=source["seed"])
-    if path.startswith(("real:", "photos:")):
-        return open_images(DatasetSpec(path), training=source.get("split") == "train", data_dir=folder)
-    if data_dir and not Path(path).exists() and (moved := Path(data_dir) / Path(path).name).exists():
-        source["path"] = str(moved)
-    return open_images(DatasetSpec(**source), training=False, on_corrupt=on_corrupt)
 
 
 def open_images(

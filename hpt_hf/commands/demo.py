@@ -108,9 +108,8 @@ def attack_image(
         attacked = model.classify(perturbed).logits
     delta = perturbed - batch["images"]
     amplified = 0.5 + 0.5 * delta / delta.abs().max().clamp_min(1e-12)
-    shown = [
-        (x[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy() for x in (batch["images"], perturbed, amplified)
-    ]
+    images = (x[0].permute(1, 2, 0) * 255 for x in (batch["images"], perturbed, amplified))
+    shown = [image.round().byte().cpu().numpy() for image in images]
     sure = [dict(zip(labels, logits[0].softmax(0).tolist(), strict=True)) for logits in (clean, attacked)]
     return Outcome(labels[int(label)], *sure, tuple(shown))
 

@@ -27,17 +27,14 @@ def exit_on_user_error(script: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(
-            f"\n{script}: interrupted. The same command goes on (train: with --resume_from_checkpoint true)",
-            file=sys.stderr,
-        )
+        again = "The same command goes on (train: with --resume_from_checkpoint true)"
+        print(f"\n{script}: interrupted. {again}", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{script}: {' '.join(str(error).split())}")
     except Exception as error:
-        if isinstance(error, (ImportError, RuntimeError)) and "install" in str(
-            error
-        ):  # of a package that a flag asks for
+        # Of a package that a flag asks for.
+        if isinstance(error, (ImportError, RuntimeError)) and "install" in str(error):
             sys.exit(f"{script}: {' '.join(str(error).split())}")
         if no_space(error):
             sys.exit(f"{script}: no space left on the disk. Fix: make room, then the same command")
@@ -101,9 +98,8 @@ def _unknown(shown: str, name: str, known: set[str]) -> str:
 def _recipe_to_argv(name: str, known: set[str]) -> list[str]:
     path = find_recipe(name)
     if path is None:
-        raise RecipeError(
-            f"no recipe at {name}{did_you_mean(name, recipe_names(), 'see hpt-hf train --help for those there are')}"
-        )
+        near = did_you_mean(name, recipe_names(), "see hpt-hf train --help for those there are")
+        raise RecipeError(f"no recipe at {name}{near}")
     try:
         with path.open("rb") as file:
             recipe = yaml.load(file, _AsWritten)

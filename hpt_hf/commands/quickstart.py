@@ -52,9 +52,7 @@ class QuickstartArguments:
     output_dir: str = "outputs/quickstart"
     limit: int = field(default=60, metadata={"help": "images of each task"})
     seed: int = 0
-    smoke: bool = field(
-        default=False, metadata={"help": "a few steps and images: does it run? Its numbers mean nothing"}
-    )
+    smoke: bool = field(default=False, metadata={"help": "a few steps and images: its numbers mean nothing"})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,17 +71,12 @@ def tell(args: QuickstartArguments) -> None:
     attack = EvaluationAttack(ThreatModel(recipe.norm, recipe.eps), steps=20)
     tasks = [lab_images(task.removeprefix("lab:"), limit, faces="test", seed=2) for task in LAB_SUITE]
     student, proxy = load_model("lab:student"), load_model("lab:proxy")
-    progress(
-        f"1. The phenomenon: {len(tasks)} tasks × {limit} images in unseen typefaces, {attack} at {attack.threat}"
-    )
+    progress(f"1. The phenomenon: {len(tasks)} tasks × {limit} images of unseen typefaces, {attack}, {attack.threat}")
     results = {"vanilla": measure(student, tasks, attack, "vanilla"), "proxy": measure(proxy, tasks, attack, "proxy")}
     crossed = means(matrix({"student": student, "proxy": proxy}, tasks, attack, sources=["student"]))
     phenomenon = {k: round(crossed["student", "proxy"][k], 2) for k in ("clean", "adversarial", "kl")}
-    progress(
-        "   The proxy keeps {adversarial:.1f} of its {clean:.1f}% on images that fool the student.".format(
-            **phenomenon
-        )
-    )
+    kept = "{adversarial:.1f} of its {clean:.1f}%".format(**phenomenon)
+    progress(f"   The proxy keeps {kept} on images that fool the student.")
     progress("2. Training: plain HPT, HPT-GPD, TeCoA, and the student's own vanilla self on clean images as teacher")
     seconds = {"phenomenon": time.time() - start}
     models = {method: train(method, output, args, seconds) for method in ("hpt", "hpt_gpd", "tecoa", "anchor_clean")}
@@ -137,7 +130,7 @@ def use(output: Path) -> None:
     for answer in classify(str(output / "image.png"), candidate_labels=list(LABELS), hypothesis_template=template)[:3]:
         print(f"  {answer['score']:6.1%}  {answer['label']}")
     print(
-        f"\n{output / 'model' / 'README.md'} is its model card; `hpt-hf push {output / 'model'} owner/name` publishes it."
+        f"\nIts model card is {output / 'model' / 'README.md'}; `hpt-hf push {output / 'model'} owner/name` publishes it."
     )
 
 
@@ -154,9 +147,7 @@ def overrides(method: str) -> list[str]:
     return ["--method", method, "--num_train_epochs", str(epochs), "--learning_rate", str(tuned.learning_rate)]
 
 
-def measure(
-    model: ZeroShotClassifier, tasks, attack: EvaluationAttack, name: str, *, probe=0, **checks
-) -> list[EvalResult]:
+def measure(model, tasks, attack: EvaluationAttack, name: str, *, probe: int = 0, **checks) -> list[EvalResult]:
     probes = [probe * (images.name.removeprefix("lab:") in SHOWN) for images in tasks]
     results = [evaluate(model, s, attack, name=name, probe=p, **checks) for s, p in zip(tasks, probes, strict=True)]
     raised = [f"{r.dataset} ({', '.join(c['name'] for c in r.raised)})" for r in results if r.raised]
@@ -257,9 +248,8 @@ def story(summary: dict, shown: Sequence[tuple], path: str | Path) -> Path:
     heights = (vanilla["clean"], vanilla["robust"], proxy["clean"], proxy["adversarial"])
     ticks = ("student,\nclean", "student,\nattacked", "proxy,\nclean", "proxy, on the\nstudent's attack")
     left.bar_label(left.bar(ticks, heights, color=["#7f7f7f", "#c7c7c7", "#bcbd22", "#dbdb8d"]), fmt="%.0f")
-    left.set(
-        ylim=(0, 109), ylabel="accuracy, %", title="Nobody is robust, but the proxy survives the student's attack"
-    )
+    left.set(ylim=(0, 109), ylabel="accuracy, %")
+    left.set_title("Nobody is robust, but the proxy survives the student's attack")
     points = {key: (model["clean"], model["robust"]) for key, model in summary["models"].items()}
     for key, point in points.items():
         _, name, colour = NAMES[key]

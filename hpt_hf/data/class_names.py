@@ -53,10 +53,8 @@ def match_classes(
         near = did_you_mean(unknown[0], given)
         raise ValueError(f"{len(unknown)} of {len(own)} classes of {path} are not in the list: {unknown[:5]}{near}")
     if len(given) != len(own):
-        raise ValueError(
-            f"{len(given)} class names were given and {path} has {len(own)} classes ({', '.join(own[:5])} …). "
-            "Fix: give as many, in that order, or a list with all its names."
-        )
+        some = ", ".join(own[:5])
+        raise ValueError(f"{path}: got {len(given)} class names, expected {len(own)}, in the order of {some} …")
     renamed = [f"{a} -> {b}" for a, b in zip(own, given, strict=True)]
     logger.warning(f"{len(renamed)} classes of {path} are renamed in order: {', '.join(renamed[:5])} …")
     return tuple(given), list(range(len(given)))
@@ -66,9 +64,7 @@ def _told_apart(names: Sequence[str], where: str) -> None:
     seen: dict[str, str] = {}
     for name in names:
         if (other := seen.setdefault(plain(str(name)), name)) != name:
-            raise ValueError(
-                f"{where}: got the classes {other!r} and {name!r}, expected names that differ by a letter"
-            )
+            raise ValueError(f"{where}: got the classes {other!r} and {name!r}, expected names that differ")
 
 
 def read_classes(file: str | Path) -> tuple[str, ...] | dict[str, str]:
@@ -86,7 +82,5 @@ def read_classes(file: str | Path) -> tuple[str, ...] | dict[str, str]:
         raise ValueError(f"{path}: got {error}, expected UTF-8 text, one class a line, or JSON") from error
     content = names.values() if isinstance(names, dict) else names
     if not isinstance(names, (list, dict)) or not all(isinstance(name, str) for name in content):
-        raise ValueError(
-            f"{path}: got {text.strip()[:40]!r} …, expected a list of names, or an object of names to names"
-        )
+        raise ValueError(f"{path}: got {text.strip()[:40]!r} …, expected a list of names, or a map of them")
     return names if isinstance(names, dict) else tuple(names)

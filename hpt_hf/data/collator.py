@@ -57,6 +57,14 @@ def _opened(content: bytes) -> Image.Image:
             return image
 
 
+def read_image(cell: dict, where: str, fix: str) -> Image.Image:
+    """The RGB image of a cell. Raises ValueError, with where it lies and what to do, if it cannot be read."""
+    try:
+        return to_rgb(encoded(cell))
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise ValueError(f"{where} cannot be read ({type(error).__name__}: {error}). Fix: {fix}.") from error
+
+
 def image_id(pixels: np.ndarray) -> int:
     """A 63-bit digest of a uint8 image: the same image always draws the same noise (`hpt_hf.attacks.noise.Noise`)."""
     return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=8).digest(), "little") >> 1
@@ -79,16 +87,12 @@ class Collator:
         return Preprocessing.of(self.processor.image_processor)
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        images = [_decoded(r) for r in rows]
+        images, like = [_decoded(r) for r in rows], self.preprocessing
         # Of an own size that the model would take for cut already, no one could tell.
-        images = [
-            self.preprocessing.cut(i) if not self.native or self.preprocessing.reads(i.height, i.width) else i
-            for i in images
-        ]
+        images = [like.cut(i) if not self.native or like.reads(i.height, i.width) else i for i in images]
         if len(sizes := {i.size for i in images}) > 1:
             raise ValueError(
-                f"this model keeps the aspect of images: got a batch of {len(sizes)} sizes, expected one. "
-                "Fix: --protocol native, or square images"
+                f"got a batch of {len(sizes)} sizes, expected one. Fix: --protocol native or square images"
             )
         pixels = np.stack([np.asarray(i) for i in images])
         batch = {"images": to_images(pixels), "image_ids": torch.tensor([image_id(p) for p in pixels])}
@@ -101,13 +105,8 @@ def _decoded(row: dict) -> Image.Image:
     """The image of a row; a stream's are decoded here, by the process that asks for them."""
     if not isinstance(row["image"], bytes):
         return row["image"]
-    try:
-        return to_rgb(row["image"])
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise ValueError(
-            f"{row['where']} cannot be read ({type(error).__name__}: {error}). "
-            "Fix: repair or remove it; a stream cannot leave images out."
-        ) from error
+    cell = {"bytes": row["image"], "path": None}
+    return read_image(cell, row["where"], "repair or remove it; a stream cannot leave images out")
 
 
 def to_images(pixels: np.ndarray) -> Images:

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from hpt_hf.data.class_names import match_classes, read_classes
-from hpt_hf.data.collator import encoded, to_rgb
+from hpt_hf.data.collator import encoded, read_image, to_rgb
 from hpt_hf.data.layout import files_below, parquet_files, split_folder, split_of, visible
 from hpt_hf.models.zero_shot import TEMPLATE, check_templates
 from hpt_hf.utils import did_you_mean
@@ -92,14 +92,10 @@ class LabelledImages:
     def __getitem__(self, index: int) -> dict:
         """{"image": RGB PIL image, "label": int or None}. Raises ValueError, with the row, if the image cannot be read."""
         row = self.data[int(index)]
-        try:
-            return {"image": to_rgb(encoded(row["image"])), "label": row["label"]}
-        except Exception as error:  # Pillow's decoders raise many types on damaged files
-            file = f" ({row['image']['path']})" if row["image"] and row["image"]["path"] else ""
-            raise ValueError(
-                f"row {row['row']}{file} of {self.name} cannot be read ({type(error).__name__}: {error}). "
-                "Fix: repair or remove it, or pass --on_corrupt skip."
-            ) from error
+        file = f" ({row['image']['path']})" if row["image"] and row["image"]["path"] else ""
+        where = f"row {row['row']}{file} of {self.name}"
+        image = read_image(row["image"], where, "repair or remove it, or pass --on_corrupt skip")
+        return {"image": image, "label": row["label"]}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -126,10 +122,10 @@ class LabelledImages:
     def select(self, indices: Iterable[int]) -> LabelledImages:
         return replace(self, data=self.data.select(indices))
 
-    def with_classes(self, classes: Sequence[str]) -> LabelledImages:
-        """The same images and labels under other class names."""
-        feature = datasets.ClassLabel(names=list(classes))
-        return replace(self, data=self.data.remove_columns("label").add_column("label", self.labels, feature=feature))
+    def with_classes(self, classes: Sequence[str], labels: Sequence[int | None] | None = None) -> LabelledImages:
+        """The same images under other class names, and labels; None: the same."""
+        labels, feature = self.labels if labels is None else labels, datasets.ClassLabel(names=list(classes))
+        return replace(self, data=self.data.remove_columns("label").add_column("label", labels, feature=feature))
 
     def without_class(self, name: str | None) -> LabelledImages:
         """All images but those of one class, which an attack towards that class can be run on; None: all.
@@ -195,29 +191,37 @@ def load_images(spec: DatasetSpec | str, *, on_corrupt: str = "error") -> Labell
     if not len(data):
         raise ValueError(f"{spec.path} (split {spec.split}) holds no images")
     check_templates(spec.templates or templates)
-    image, label = find_columns(data, spec.image, label, spec.path)
+    source = {k: v for k, v in asdict(spec).items() if v is not None}
+    spec = replace(spec, label=label, templates=spec.templates or templates)
+    images = label_images(data, spec, names, name, source)
+    if local:
+        _check_cells(images.data, spec.path)
+    return images.without_unreadable() if on_corrupt == "skip" else images
+
+
+def label_images(
+    data: datasets.Dataset, spec: DatasetSpec, names: Sequence[str] | None, name: str, source: dict
+) -> LabelledImages:
+    """The images of a loaded set and the places of their labels; `names`: the set's own, if they lie beside it.
+
+    Raises:
+        ValueError: no image column, no classes, labels out of range.
+    """
+    image, label = find_columns(data, spec.image, spec.label, spec.path)
     labels, names = _read_labels(data, label, names)
     classes, places = match_classes(names, spec.classes, spec.path)
     _check_labels(labels, len(places), spec.path)
     labels = [None if v is None else places[v] for v in labels]
     data = data.select_columns(image).rename_columns({image: "image"})
-    if local:
-        check_cells(data, spec.path)
-    source = {k: v for k, v in asdict(spec).items() if v is not None}
-    images = LabelledImages.from_images(data, labels, classes, spec.templates or templates, name, source)
-    return images.without_unreadable() if on_corrupt == "skip" else images
+    return LabelledImages.from_images(data, labels, classes, spec.templates or (TEMPLATE,), name, source)
 
 
 def read_files(kind: str, files: Sequence[Path], **options):
     """Local files, in order, by a loader of `datasets`, which copies them into its cache, and again when their time changes."""
-    if kind == "parquet":
-        features = (
-            {pyarrow.parquet.read_schema(f).metadata.get(b"huggingface") for f in files} if len(files) > 1 else {}
-        )
-        if len(features) > 1:
-            raise ValueError(
-                f"{files[0].parent}: its parquet files name their columns or classes otherwise. Fix: one form"
-            )
+    if kind == "parquet" and len(files) > 1:
+        told = {(pyarrow.parquet.read_schema(f).metadata or {}).get(b"huggingface") for f in files}
+        if len(told) > 1:
+            raise ValueError(f"{files[0].parent}: got {len(told)} kinds of columns or classes, expected one")
     names = [glob.escape(str(f)) for f in files]
     try:
         return datasets.load_dataset(kind, data_files=names, split="train", **options)
@@ -237,20 +241,15 @@ def _image_folder(path: Path, split: str) -> datasets.Dataset:
         raise ValueError(f"{path} holds no parquet file and no image ({', '.join(IMAGE_SUFFIXES)})")
     folders = [f for f in visible(path) if f.is_dir()]
     if empty := [f.name for f in folders if any(f.rglob("*")) and not files_below(f, IMAGE_SUFFIXES)]:
-        raise ValueError(
-            f"{path}: the class folders {empty[:4]} hold files, and no image ({', '.join(IMAGE_SUFFIXES)})"
-        )
+        raise ValueError(f"{path}: got class folders without an image: {empty[:4]} ({', '.join(IMAGE_SUFFIXES)})")
     if left_out:
         some = ", ".join(sorted(f.name for f in left_out)[:4])
-        logger.warning(
-            f"{path}: {len(files)} images; left out as hidden or no image are {len(left_out)} others ({some})"
-        )
+        logger.warning(f"{path}: {len(files)} images; hidden or no image, and left out, are {len(left_out)} ({some})")
     columns: dict[str, list] = {"image": [str(f) for f in files]}
     features = datasets.Features(image=datasets.Image())
     parts = [f.relative_to(path).parts for f in files]
-    if folders := sorted(
-        {p[0] for p in parts if len(p) > 1}, key=lambda name: (int(name) if name.isdecimal() else -1, name)
-    ):
+    folders = {p[0] for p in parts if len(p) > 1}
+    if folders := sorted(folders, key=lambda name: (int(name) if name.isdecimal() else -1, name)):
         if loose := [p[0] for p in parts if len(p) == 1]:
             raise ValueError(f"{path} has images beside its class folders {folders[:4]}: which class is {loose[0]}?")
         columns["label"] = [folders.index(p[0]) for p in parts]
@@ -288,7 +287,7 @@ def _shards(path: Path, split: str) -> tuple[datasets.Dataset, tuple[str, ...] |
     count = folder / "nshards.txt"
     if count.is_file() and (said := count.read_text().strip()) != str(len(shards)):
         raise ValueError(
-            f"{folder} holds {len(shards)} shards, its nshards.txt says {said!r}. Fix: download the rest."
+            f"{folder}: got {len(shards)} shards, expected {said!r} (nshards.txt). Fix: download the rest"
         )
     for shard in shards:
         try:
@@ -312,14 +311,12 @@ def check_hub_id(path: str) -> None:
         raise FileNotFoundError(f"no data at {path}: neither a file nor a folder, nor a Hub id of the form owner/name")
 
 
-def check_cells(data: datasets.Dataset, path: str) -> None:
+def _check_cells(data: datasets.Dataset, path: str) -> None:
     """Raise ValueError for cells of a parquet file that point to files: whoever made it knows none of this machine."""
-    cells = data.cast_column("image", datasets.Image(decode=False)).with_format("arrow")[:]["image"]
+    cells = data.with_format("arrow")[:]["image"]
     paths = pc.and_(pc.is_null(pc.struct_field(cells, "bytes")), pc.is_valid(pc.struct_field(cells, "path")))
-    if row := pc.index(paths, True).as_py() + 1:
-        raise ValueError(
-            f"row {row - 1} of {path} holds the path of a file. Fix: a parquet file with the images in it"
-        )
+    if (row := pc.index(paths, True).as_py()) >= 0:
+        raise ValueError(f"row {row} of {path} holds the path of a file, expected the image itself")
 
 
 def load_from_hub(spec: DatasetSpec, **options):
@@ -339,9 +336,7 @@ def find_columns(data, image: str | None, label: str | None, path: str) -> tuple
             fits = named[:1] or fits
         if len(fits) > 1 or (fits or [what])[0] not in data.features and (fits or what == "image"):
             there = ", ".join(data.features)
-            raise ValueError(
-                f"{path}: no one column for the {what}, got {fits} of {there}. Fix: --{what}_column NAME."
-            )
+            raise ValueError(f"{path}: no one column for the {what}, got {fits} of {there}. Fix: --{what}_column")
         found.append(fits[0] if fits else None)
     return found[0], found[1]
 
@@ -354,9 +349,8 @@ def _read_labels(
         return [None] * len(data), names
     values, feature = data[column][:], data.features[column]
     if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
-        raise ValueError(
-            f"the labels in column {column!r}: got {type(feature).__name__}, expected one number or word each"
-        )
+        kind = type(feature).__name__
+        raise ValueError(f"the labels in column {column!r}: got {kind}, expected one number or word each")
     if isinstance(feature, datasets.ClassLabel):
         names = feature.names
     elif feature.dtype in ("string", "large_string"):
@@ -370,8 +364,7 @@ def _read_labels(
 
 
 def _check_labels(labels: Sequence[int | None], classes: int, path: str) -> None:
-    wrong = [(i, v) for i, v in enumerate(labels) if v is not None and not 0 <= v < classes]
-    if wrong:
+    if wrong := [(i, v) for i, v in enumerate(labels) if v is not None and not 0 <= v < classes]:
         row, value = wrong[0]
         raise ValueError(f"{len(wrong)} labels of {path} are out of range: row {row} has {value} of {classes} classes")
     if 0 < (missing := labels.count(None)) < len(labels):

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hpt_hf.data.class_names import match_classes
-from hpt_hf.data.dataset import LabelledImages, find_columns
+from hpt_hf.data.dataset import DatasetSpec, LabelledImages, label_images
 from hpt_hf.models.zero_shot import TEMPLATE
 
 
@@ -31,18 +30,8 @@ def images_of(
     if isinstance(dataset, LabelledImages):
         return dataset
     if isinstance(dataset, datasets.Dataset):
-        image, label = find_columns(dataset, None, None, "dataset")
-        feature = dataset.features[label] if label else None
-        if label is None:
-            raise ValueError(f"dataset: got the columns {dataset.column_names}, expected one of labels")
-        own = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-        if own is None and classes is None:
-            raise ValueError(f"classes: got none, and the column {label!r} holds no names. Fix: classes=[…]")
-        names, places = match_classes(own, tuple(classes) if classes else None, "dataset")
-        labels = fitting(dataset[label], len(places))
-        labels = [places[v] for v in labels]
-        data = dataset.select_columns(image).rename_columns({image: "image"})
-        return LabelledImages.from_images(data, labels, names, templates, "dataset")
+        spec = DatasetSpec("dataset", classes=tuple(classes) if classes else None, templates=templates)
+        return label_images(dataset, spec, None, "dataset", {})
     pixels, labels = (torch.as_tensor(part).cpu() for part in dataset)
     if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.min() < 0 or pixels.max() > 1:
         raise ValueError(f"images: got {tuple(pixels.shape)}, expected (n, 3, height, width) in [0, 1]")

@@ -59,10 +59,7 @@ def split_folder(path: Path, split: str) -> Path:
     if others := [f.name for f in folders if f not in splits]:
         if len(splits) == 1 and not any(f.is_dir() for f in visible(splits[0])):
             return path  # a class that is called "train"
-        raise ValueError(
-            f"{path}: got folders of splits ({', '.join(f.name for f in splits)}) beside others "
-            f"({', '.join(others[:4])}), expected one kind. Fix: give {splits[0]}, or move the others away"
-        )
+        raise ValueError(f"{path}: got folders of splits beside others, {others[:4]}. Fix: give {splits[0].name}")
     wanted = [f for f in splits if f.name == split] or [f for f in splits if SPLIT_OF[f.name.lower()] == canon(split)]
     if len(wanted) != 1:
         raise _no_split(path, split, [f.name for f in splits])
@@ -102,9 +99,8 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
         raise ValueError(f"{folder}: which split is {unnamed[0]} of? Fix: give files by name, or move it away")
     files = []
     for wanted in split.split("+"):
-        part = [f for f, s in named.items() if s == wanted] or [
-            f for f, s in named.items() if canon(s) == canon(wanted)
-        ]
+        part = [f for f, s in named.items() if s == wanted]
+        part = part or [f for f, s in named.items() if canon(s) == canon(wanted)]
         if not part:
             raise _no_split(folder, wanted, [s for s in named.values() if s])
         if len(places := {(f.parent, named[f]) for f in part}) > 1:
@@ -121,7 +117,5 @@ def check_shards(files: Sequence[Path]) -> None:
     for found in shards:
         numbers = {int(s["number"]) for s in shards if s["count"] == found["count"]}
         if missing := set(range(int(found["count"]))) - numbers:
-            raise ValueError(
-                f"{files[0].parent}: got {len(numbers)} shards of {found['split']}, expected {int(found['count'])}: "
-                f"number {min(missing)} is missing. Fix: download the rest"
-            )
+            part = f"{min(missing)} of {int(found['count'])} of {found['split']!r}"
+            raise ValueError(f"{files[0].parent}: the shard {part} is missing. Fix: download the rest")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import datasets
 import numpy as np
 
 from hpt_hf.data.dataset import LabelledImages
@@ -14,13 +13,11 @@ def held_out(images: LabelledImages, share: float, seed: int) -> tuple[LabelledI
     """(training part, held-out slice): a random share fixed by the seed, for choosing settings without a test set."""
     if not 0 <= share < 1:
         raise ValueError(f"held_out={share}: expected a share of at least 0 and below 1")
-    count = round(share * len(images))
-    if count == 0 and share > 0:
-        raise ValueError(f"held_out={share} keeps none of the {len(images)} images. Fix: a larger share, or 0")
-    if count == 0:
+    if share == 0:
         return images, None
-    if count >= len(images):
-        raise ValueError(f"held_out={share} leaves none of the {len(images)} images for training")
+    count = round(share * len(images))
+    if not 0 < count < len(images):
+        raise ValueError(f"held_out={share}: got {count} of {len(images)} images, expected some in each part, or 0")
     order = np.random.default_rng(seed).permutation(len(images)).tolist()
     aside = replace(images.select(sorted(order[:count])), name=f"{images.name} (held out)")
     return images.select(sorted(order[count:])), aside
@@ -46,8 +43,6 @@ def leave_out_classes(images: LabelledImages, share: float) -> tuple[LabelledIma
     for kept, name in ((set(range(count)) - aside, images.name), (aside, f"{images.name} (classes left out)")):
         old = sorted(kept)
         part = images.select([i for i, label in enumerate(images.labels) if label in kept])
-        labels = [old.index(label) for label in part.labels]
-        feature = datasets.ClassLabel(names=[images.classes[label] for label in old])
-        data = part.data.remove_columns("label").add_column("label", labels, feature=feature)
-        parts.append(replace(part, data=data, name=name))
+        part = part.with_classes([images.classes[label] for label in old], [old.index(v) for v in part.labels])
+        parts.append(replace(part, name=name))
     return parts[0], parts[1]

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from hpt_hf.data.class_names import match_classes
-from hpt_hf.data.collator import encoded
 from hpt_hf.data.dataset import DatasetSpec, check_hub_id, find_columns, load_from_hub, read_files
 from hpt_hf.data.layout import parquet_files
 from hpt_hf.models.zero_shot import TEMPLATE, check_templates
@@ -89,15 +88,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
             raise ValueError(f"{self.name} ended after {place} images, expected {self.length}. Fix: --images {place}.")
 
     def _row(self, cell: dict | None, label: int | None, where: str) -> dict:
-        if cell is None:
-            raise ValueError(f"{where} has no image")
-        if cell["bytes"] is None:
-            raise ValueError(f"{where} holds a path, not an image")
+        if cell is None or cell["bytes"] is None:
+            raise ValueError(f"{where} holds no image, or the path of one")
         if self.labelled:
             if label is None or not 0 <= label < len(self.places):
                 raise ValueError(f"{where} has the label {label!r}, and there are {len(self.places)} classes")
             label = self.places[label]
-        return {"image": encoded(cell), "label": label, "where": where}
+        return {"image": cell["bytes"], "label": label, "where": where}
 
 
 def open_stream(spec: DatasetSpec, *, length: int | None = None, batch: int = 1, seed: int = 0) -> StreamedImages:
@@ -113,7 +110,11 @@ def open_stream(spec: DatasetSpec, *, length: int | None = None, batch: int = 1,
     path, templates = Path(spec.path).expanduser(), tuple(spec.templates or (TEMPLATE,))
     check_templates(templates)
     if path.exists():
-        data, known = _open_files(path, spec.split)
+        files = [path] if path.is_file() else parquet_files(path, spec.split)
+        if not files or any(f.suffix != ".parquet" for f in files):
+            raise ValueError(f"{path} cannot be streamed: expected a Hub id, a parquet file or a folder of them")
+        data = read_files("parquet", files, streaming=True)
+        known = sum(pyarrow.parquet.read_metadata(f).num_rows for f in files)
         name = path.stem or path.absolute().name
     else:
         check_hub_id(spec.path)
@@ -123,9 +124,7 @@ def open_stream(spec: DatasetSpec, *, length: int | None = None, batch: int = 1,
     if length is not None and not 1 <= length <= (known or length):
         raise ValueError(f"--images {length}: expected 1 to {known or 'as many as there are'}")
     if not (length or known) or data.features is None:
-        raise ValueError(
-            f"{spec.path} does not say how many images it has, or its columns. Fix: --images, or no stream."
-        )
+        raise ValueError(f"{spec.path} says not how many images it has, or its columns. Fix: --images, or no stream")
     image, label = find_columns(data, spec.image, spec.label, spec.path)
     kind = data.features[label] if label else None
     if label and not kind.dtype.startswith(("int", "uint")):
@@ -134,11 +133,3 @@ def open_stream(spec: DatasetSpec, *, length: int | None = None, batch: int = 1,
     classes, places = match_classes(names, spec.classes, spec.path)
     data = data.select_columns([image, label] if label else [image]).cast_column(image, datasets.Image(decode=False))
     return StreamedImages(data, image, label, length or known, classes, places, templates, name, batch, seed)
-
-
-def _open_files(path: Path, split: str) -> tuple[datasets.IterableDataset, int]:
-    """(the rows of parquet files as they come, how many there are)."""
-    files = [path] if path.is_file() else parquet_files(path, split)
-    if not files or any(f.suffix != ".parquet" for f in files):
-        raise ValueError(f"{path} cannot be streamed: expected a Hub id, a parquet file or a folder of them")
-    return read_files("parquet", files, streaming=True), sum(pyarrow.parquet.read_metadata(f).num_rows for f in files)

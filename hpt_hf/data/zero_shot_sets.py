@@ -95,10 +95,8 @@ def open_set(name: str, protocol: str, *, revision: str | None = None, on_corrup
     spec = DatasetSpec(str(folder), split=source.split, label=source.label, classes=classes, templates=templates)
     images = load_images(spec)
     if (found := (len(images.classes), len(images))) != (expected := (SETS[name].classes, source.images)):
-        raise ValueError(
-            f"{name} from {source.repository} at {folder.name} has {found[0]} classes and {found[1]} images, "
-            f"expected {expected[0]} and {expected[1]}"
-        )
+        where = f"{name} from {source.repository} at {folder.name}"
+        raise ValueError(f"{where}: got (classes, images) {found}, expected {expected}")
     if classes is None:
         images = images.with_classes([_spoken(c) for c in images.classes])
     origin = {"set": name, "protocol": protocol, "repository": source.repository, "revision": folder.name}
@@ -115,10 +113,8 @@ def _download(source: Source) -> Path:
     try:
         return Path(snapshot_download(source.repository, **options))
     except (OSError, ValueError) as error:  # offline, unknown, gated: the Hub's client says which
-        at = source.revision or "newest"
-        raise OSError(
-            f"{source.repository} ({at}) is neither in the cache nor to be had from the Hub: {error}"
-        ) from error
+        what = f"{source.repository} ({source.revision or 'newest'})"
+        raise OSError(f"{what} is neither in the cache nor to be had from the Hub: {error}") from error
 
 
 def _spoken(name: str) -> str:

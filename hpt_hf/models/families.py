@@ -11,18 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AlignModel,
-    AltCLIPModel,
-    ChineseCLIPModel,
-    CLIPModel,
-    MetaClip2Model,
-    PreTrainedModel,
-    Siglip2Model,
-    SiglipModel,
-    VisionTextDualEncoderModel,
-)
+from transformers import PreTrainedModel
 
 from hpt_hf.models.open_clip_models import OpenClipModel
 
@@ -87,19 +78,19 @@ _SIGLIP = {
     "student": True,
 }
 FAMILIES: dict[str, Family] = {
-    "clip": Family("CLIP", CLIPModel, _vision_projected, student=True, class_token=True),
-    "metaclip_2": Family("MetaCLIP 2", MetaClip2Model, _vision_projected, student=True, class_token=True),
-    "siglip": Family("SigLIP", SiglipModel, **_SIGLIP),
+    "clip": Family("CLIP", transformers.CLIPModel, _vision_projected, student=True, class_token=True),
+    "metaclip_2": Family("MetaCLIP 2", transformers.MetaClip2Model, _vision_projected, student=True, class_token=True),
+    "siglip": Family("SigLIP", transformers.SiglipModel, **_SIGLIP),
     "siglip2": Family(
         "SigLIP 2",
-        Siglip2Model,
+        transformers.Siglip2Model,
         lambda model, pixels: model.get_image_features(**patches_of(model, pixels)).pooler_output,
         **_SIGLIP,
     ),
-    "align": Family("ALIGN", AlignModel, attention="eager", scale=lambda model: 1 / model.temperature),
-    "altclip": Family("AltCLIP", AltCLIPModel),
-    "chinese_clip": Family("Chinese CLIP", ChineseCLIPModel),
-    "vision-text-dual-encoder": Family("dual encoder", VisionTextDualEncoderModel, attention="eager"),
+    "align": Family("ALIGN", transformers.AlignModel, attention="eager", scale=lambda model: 1 / model.temperature),
+    "altclip": Family("AltCLIP", transformers.AltCLIPModel),
+    "chinese_clip": Family("Chinese CLIP", transformers.ChineseCLIPModel),
+    "vision-text-dual-encoder": Family("dual encoder", transformers.VisionTextDualEncoderModel, attention="eager"),
     "open_clip": Family(
         "open_clip model",
         OpenClipModel,

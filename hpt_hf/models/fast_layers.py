@@ -56,14 +56,8 @@ class _ClassTokenLayer(CLIPEncoderLayer):
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: None = None, **_) -> torch.Tensor:
         attention, normed = self.self_attn, self.layer_norm1(hidden_states)
-        query, key, value = (
-            project(tokens).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-            for project, tokens in (
-                (attention.q_proj, normed[:, :1]),
-                (attention.k_proj, normed),
-                (attention.v_proj, normed),
-            )
-        )
+        projected = attention.q_proj(normed[:, :1]), attention.k_proj(normed), attention.v_proj(normed)
+        query, key, value = (t.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for t in projected)
         dropout = attention.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=attention.scale)
         token = hidden_states[:, :1] + attention.out_proj(mixed.transpose(1, 2).flatten(2))

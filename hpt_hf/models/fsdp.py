@@ -37,8 +37,7 @@ def check_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
     }
     for name, value in expected.items():
         if (found := getattr(plugin, name) or False) != value:
-            fix = "accelerate/fsdp2.yaml, and --activation_checkpointing true"
-            raise ValueError(f"FSDP: {name}: got {found}, expected {value}. Fix: {fix}")
+            raise ValueError(f"FSDP: {name}: got {found}, expected {value}. Fix: take accelerate/fsdp2.yaml")
     # It would have the attack computed in half precision, too. Autocast around the loss alone gives the same products.
     plugin.mixed_precision_policy = None
 
@@ -61,10 +60,8 @@ def shard_models(models: Sequence[ZeroShotClassifier], accelerator, *, asked: st
             raise ValueError("FSDP: got a student with LoRA, whose adapters are small. Fix: DDP")
         if not hasattr(model, "vision_model"):
             raise ValueError(f"FSDP: {model.name_or_path} is an open_clip model, which is not sharded. Fix: DDP")
-        options = {
-            "offload_policy": plugin.cpu_offload,
-            "ignored_params": {p for p in model.parameters() if p.numel() == 1},
-        }
+        scalars = {p for p in model.parameters() if p.numel() == 1}
+        options = {"offload_policy": plugin.cpu_offload, "ignored_params": scalars}
         # Nobody asks the text tower after the classes are set: it stays in parts.
         for part in (*vision_layers(model), model.text_model):
             fully_shard(part, reshard_after_forward=plugin.reshard_after_forward, **options)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
+from hpt_hf.models.preprocessing import Preprocessing
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.types import Images, ZeroShotOutput
 
@@ -28,11 +29,8 @@ class LogitsClassifier(torch.nn.Module):
         self.model, self.image_size = model, side
         self.classes: tuple[str, ...] = ()
         self.head = torch.empty(0, 0)
-        square = {"height": side, "width": side}
-        settings = {"do_resize": True, "size": {"shortest_edge": side}, "resample": 3, "do_center_crop": True}
-        settings |= {"crop_size": square, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": False}
-        images = SimpleNamespace(**settings, image_mean=[0.0] * 3, image_std=[1.0] * 3)
-        self.processor = SimpleNamespace(image_processor=images)
+        as_clips = Preprocessing(side, side, crop=True, resample=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+        self.processor = SimpleNamespace(image_processor=as_clips)
 
     @property
     def device(self) -> torch.device:
@@ -56,11 +54,8 @@ class LogitsClassifier(torch.nn.Module):
         if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected or not logits.is_floating_point():
             got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise ValueError(f"model: got {got}, expected {expected} logits, one for each of the data's classes")
-        if (
-            len(images)
-            and (logits >= 0).all()
-            and torch.allclose(logits.sum(1), logits.new_ones(len(images)), atol=1e-4)
-        ):
+        ones = logits.new_ones(len(images))
+        if len(images) and (logits >= 0).all() and torch.allclose(logits.sum(1), ones, atol=1e-4):
             raise ValueError("model: got probabilities, expected logits: a softmax hides gradients. Fix: leave it out")
         return ZeroShotOutput(logits=logits.float())
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,15 +37,13 @@ def add_lora(
         raise ValueError(f"lora_r, lora_alpha: got {r}, {alpha}, expected a rank of at least 1 and more than 0")
     if classifier.config.model_type == "open_clip":
         raise ValueError("lora_r: got an open_clip model, expected one of transformers'. Fix: leave it out")
-    # Those inside torch's own attention are never called.
-    inside = [n for n, m in classifier.model.named_modules() if isinstance(m, torch.nn.MultiheadAttention)]
-    names = [
-        name
-        for name, module in classifier.model.named_modules()
-        if name.startswith(classifier.family.vision_side)
-        and isinstance(module, torch.nn.Linear)
-        and not name.startswith(tuple(inside))
+    modules = dict(classifier.model.named_modules())
+    linear = [
+        n for n, m in modules.items() if isinstance(m, torch.nn.Linear) and n.startswith(classifier.family.vision_side)
     ]
+    # Those inside torch's own attention are never called.
+    inside = tuple(n for n, m in modules.items() if isinstance(m, torch.nn.MultiheadAttention))
+    names = [n for n in linear if not n.startswith(inside)]
     base = str(classifier.model.name_or_path)
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=names, base_model_name_or_path=base)
     with kept_random_state():
@@ -56,25 +53,20 @@ def add_lora(
     return classifier.freeze_text()
 
 
-@contextmanager
-def without_adapters(classifier: ZeroShotClassifier) -> Iterator[None]:
-    layers = dict(adapted_layers(classifier.model))
-    scales = {name: layer.scaling[NAME] for name, layer in layers.items()}
-    for layer in layers.values():
-        layer.scaling[NAME] = 0.0
-    try:
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.scaling[NAME] = scales[name]
-
-
 def anchor_of(classifier: ZeroShotClassifier) -> Callable[[Images], ZeroShotOutput]:
     """The model as it was: the same weights without their adapters, and no second copy."""
+    layers = [layer for _, layer in adapted_layers(classifier.model)]
+
+    def scale(factor: float) -> None:
+        for layer in layers:
+            layer.set_scale(NAME, factor)
 
     def anchor(images: Images) -> ZeroShotOutput:
-        with without_adapters(classifier):
+        scale(0.0)
+        try:
             return classifier.classify(images)
+        finally:
+            scale(1.0)
 
     return anchor
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BatchEncoding, PreTrainedConfig
 
-from hpt_hf.models.preprocessing import RESAMPLE
+from hpt_hf.models.preprocessing import RESAMPLE, Preprocessing, check_normalisation
 from hpt_hf.utils import read_json, write_json
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -101,7 +101,7 @@ def load_open_clip(source: str) -> tuple[OpenClipModel, SimpleNamespace, None]:
     model.config = OpenClipConfig(content)
     model.name_or_path = source
     tokenizer = OpenClipTokenizer(tokenizer)
-    processor = SimpleNamespace(image_processor=_image_processor(preprocess, source), tokenizer=tokenizer)
+    processor = SimpleNamespace(image_processor=_preprocessing(preprocess, source), tokenizer=tokenizer)
     processor.save_pretrained = tokenizer.save_pretrained
     return model, processor, None
 
@@ -111,31 +111,17 @@ def _with_mixin(kind: type) -> type:
     return type(kind.__name__, (OpenClipModel, kind), {})
 
 
-def _side(preprocess: dict, source: str) -> int:
-    size = preprocess["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    if height != width:
-        raise ValueError(f"{source} reads images of {height} x {width} px: expected a square")
-    return height
-
-
-def _image_processor(preprocess: dict, source: str) -> SimpleNamespace:
-    """open_clip's transforms in the fields of transformers' image processors, as `Preprocessing.of` reads them."""
-    side, mode, filter_ = _side(preprocess, source), preprocess["resize_mode"], preprocess["interpolation"]
+def _preprocessing(preprocess: dict, source: str) -> Preprocessing:
+    """open_clip's transforms. Raises ValueError for those that are no resize, centre crop and normalisation."""
+    size, mode, filter_ = preprocess["size"], preprocess["resize_mode"], preprocess["interpolation"]
+    height, side = (size, size) if isinstance(size, int) else size
+    if height != side:
+        raise ValueError(f"{source} reads images of {height} x {side} px: expected a square")
     if mode not in ("shortest", "squash") or filter_ not in FILTERS:
         expected = "shortest or squash, bilinear or bicubic"
         raise ValueError(f"the preprocess_cfg of {source}: got {mode!r}, {filter_!r}, expected {expected}")
-    square = {"height": side, "width": side}
-    return SimpleNamespace(
-        size={"shortest_edge": side} if mode == "shortest" else square,
-        crop_size=square,
-        do_center_crop=mode == "shortest",
-        rounded=True,  # torchvision's CenterCrop
-        resample=FILTERS[filter_],
-        do_resize=True,
-        do_rescale=True,
-        rescale_factor=1 / 255,
-        do_normalize=True,
-        image_mean=list(preprocess["mean"]),
-        image_std=list(preprocess["std"]),
-    )
+    check_normalisation(preprocess["mean"], preprocess["std"])
+    mean, std = (tuple(map(float, preprocess[name])) for name in ("mean", "std"))
+    cut = mode == "shortest"
+    # rounded: as torchvision's CenterCrop
+    return Preprocessing(side, side if cut else (side, side), cut, FILTERS[filter_], mean, std, rounded=True)

@@ -41,19 +41,18 @@ class Preprocessing:
 
     @classmethod
     def of(cls, processor) -> Preprocessing:
-        """What one of transformers' image processors does; or an object with the fields of one.
+        """What one of transformers' image processors does; of what is a `Preprocessing` already, itself.
 
         Raises:
             ValueError: something else than resize (bilinear or bicubic), centre crop, scale and normalisation.
         """
+        if isinstance(processor, Preprocessing):
+            return processor
         told = {name: getattr(processor, name, None) for name in ("size", "crop_size", "resample", "rescale_factor")}
         if not (processor.do_resize and processor.do_rescale and int(processor.resample) in RESAMPLE):
             raise ValueError(f"got {told}, expected one that resizes (bilinear or bicubic) and scales")
         mean, std = processor.image_mean, processor.image_std
-        for name, values in (("image_mean", mean), ("image_std", std)):
-            numbers = np.asarray(values, dtype=np.float64)
-            if numbers.shape != (3,) or not np.isfinite(numbers).all() or (name == "image_std" and numbers.min() <= 0):
-                raise ValueError(f"{name}: got {values}, expected three numbers, deviations above 0")
+        check_normalisation(mean, std)
         if not processor.do_normalize:
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         if getattr(processor, "include_top", False):  # EfficientNet's: divided by the deviation once more
@@ -73,7 +72,7 @@ class Preprocessing:
         side = crop["height"] if crop else least
         if crop and (crop["width"] != side or least < side) or not crop and resize != (side, side):
             raise ValueError(f"got {told}, expected a square of at most the size that is resized to")
-        return cls(side, resize, bool(crop), rounded=getattr(processor, "rounded", False), **options)
+        return cls(side, resize, bool(crop), **options)
 
     def reads(self, height: int, width: int) -> bool:
         """Does the tower take an image of this size as it is?"""
@@ -125,6 +124,14 @@ class Preprocessing:
             return images
         top, left = self._corner(tall, wide)
         return images[..., top : top + self.side, left : left + self.side]
+
+
+def check_normalisation(mean, std) -> None:
+    """Raise ValueError unless they are three numbers each, the deviations above 0."""
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        numbers = np.asarray(values, dtype=np.float64)
+        if numbers.shape != (3,) or not np.isfinite(numbers).all() or (name == "image_std" and numbers.min() <= 0):
+            raise ValueError(f"{name}: got {values}, expected three numbers, deviations above 0")
 
 
 @functools.lru_cache(4096)

@@ -84,11 +84,9 @@ def build_zero_shot_head(
     for start in range(0, len(head), 256):
         same = torch.cdist(head[start : start + 256], head, p=torch.inf) < 1e-6
         if (pairs := same.triu(start + 1).nonzero()).numel():
-            first, second = (classes[i] for i in (pairs[0] + torch.tensor([start, 0], device=pairs.device)).tolist())
-            raise ValueError(
-                f"the classes {first!r} and {second!r} have equal embeddings: they cannot be told apart. Fix: other "
-                "names; or the tokenizer, or eos_token_id of the text tower, is not the model's own"
-            )
+            row, column = pairs[0].tolist()
+            both = f"{classes[start + row]!r} and {classes[column]!r} have equal embeddings"
+            raise ValueError(f"the classes {both}. Fix: other names; or the model's own tokenizer and eos_token_id")
     return head
 
 

@@ -58,13 +58,7 @@ def test_what_is_shown_lies_in_the_ball_and_the_same_question_has_the_same_answe
     assert (difference.min() == 0 or difference.max() == 255) and np.array_equal(one.images[1], two.images[1])
     assert (one.clean, one.attacked) == (two.clean, two.attacked)
     assert sum(one.clean.values()) == pytest.approx(1) and list(one.clean) == list(CLASSES)
-
-
-def test_an_open_label_is_the_models_own_answer(trained):
-    found = ask(trained)
-    assert found.truth == max(found.clean, key=found.clean.get) and found.verdict != "wrong"
-    other = next(c for c in CLASSES if c != found.truth)
-    assert ask(trained, truth=other).verdict == "wrong"
+    assert one.truth == max(one.clean, key=one.clean.get) and one.verdict != "wrong", "the model's own answer"
 
 
 @pytest.mark.parametrize(
@@ -72,10 +66,7 @@ def test_an_open_label_is_the_models_own_answer(trained):
     [
         ({"labels": ("cat",)}, "labels: got 1"),
         ({"labels": tuple(f"label {i}" for i in range(101))}, "labels: got 101"),
-        ({"labels": ("cat", "cat")}, "both called 'cat'"),
         ({"labels": ("cat", "d" * 201)}, "at most 200 characters"),
-        ({"labels": ("cat", "dog " * 45)}, "the text tower reads"),
-        ({"template": "a photo"}, "exactly once"),
         ({"eps": 17}, "eps: got 17, expected 1 to 16"),
         ({"steps": 0}, "steps: got 0"),
         ({"truth": "horse"}, "none of the candidate labels"),
@@ -86,12 +77,9 @@ def test_what_cannot_be_asked_is_refused_with_its_reason(student, change, reason
         ask(student, **change)
 
 
-def test_labels_stand_one_a_line_or_between_commas():
+def test_labels_stand_one_a_line_or_between_commas_and_the_examples_can_be_asked():
     assert read_labels("a cat, a dog ,, ") == read_labels("a cat\n\n a dog \n") == ("a cat", "a dog")
     assert read_labels("a, b\nc") == ("a, b", "c") and read_labels(" ") == ()
-
-
-def test_the_examples_are_questions_that_can_be_asked():
     rows = examples()
     assert len(rows) == len(demo.TASKS)
     assert all(truth in read_labels(labels) and template.count("{}") == 1 for _, labels, truth, template in rows)
@@ -169,19 +157,7 @@ def test_other_names_of_this_machine_are_not_answered_and_the_end_takes_the_uplo
         assert page.wait(60) == 143 and not folder.exists()
 
 
-def test_a_stranger_sees_a_model_fooled(served, browser, tmp_path):
-    tab = browser.new_page(viewport={"width": 1280, "height": 1400})
-    tab.goto(served)
-    tab.get_by_text("white chess king", exact=True).first.click()
-    tab.wait_for_function("document.querySelector('textarea').value.includes('black chess pawn')")
-    tab.get_by_role("button", name="Attack", exact=True).click()
-    tab.get_by_text("lab:student: fooled").wait_for()
-    tab.screenshot(path=tmp_path / "demo.png", full_page=True)
-    tab.close()
-    assert (tmp_path / "demo.png").stat().st_size > 10_000
-
-
-def test_on_a_phone_the_answer_comes_into_view_and_goes_when_the_question_changes(served, browser):
+def test_a_stranger_on_a_phone_sees_a_model_fooled_until_the_question_changes(served, browser):
     tab = browser.new_page(viewport={"width": 390, "height": 844})
     tab.goto(served)
     tab.get_by_text("white chess king", exact=True).first.click()

@@ -67,29 +67,21 @@ def test_text_of_a_recipe_stays_as_it_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        # flags
-        (["--learning_rat", "1"], "unknown key --learning_rat; did you mean learning_rate"),
         (["--prox", "p"], "unknown key --prox"),  # argparse alone would take it for --proxy
         (["--evaluation_strategy", "no"], "unknown key --evaluation_strategy; did you mean eval_strategy"),
         (["--xyzzy=1"], "unknown key --xyzzy; see --help"),
-        (["--on_corrupt", "ignore"], "invalid choice: 'ignore'"),
-        (["--norm", "l1"], "invalid choice: 'l1'"),
-        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["--max_steps", "2.5"], "invalid int value: '2.5'"),
         (["--restart", "perhaps"], "Truthy value expected"),
         (["stray"], "stray"),
         (["--config"], "--config needs a recipe"),
         (["--config", "absent.yaml"], "no recipe at absent.yaml"),
-        # recipes
         (RECIPE + "learning_rat: 1\n", "unknown key 'learning_rat' in {path}; did you mean learning_rate"),
         (RECIPE + "eps: {norm: linf}\n", "'eps' in {path} is nested: recipes are flat"),
         (RECIPE + "kl_direction: backward\n", "invalid choice: 'backward'"),
         ("- method: hpt\n", "{path} must be a flat list of `key: value` lines, it is a list"),
-        ("just words", "it is a str"),
         ("", "it is a NoneType"),
         ("method: [hpt\n", "{path} is not YAML: "),
         ("method: hpt\n", "the following arguments are required: --dataset, --model"),
-        (RECIPE + "3: 4\n", "unknown key '3' in {path}"),
         (RECIPE + "eps: 2/255\neps: 4/255\n", "{path}: 'eps' stands more than once"),
         (RECIPE + "templates:\n- a photo: {}\n", "'templates' in {path}: got "),
     ],
@@ -114,11 +106,7 @@ def test_epochs_become_steps(tmp_path):
     assert told == [("ga", 15, 2e-5), ("hpt", 40, 0.02)]
     assert (whole.interval, first.ema, second.pull, second.restart) == (10, 0.9, 0.5, True)
     assert schedule(tmp_path, "--interval", "3").interval == 3 and not schedule(tmp_path).phases[1].restart
-
-
-def test_max_steps_shrinks_both_stages_and_two_is_the_least(tmp_path):
-    assert [p.steps for p in schedule(tmp_path, "--max_steps", "2").phases] == [1, 1]
-    for total in (3, 7, 20, 1000):
+    for total in (2, 3, 7, 20, 1000):  # max_steps shrinks both stages
         steps = [p.steps for p in schedule(tmp_path, "--max_steps", str(total), "--num_train_epochs", "3").phases]
         assert sum(steps) == total and steps[0] == max(1, round(total / 4))
     assert [p.steps for p in schedule(tmp_path, "--max_steps", "1", "--method", "tecoa").phases] == [1]
@@ -143,7 +131,6 @@ def test_options_of_the_method_reach_every_phase(tmp_path):
     [
         ([], 2, 8 / 255),  # the whole radius
         (["--attack_step_size", "2/255", "--attack_steps", "5"], 5, 2 / 255),
-        (["--attack_step_size", "1.25 eps", "--attack_steps", "1"], 1, 10 / 255),
         (["--attack_step_size", "1/4eps"], 2, 2 / 255),
         (["--attack_step_size", "300", "--norm", "l2"], 2, 300),
         (["--attack_random_start", "false"], 2, 8 / 255),
@@ -163,7 +150,7 @@ def test_a_step_of_the_attack_is_a_fraction_of_the_pixels_or_of_the_radius(flags
     assert (attack.threat.radius if attack.step_size is None else attack.step_size) == pytest.approx(size, abs=1e-7)
 
 
-def test_what_evaluate_writes_and_its_defaults(tmp_path, student_path, capsys):
+def test_what_evaluate_writes(tmp_path, student_path, capsys):
     data, out = write_image_folder(tmp_path / "data", make_images(10)), tmp_path / "scores"
     more = f"--dataset {data} --output_dir {out} --attack_steps 3 --limit 7 --probe 3"
     evaluate.main(["--model", student_path, *more.split()])
@@ -171,9 +158,6 @@ def test_what_evaluate_writes_and_its_defaults(tmp_path, student_path, capsys):
     assert len(list((out / "results").glob("*.json"))) == 1 and (out / "report.html").is_file()
     assert "n = 7" in said.err and said.out == report + "\n" and report.startswith(f"# {Path(student_path).name}\n")
     assert "\n## pgd-3, linf 1/255, protocol “input”, 7 images a set\n\n| data set" in report
-    (args,) = parse((EvaluateArguments,), ["--model", "m", "--output_dir", "o"])
-    told = (args.attack, args.eps, args.attack_steps, args.protocol, args.seed)
-    assert told == (["pgd"], ["1/255"], None, "input", 0)
 
 
 def test_each_attack_at_each_radius_is_a_score_of_each_set_once(tmp_path, student_path):
@@ -188,20 +172,13 @@ def test_each_attack_at_each_radius_is_a_score_of_each_set_once(tmp_path, studen
 
 
 def test_several_models_are_measured_in_one_command_and_compared(tmp_path, student_path, trained, capsys):
-    """Each result is what the model's own command gives, and the table holds their paired differences."""
+    """That each result is what the model alone gives is shown in tests/test_api.py."""
     data, ours = write_image_folder(tmp_path / "data", make_images(12)), str(tmp_path / "ours")
     trained.save_pretrained(ours)
-    asked = f"--dataset {data} --attack_steps 2 --eps 8/255 --probe 0".split()
-    evaluate.main(["--model", ours, student_path, *asked, "--output_dir", str(tmp_path / "both")])
-    said = capsys.readouterr()
-    argvs = (
-        ["--model", m, *asked, "--output_dir", str(tmp_path / "alone" / Path(m).name)] for m in (ours, student_path)
-    )
-    alone = [evaluate.run(*parse((EvaluateArguments,), argv)) for argv in argvs]
-    both = {r.model: r for r in read_results(tmp_path / "both" / "results")}
-    assert [(both[r.model].ends, both[r.model].file_name) for (r,) in alone] == [
-        (r.ends, r.file_name) for (r,) in alone
-    ]
+    asked = f"--dataset {data} --attack_steps 2 --eps 8/255 --probe 0 --output_dir {tmp_path / 'both'}"
+    evaluate.main(["--model", ours, student_path, *asked.split()])
+    said, found = capsys.readouterr(), read_results(tmp_path / "both" / "results")
+    assert {r.model for r in found} == {ours, student_path} and found[0].ends != found[1].ends
     assert "clean, paired" in said.out and "reference" in said.out and f"{ours}, data: clean" in said.err
     with pytest.raises(RecipeError, match="--model_revision: got it for 2 models"):
         evaluate.run(*parse((EvaluateArguments,), ["--model", "a", "b", "--model_revision", "main"]))

@@ -1,15 +1,12 @@
 """Every image arrives as the processor would show it, upright RGB, and equal images have equal ids."""
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import encode
 from PIL import Image
-from transformers import AutoProcessor
 
 from hpt_hf.data.collator import Collator, image_id, to_png, to_rgb
 
@@ -38,20 +35,13 @@ MODES = {
     "RGB": (encode(plain((10, 20, 30))), (10, 20, 30)),
     "L": (encode(plain(100, "L")), (100, 100, 100)),
     "1, white": (encode(plain(1, "1")), (255, 255, 255)),
-    "1, black": (encode(plain(0, "1")), (0, 0, 0)),
     "P": (palette((200, 10, 20), (0, 0, 0)), (200, 10, 20)),
     "P, transparent": (palette((200, 10, 20), (0, 0, 0), transparency=0), (255, 255, 255)),
     "L, transparent": (encode(plain(7, "L"), transparency=7), (255, 255, 255)),
     "RGB, transparent": (encode(plain((7, 8, 9)), transparency=(7, 8, 9)), (255, 255, 255)),
     "LA, half black on white": (encode(plain((0, 128), "LA")), (127, 127, 127)),
-    "LA, opaque": (encode(plain((60, 255), "LA")), (60, 60, 60)),
-    "RGBA, clear": (encode(plain((255, 0, 0, 0), "RGBA")), (255, 255, 255)),
     "RGBA, half red on white": (encode(plain((255, 0, 0, 128), "RGBA")), (255, 127, 127)),
-    "RGBA, opaque": (encode(plain((1, 2, 3, 255), "RGBA")), (1, 2, 3)),
     "CMYK, cyan": (encode(plain((255, 0, 0, 0), "CMYK"), "TIFF"), (0, 255, 255)),
-    "CMYK, paper": (encode(plain((0, 0, 0, 0), "CMYK"), "TIFF"), (255, 255, 255)),
-    "I;16, white": (encode(sixteen(65535, 65535)), (255, 255, 255)),
-    "I;16, middle": (encode(sixteen(128 * 257, 65535)), (128, 128, 128)),
     "I;16, dark grey": (encode(sixteen(1000, 65535)), (4, 4, 4)),
     "I, 16 bits": (encode(Image.fromarray(np.array([[128 * 257, 65535]], dtype=np.int32)), "TIFF"), (128, 128, 128)),
     "RGB, GIF": (encode(plain((0, 0, 255)), "GIF"), (0, 0, 255)),
@@ -64,16 +54,13 @@ def test_every_mode_becomes_the_colours_a_person_sees(case):
     image = to_rgb(encoded)
     assert image.mode == "RGB" and image.getpixel((0, 0)) == expected
     opened = Image.open(io.BytesIO(encoded))  # an image in memory is treated as one on disk
-    assert np.array_equal(np.asarray(to_rgb(opened)), np.asarray(image))
-    assert opened.mode == case.split(",")[0] or case in ("RGB, GIF", "I;16, white"), "the control of this table"
+    assert np.array_equal(to_rgb(opened), image)
+    assert opened.mode == case.split(",")[0] or case == "RGB, GIF", "the control of this table"
 
 
-def test_sixteen_bits_keep_their_order_and_fill_the_range():
+def test_sixteen_bits_fill_the_range_and_floats_say_by_theirs_which_value_is_white():
     grey = np.asarray(to_rgb(encode(sixteen(*(257 * k for k in range(256))))))[0, :, 0]
     assert grey.tolist() == list(range(256))  # clipped, all but the first would be 255
-
-
-def test_floats_say_by_their_range_which_value_is_white():
     for top in (1.0, 255.0):
         assert np.asarray(to_rgb(Image.fromarray(np.array([[0, top]], np.float32))))[0, :, 0].tolist() == [0, 255]
 
@@ -100,18 +87,13 @@ def test_cameras_that_were_held_aslant(orientation, turn, kind):
     assert np.median(difference) <= 3 and (difference > 60).mean() < 0.02  # JPEG blurs the red corner's edge
 
 
-@pytest.mark.parametrize("size", [(32, 32), (45, 37), (37, 45), (200, 60), (17, 90)])
-def test_a_batch_holds_the_processors_pixels_before_normalisation(student_path, size):
-    processor = AutoProcessor.from_pretrained(student_path, backend="pil")
-    images = [noise(*size, seed=s) for s in range(3)]
-    batch = Collator(processor)([{"image": p, "label": i} for i, p in enumerate(images)])
-    theirs = processor(images=images, return_tensors="pt", do_normalize=False)["pixel_values"]
-    assert batch["images"].dtype == torch.float32 and batch["images"].shape == (3, 3, 32, 32)
-    assert torch.allclose(batch["images"], theirs, rtol=0, atol=1e-7) and batch["labels"].tolist() == [0, 1, 2]
-    settings = processor.image_processor
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (settings.image_mean, settings.image_std))
-    whole = processor(images=images, return_tensors="pt")["pixel_values"]
-    assert torch.allclose((batch["images"] - mean) / std, whole, atol=1e-5)
+def test_a_batch_holds_the_processors_pixels_before_normalisation(student):
+    """Other sizes and processors: tests/models/test_families.py."""
+    images = [noise(45, 37, seed=s) for s in range(3)]
+    batch = Collator(student.processor)([{"image": p, "label": i} for i, p in enumerate(images)])
+    theirs = student.processor(images=images, return_tensors="pt", do_normalize=False)["pixel_values"]
+    assert batch["images"].dtype == torch.float32 and batch["labels"].tolist() == [0, 1, 2]
+    assert batch["images"].shape == theirs.shape and torch.allclose(batch["images"], theirs, rtol=0, atol=1e-7)
 
 
 def test_native_keeps_the_images_own_pixels(student):
@@ -149,28 +131,20 @@ def test_an_image_as_png_is_the_pixels_it_shows():
     assert Image.open(io.BytesIO(to_png(pixels - 1))).getextrema() == ((0, 0),) * 3
 
 
-def bomb(width, height):
-    """A PNG of a few bytes whose header claims any size."""
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
-    parts = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-MALICIOUS = {
-    "a page that Ghostscript would run": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
-    "pixels": bomb(50_000, 50_000),
-    "aspect": bomb(1, 90_000),
-    "a PDF": b"%PDF-1.4\n",
-    "a format that is not named": encode(plain((1, 2, 3)), "PCX"),
+UNOPENED = {
+    "a page that Ghostscript would run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
+    "a format that is not named": (encode(plain((1, 2, 3)), "PCX"), "cannot identify"),
+    "too many pixels": (encode(plain(0, "1", (10_001, 10_000))), "10001 × 10000 pixels, expected at most"),
+    "too thin": (encode(plain(0, "1", (1, 201))), "1 × 201 pixels"),
 }
 
 
-@pytest.mark.parametrize("what", MALICIOUS)
+@pytest.mark.parametrize("what", UNOPENED)
 def test_only_named_formats_of_sane_sizes_are_opened(what, monkeypatch):
     monkeypatch.setattr("subprocess.check_call", lambda *a, **k: pytest.fail("a program was started"))
-    with pytest.raises((ValueError, OSError, Image.DecompressionBombError)):
-        to_rgb(MALICIOUS[what])
+    content, says = UNOPENED[what]
+    with pytest.raises((ValueError, OSError), match=says):
+        to_rgb(content)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF", "PPM", "TGA"])

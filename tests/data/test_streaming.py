@@ -8,8 +8,6 @@ import torch
 from conftest import CLASSES, largest_difference, make_images, trainer_from_disk, weights, write_stream
 from PIL import Image
 
-from hpt_hf.commands.parser import parse
-from hpt_hf.commands.train import RECIPE, build
 from hpt_hf.data import streaming
 from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import DatasetSpec
@@ -38,30 +36,23 @@ def seen(images) -> list[tuple[bytes, int]]:
     return [(row["image"], row["label"]) for row in images]
 
 
-def test_a_stream_holds_every_image_once_with_its_label(folder):
-    images, stored = opened(folder), make_images(40)
-    rows = seen(images)
-    assert len(images) == len(rows) == 40 and images.classes == CLASSES and images.labelled and images.name == "data"
-    found = {(Image.open(io.BytesIO(image)).tobytes(), label) for image, label in rows}
-    assert found == {(row["image"].tobytes(), row["label"]) for row in stored}
-
-
-def test_the_order_hangs_on_seed_and_epoch_and_on_nothing_else(folder):
-    first = seen(opened(folder))
+def test_a_stream_holds_every_image_once_with_its_label_in_an_order_of_seed_and_epoch_alone(folder):
+    images = opened(folder)
+    first = seen(images)
+    assert len(images) == len(first) == 40 and images.classes == CLASSES and images.labelled and images.name == "data"
+    found = {(Image.open(io.BytesIO(image)).tobytes(), label) for image, label in first}
+    assert found == {(row["image"].tobytes(), row["label"]) for row in make_images(40)}
     assert first == seen(opened(folder)) != sorted(first)
     others = [seen(opened(folder, seed=1)), seen(opened(folder, epoch=1))]
     assert all(sorted(o) == sorted(first) and o != first for o in others) and others[0] != others[1]
 
 
-def test_taken_up_anywhere_it_goes_on_as_it_would_have(folder):
+def test_taken_up_anywhere_it_goes_on_as_it_would_have_and_the_next_epoch_at_its_beginning(folder):
     whole = seen(opened(folder))
     for start in (0, 1, 6, 7, 8, 20, 39):
         rest = seen(opened(folder, start=start))
         assert len(rest) == 40 and rest[start:] == whole[start:]
         assert all(isinstance(image, Image.Image) for image, _ in rest[:start]), "nothing was decoded for these"
-
-
-def test_the_next_epoch_begins_at_its_beginning(folder):
     images = opened(folder, batch=4)
     images.fast_forward(2, 5)
     images.set_epoch(2)
@@ -80,15 +71,12 @@ def test_workers_make_the_batches_that_one_process_makes(folder, student):
     assert batches(1) == batches(2) == alone
 
 
-def test_an_epoch_ends_with_the_last_whole_batch(folder):
+def test_an_epoch_ends_with_the_last_whole_batch_of_the_images_asked_for(folder):
     """The Trainer's own drop_last does not reach streams."""
     images = opened(folder, batch=12)
     assert len(images) == len(seen(images)) == 36 and seen(images) == seen(opened(folder))[:36]
-
-
-def test_fewer_images_than_there_are_can_be_asked_for_and_more_cannot(folder):
     assert len(seen(opened(folder, length=12))) == 12
-    for count in (41, 0, -3):
+    for count in (41, 0):
         with pytest.raises(ValueError, match=f"--images {count}: expected 1 to 40"):
             opened(folder, length=count)
     images = opened(folder)
@@ -102,8 +90,6 @@ def test_splits_are_never_mixed(tmp_path):
     folder = write_stream(tmp_path, make_images(20), files=2)
     for split, count in (("test", 12), ("train", 20), ("test+train", 32)):
         assert len(seen(open_stream(DatasetSpec(folder, split=split)))) == count
-    with pytest.raises(ValueError, match="has no split 'val', it has test, train.*--split"):
-        open_stream(DatasetSpec(folder, split="val"))
 
 
 def test_names_are_matched_as_those_of_stored_data(folder):
@@ -111,33 +97,26 @@ def test_names_are_matched_as_those_of_stored_data(folder):
     images = open_stream(DatasetSpec(folder, classes=turned))
     truth = {image: CLASSES[label] for image, label in seen(opened(folder))}
     assert {image: turned[label] for image, label in seen(images)} == truth and images.classes == turned
-    with pytest.raises(ValueError, match="2 class names were given and .* has 5 classes"):
-        open_stream(DatasetSpec(folder, classes=("a", "b")))
 
 
-def test_what_cannot_be_streamed_is_refused_with_the_reason(tmp_path):
+def test_what_cannot_be_streamed_is_refused_with_the_reason(tmp_path, folder, student):
     images = make_images(6)
-    (tmp_path / "images").mkdir()
-    images[0]["image"].save(tmp_path / "images" / "a.png")
     plain = write_stream(tmp_path / "plain", images, names=None)
     words = write_stream(tmp_path / "words", images, labels=["cat"] * 6)
     wrong = write_stream(tmp_path / "wrong", images, labels=[0, 1, 2, 3, 4, 9], names=None)
+    (tmp_path / "empty").mkdir()
     for path, message in (
-        (tmp_path / "images", "cannot be streamed: expected a Hub id, a parquet file"),
+        (tmp_path / "empty", "cannot be streamed: expected a Hub id, a parquet file"),
         (plain, "names no classes"),
         (words, "of type string, expected numbers"),
+        (tmp_path / "nowhere", "no data at"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             open_stream(DatasetSpec(str(path)))
-    with pytest.raises(FileNotFoundError, match="no data at"):
-        open_stream(DatasetSpec(str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match=r"row \d of epoch 0 of wrong has the label 9, and there are 5 classes"):
         seen(open_stream(DatasetSpec(wrong, classes=CLASSES)))
     assert len(seen(open_stream(DatasetSpec(plain, classes=CLASSES)))) == 6
-
-
-def test_a_damaged_image_is_named_by_whoever_decodes_it(folder, student):
-    row = next(iter(opened(folder))) | {"image": b"no image"}
+    row = next(iter(opened(folder))) | {"image": b"no image"}  # which nobody looks at before it is decoded
     with pytest.raises(ValueError, match=r"row \d+ of epoch 0 of data cannot be read .*repair or remove it"):
         Collator(student.processor)([row])
 
@@ -179,11 +158,3 @@ def test_accumulated_batches_equal_whole_ones(tmp_path, folder, paths):
     resumed = train(tmp_path / "c", paths, folder, resume=checkpoint, save_strategy="no", **halves)
     a, b, c = (weights(t.model) for t in (whole, parts, resumed))
     assert largest_difference(a, b) < 1e-5 and largest_difference(b, c) == 0
-
-
-def test_the_recipe_streams(tmp_path, folder, paths):
-    flags = f"--method hpt --dataset {folder} --streaming true --model {paths[0]} --proxy {paths[1]} --use_cpu true"
-    flags += f" --per_device_train_batch_size 8 --num_train_epochs 2 --output_dir {tmp_path} --disable_tqdm true"
-    trainer = build(*parse(RECIPE, flags.split()))
-    trainer.train()
-    assert trainer.state.global_step == 10 and trainer.train_dataset.batch == 8

@@ -9,19 +9,13 @@ import pickle
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASSES
-from families import SHORTEST, SQUARE
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, BertConfig, BertModel, CLIPModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import BertConfig, BertModel, CLIPModel
 
-from hpt_hf.data.collator import to_images
-from hpt_hf.models.preprocessing import Preprocessing
 from hpt_hf.models.zero_shot import TEMPLATE, ZeroShotClassifier, build_zero_shot_head, fingerprint
 
 TEMPLATES = (TEMPLATE, "a drawing of the {}.", "{}")
@@ -46,87 +40,36 @@ def test_a_class_is_embedded_the_same_whatever_stands_beside_it(student):
     assert torch.allclose(head_of(student, many)[some], head_of(student, [many[i] for i in some]), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("classes", "templates", "message"),
-    [
-        ([], [TEMPLATE], "at least two"),
+def test_classes_and_templates_that_cannot_be_told_apart_are_refused(student, student_path):
+    before = student.head.clone()
+    for classes, templates, message in (
         (["cat"], [TEMPLATE], "at least two"),
-        (["cat", ""], [TEMPLATE], "class 1"),
         (["cat", "  "], [TEMPLATE], "class 1"),
         (["cat", "dog", "cat"], [TEMPLATE], "classes 0 and 2 are both called 'cat'"),
-        *((CLASSES, t, "{}") for t in ([], ["a photo"], ["a photo of {} and {}"], ["a photo of {}", "another"])),
-    ],
-)
-def test_classes_and_templates_that_cannot_be_told_apart_are_refused(student, classes, templates, message):
-    before = student.head.clone()
-    with pytest.raises(ValueError, match=message):
-        student.set_classes(classes, templates)
-    assert student.classes == CLASSES and torch.equal(student.head, before)
+        *((CLASSES, t, "{}") for t in ([], ["a photo of {} and {}"], ["a photo of {}", "another"])),
+        (
+            ["cat", *(f"cat {'dog ' * i}cat" for i in range(3)), "dog", " dog "],
+            [TEMPLATE],
+            "'dog' and ' dog ' have equal",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            student.set_classes(classes, templates)
+        assert student.classes == CLASSES and torch.equal(student.head, before)
+    for where in (student.model.text_model, student.model.config.text_config):
+        where.eos_token_id = 999_999
+    with pytest.raises(ValueError, match="'cat' and 'dog' have equal embeddings"):
+        student.set_classes(["cat", "dog"])
+    with pytest.raises(RuntimeError, match="set_classes"):
+        ZeroShotClassifier.from_pretrained(student_path)(torch.rand(1, 3, 32, 32))
 
 
 def test_a_prompt_too_long_for_the_text_tower_is_named(student):
     context = student.config.text_config.max_position_embeddings
     fits = " ".join(["cat"] * (context - 2))  # start, words, end
-    assert len(student.processor.tokenizer(fits)["input_ids"]) == context
     student.set_classes(("dog", fits), ("{}",))
     with pytest.raises(ValueError, match=f"cat cat.* has {context + 1} tokens.* reads {context}"):
         student.set_classes(("dog", fits + " cat"), ("{}",))
-
-
-def test_classes_whose_embeddings_are_equal_are_refused_by_name(student):
-    with pytest.raises(ValueError, match="the classes 'dog' and ' dog ' have equal embeddings"):
-        student.set_classes(["cat", *(f"cat {'dog ' * i}cat" for i in range(3)), "dog", " dog "])
-    for where in (student.model.text_model, student.model.config.text_config):
-        where.eos_token_id = 999_999
-    with pytest.raises(ValueError, match="'cat' and 'dog' have equal embeddings"):
-        student.set_classes(["cat", "dog"])
-
-
-def test_no_classes_are_a_clear_error(student_path):
-    with pytest.raises(RuntimeError, match="set_classes"):
-        ZeroShotClassifier.from_pretrained(student_path)(torch.rand(1, 3, 32, 32))
-
-
-def smooth(height, width):
-    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
-    waves = np.stack([np.sin(3 * x + y), np.cos(2 * y - x), x * y], -1)
-    return np.rint(127.5 + 100 * waves / np.abs(waves).max())
-
-
-def squares(height, width):
-    rows, columns = np.mgrid[:height, :width]
-    return np.repeat(((rows // 7 + columns // 7) % 2 * 255)[:, :, None], 3, 2)
-
-
-def noise(height, width):
-    return np.random.default_rng(3).integers(0, 2, (height, width, 3)) * 255
-
-
-SQUASH = {"do_center_crop": False, "size": SQUARE}
-PROCESSORS = {
-    "clip": {},
-    "bilinear": {"resample": 2},
-    "squash": SQUASH,
-    "bilinear squash": SQUASH | {"resample": 2},
-    "resize, then crop": {"size": {"shortest_edge": 40}},
-}
-
-
-@pytest.mark.parametrize("kind", PROCESSORS)
-@pytest.mark.parametrize("make", [smooth, squares, noise])
-def test_native_images_are_resized_and_cut_as_the_processor_does(kind, make):
-    """Also at hard edges, tall and wide, where Pillow's two passes clamp in between."""
-    processor = CLIPImageProcessorPil(**SHORTEST | PROCESSORS[kind])
-    preprocessing, as_it_is = Preprocessing.of(processor), torch.rand(2, 3, 32, 32)
-    assert preprocessing(as_it_is) is as_it_is
-    for size in ((33, 32), (64, 64), (90, 50), (50, 90), (17, 40), (200, 120), (98, 49), (49, 147)):
-        image = make(*size).astype(np.uint8)
-        theirs = processor(Image.fromarray(image), do_normalize=False, return_tensors="pt")["pixel_values"]
-        ours = preprocessing(to_images(image[None]))
-        assert ours.shape == theirs.shape == (1, 3, 32, 32) and ours.min() >= 0 and ours.max() <= 1
-        # Pillow rounds to bytes after each of its two passes.
-        assert (ours - theirs).abs().max() <= 1.2 / 255, size
-        assert (ours - theirs).abs().mean() <= 0.5 / 255, size
 
 
 def test_under_autocast_the_tower_is_bfloat16_and_the_head_float32(student):
@@ -141,26 +84,16 @@ def test_under_autocast_the_tower_is_bfloat16_and_the_head_float32(student):
     assert torch.equal(half.logits, logits) and torch.equal(student.head, before)
 
 
-def test_a_half_precision_checkpoint_is_opened_in_float32(student_path, tmp_path):
-    CLIPModel.from_pretrained(student_path).half().save_pretrained(tmp_path)
-    AutoProcessor.from_pretrained(student_path).save_pretrained(tmp_path)
-    model = ZeroShotClassifier.from_pretrained(tmp_path)
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and not model.training
-
-
-def test_it_is_saved_and_opened_as_the_same_model_and_a_hair_makes_another(student, tmp_path):
+def test_it_is_saved_by_the_main_process_and_opened_as_the_same_model_and_a_hair_makes_another(student, tmp_path):
     weight = student.model.visual_projection.weight
     with torch.no_grad():
         weight += 0.1 * torch.randn_like(weight)
+        student.save_pretrained(tmp_path, is_main_process=False)
+        assert not list(tmp_path.rglob("*.json"))
         student.save_pretrained(tmp_path)
         assert fingerprint(ZeroShotClassifier.from_pretrained(tmp_path)) == fingerprint(student)
         weight[0, 0] += 1e-6
     assert fingerprint(ZeroShotClassifier.from_pretrained(tmp_path)) != fingerprint(student)
-
-
-def test_a_process_that_is_not_the_main_one_writes_nothing(student, tmp_path):
-    student.save_pretrained(tmp_path, is_main_process=False)
-    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_a_model_from_the_hub_knows_its_commit(student_path, tmp_path):
@@ -248,25 +181,19 @@ def a_bert(folder):
 LACKS = r"lack \d+ tensors, such as .*hpt-hf convert with --base"
 DAMAGED, SHAPES, USELESS = "damaged or not one", "not have the shapes", "cannot be used"
 NO_PROCESSOR, NO_TOKENIZER = (
-    f"no {x}.*hpt-hf convert with --base" for x in ("processor that can be read", "tokenizer")
+    "no processor that can be read.*hpt-hf convert with --base",
+    "no tokenizer.*hpt-hf convert",
 )
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
 BROKEN = {
     "one tensor is missing": (tensors(lambda s: s.pop("logit_scale")), "lack 1 tensors, such as .*logit_scale"),
     "the text tower is missing": (keep("vision_model.", "visual_projection", "logit_scale"), LACKS),
-    "the vision tower is missing": (keep("text_model.", "text_projection", "logit_scale"), LACKS),
-    "a layer is missing": (vision("num_hidden_layers", 3), "lack 16 tensors, .*vision_model.encoder.layers.2"),
     "names of other code": (tensors(lambda s: [s.update({f"module.{n}": s.pop(n)}) for n in list(s)]), LACKS),
     "a layer too many": (vision("num_hidden_layers", 1), "vision_model.encoder.layers.1"),
     "another width": (vision("hidden_size", 64), SHAPES),
-    "another patch": (vision("patch_size", 16), SHAPES),
-    "another image size": (vision("image_size", 64), SHAPES),
-    "another space": (tensors(lambda s: s.update({"visual_projection.weight": torch.zeros(12, 32)})), SHAPES),
     "cut off": (lambda folder: os.truncate(folder / "model.safetensors", 9000), DAMAGED),
     "empty": (content("model.safetensors", b""), DAMAGED),
-    "noise": (content("model.safetensors", np.random.default_rng(0).bytes(5000)), DAMAGED),
     "a pointer of git-lfs": (content("model.safetensors", POINTER), DAMAGED),
-    "a pickle under that name": (content("model.safetensors", pickle.dumps({"a": 1})), DAMAGED),
     "a damaged shard": (cut_shard, DAMAGED),
     "a pickle of noise": (as_pickle(lambda state: b"\x80\x02noise" * 40), USELESS),
     "a pickle cut off": (as_pickle(lambda state: pickled(state)[:9000]), USELESS),
@@ -274,16 +201,12 @@ BROKEN = {
     "a pickle of a list": (as_pickle(lambda state: pickled([1, 2])), USELESS),
     "no weights": (without("model.safetensors"), "no file named model.safetensors"),
     "no processor": (without("processor_config.json"), NO_PROCESSOR),
-    "no files of text": (without("processor_config.json", "tokenizer.json", "tokenizer_config.json"), NO_PROCESSOR),
-    "a processor of nonsense": (content("processor_config.json", b"{"), NO_PROCESSOR),
     "an empty processor": (content("processor_config.json", b"{}"), NO_PROCESSOR),
     "no tokenizer": (without("tokenizer.json"), NO_TOKENIZER),
     "no tokenizer and no config of it": (without("tokenizer.json", "tokenizer_config.json"), NO_TOKENIZER),
-    "an empty tokenizer": (content("tokenizer.json", b""), "tokenizer"),
     "a tokenizer of nonsense": (content("tokenizer.json", b"{}"), "tokenizer"),
     "no config": (without("config.json"), "no config.json.*model.safetensors"),
     "a config of nonsense": (content("config.json", b"{"), "no model could be loaded"),
-    "a config that is empty": (content("config.json", b"{}"), "type None: expected one of 'clip', "),
     "a config that is a list": (content("config.json", b"[]"), "config"),
     "another family": (a_bert, "type 'bert': expected one of 'clip', "),
 }
@@ -299,32 +222,24 @@ def test_a_folder_that_does_not_hold_a_whole_clip_is_refused(folder, what):
     assert str(folder) in str(raised.value)
 
 
+VISION, TEXT = ("config.json", "vision_config"), ("config.json", "text_config")
+PROCESSOR = ("processor_config.json", "image_processor")
 ODD = {
-    f"{part} {key} {value}": edited("config.json", part, key, value=value)
-    for part, keys in {
-        "vision_config": ("hidden_size", "patch_size", "num_attention_heads", "num_channels", "hidden_act"),
-        "text_config": ("vocab_size", "max_position_embeddings", "hidden_size", "num_attention_heads"),
-    }.items()
-    for key in keys
-    for value in ("x", -1, 0, None, [])
+    (*VISION, "num_attention_heads"): ("x", -1, 0, None),
+    (*VISION, "hidden_act"): ("x", None),
+    (*TEXT, "vocab_size"): ("x", 3),  # the pad token is beyond 3
+    (*TEXT, "num_attention_heads"): (-1, 0),
+    (*PROCESSOR, "image_mean"): ("x", None, [0.5], [0.5, 0.5, None]),
+    (*PROCESSOR, "image_std"): ("x", [], [0.0, 0.0, 0.0], [0.2, -0.2, 0.2]),
+    (*PROCESSOR, "crop_size"): (0, None, [], {"height": 64, "width": 64}, {"shortest_edge": 8}),
+    (*PROCESSOR, "size"): ([], "x"),
+    (*PROCESSOR, "do_center_crop"): (False,),
 }
-ODD |= {
-    f"image {key} {value}": edited("processor_config.json", "image_processor", key, value=value)
-    for key, values in {
-        "image_mean": ("x", None, [0.5], [0.5, 0.5, None]),
-        "image_std": ("x", [], [0.0, 0.0, 0.0], [0.2, -0.2, 0.2]),
-        "crop_size": (0, None, [], {"height": 64, "width": 64}, {"shortest_edge": 8}),
-        "size": ([], "x"),
-        "do_center_crop": (False,),
-    }.items()
-    for value in values
-}
-ODD["pad token beyond the vocabulary"] = edited("config.json", "text_config", "vocab_size", value=3)
 
 
-@pytest.mark.parametrize("what", ODD)
-def test_odd_values_of_a_config_are_one_clear_error(folder, what):
-    ODD[what](folder)
+@pytest.mark.parametrize(("keys", "value"), [(keys, value) for keys, values in ODD.items() for value in values])
+def test_odd_values_of_a_config_are_one_clear_error(folder, keys, value):
+    edited(*keys, value=value)(folder)
     with pytest.raises((ValueError, OSError)):
         ZeroShotClassifier.from_pretrained(folder)
 
@@ -343,19 +258,19 @@ def test_code_in_a_model_folder_is_never_run_nor_asked_about(folder, file, tmp_p
     assert not (tmp_path / "it-ran").exists()
 
 
-def test_the_attention_is_ours_whatever_the_config_names(folder):
+def test_the_attention_is_ours_whatever_the_config_names_and_half_precision_is_opened_in_float32(folder):
+    CLIPModel.from_pretrained(folder).half().save_pretrained(folder)
     for key in ("_attn_implementation", "attn_implementation"):
         edited("config.json", key, value="somebody/kernel")(folder)
-    assert ZeroShotClassifier.from_pretrained(folder).config._attn_implementation == "sdpa"
+    model = ZeroShotClassifier.from_pretrained(folder)
+    assert model.config._attn_implementation == "sdpa" and not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "~/nowhere", "some/where/else", "nobody/nothing"])
-def test_a_model_that_is_nowhere_is_named(source):
-    with pytest.raises(OSError if source == "nobody/nothing" else ValueError, match=f"no model .*{source}"):
-        ZeroShotClassifier.from_pretrained(source)
-
-
-def test_a_file_of_weights_is_told_how_to_become_a_folder(tmp_path):
+def test_a_model_that_is_nowhere_or_a_file_is_named(tmp_path):
+    for source in ("/nowhere/at/all", "./nowhere", "~/nowhere", "some/where/else", "nobody/nothing"):
+        with pytest.raises(OSError if source == "nobody/nothing" else ValueError, match=f"no model .*{source}"):
+            ZeroShotClassifier.from_pretrained(source)
     (tmp_path / "x.pt").touch()
     with pytest.raises(ValueError, match="x.pt is a file, .*Fix: hpt-hf convert .*x.pt OUT --base"):
         ZeroShotClassifier.from_pretrained(tmp_path / "x.pt")
@@ -364,7 +279,7 @@ def test_a_file_of_weights_is_told_how_to_become_a_folder(tmp_path):
 PICKLES = {
     "torch.save": pickled,
     "torch.save of old": lambda o: pickled(o, _use_new_zipfile_serialization=False),
-    **{f"protocol {p}": lambda o, p=p: pickle.dumps(o, protocol=p) for p in (0, 2, pickle.DEFAULT_PROTOCOL)},
+    "pickle": pickle.dumps,
 }
 
 
@@ -380,7 +295,7 @@ def test_a_pickle_is_never_run(folder, tmp_path, kind, sharded):
 
     names = list(load_file(folder / "model.safetensors"))
     as_pickle(lambda state: PICKLES[kind]({**state, "evil": Evil()}))(folder)
-    if kind.startswith("protocol"):  # or this would prove nothing
+    if kind == "pickle":  # or this would prove nothing
         pickle.loads((folder / "pytorch_model.bin").read_bytes())
         assert ran.exists()
         ran.unlink()
