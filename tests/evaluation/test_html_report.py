@@ -316,16 +316,17 @@ def test_a_mean_of_sets_is_as_sure_as_its_sets_together():
 
 def test_one_radius_is_bars_of_the_sets_of_one_model_or_the_means_of_several():
     sets = [make_result(dataset=d, per_class=c) for d, c in zip(("cats", "dogs"), COUNTS, strict=False)]
-    ((question, rows),) = bars(sets, summary(sets)).items()
+    ((question, rows),) = bars(sets, summary(sets), []).items()
     assert question == str(sets[0].question) and [row["name"] for row in rows] == ["cats", "dogs", "mean"]
     assert rows[0]["robust_interval"] == pytest.approx(sets[0].interval)
     other = [replace(r, model="other", fingerprint="f") for r in sets]
-    ((_, rows),) = bars(both := sets + other, summary(both)).items()
+    ((_, rows),) = bars(both := sets + other, summary(both), []).items()
     assert [row["name"] for row in rows] == ["models/ours", "other"]
-    ((_, rows),) = bars(odd := sets + other[:1], summary(odd)).items()
+    ((_, rows),) = bars(odd := sets + other[:1], summary(odd), []).items()
     assert [row["name"] for row in rows] == ["models/ours, pgd-20 on 2 sets", "other, pgd-20 on cats"]
     curve = [*sets, *(replace(r, eps="2/255") for r in sets)]
-    assert bars(curve, summary(curve)) == {}, "which a plot shows"
+    rows = summary(curve)
+    assert bars(curve, rows, curves(rows)) == {}, "which a plot shows"
 
 
 def test_the_gallery_shows_each_set_under_its_widest_ball_and_its_first_image_before_any_second(tmp_path):
