@@ -178,7 +178,9 @@ def test_every_attack_runs_its_own_steps_or_the_given_ones_and_says_so(monkeypat
         monkeypatch.setitem(ATTACKS, stage, (spy, ATTACKS[stage][1]))
     chosen.run(trained, batch["images"], batch["image_ids"], batch["labels"])
     own = {"apgd-ce": 100, "apgd-t": 100, "square": 500} if name == "standard" else {name: OWN_STEPS[name]}
-    assert ran == [(stage, steps or n) for stage, n in own.items()] and chosen.stages == {n: steps or own[n] for n in own}
+    assert ran == [(stage, steps or n) for stage, n in own.items()] and chosen.stages == {
+        n: steps or own[n] for n in own
+    }
     shown = steps or OWN_STEPS.get(name)
     assert str(chosen) == (f"{name}-{shown}" if shown else name)
 
