@@ -17,17 +17,17 @@ from hpt_hf.attacks.threat_model import ThreatModel
 CLIMB = Criterion(lambda logits, rows: logits[:, 0], lambda logits, rows: torch.zeros(len(logits), dtype=torch.bool))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 10, 20, 29, 50, 100, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 29, 100, 1000])
 def test_checkpoints_are_the_papers(steps):
     """p(j+1) = p(j) + max(p(j) - p(j-1) - 0.03, 0.06) from 0 and 0.22, in exact fractions of the number of steps."""
     marks = [Fraction(0), Fraction(22, 100)]
     while marks[-1] <= 1:
         marks.append(marks[-1] + max(marks[-1] - marks[-2] - Fraction(3, 100), Fraction(6, 100)))
-    found, stretches = zip(*APGD(ThreatModel(), steps).checkpoints().items(), strict=True)
+    found = APGD(ThreatModel(), steps).checkpoints()
     if steps % 100 == 0:
         assert list(found) == [math.ceil(mark * steps) for mark in marks][1:-1]
-    assert 1 <= found[0] <= math.ceil(0.22 * steps) and found[-1] <= steps, "few steps have some too"
-    assert list(stretches) == [b - a for a, b in zip((0, *found), found, strict=False)]
+    assert 1 <= min(found) <= math.ceil(0.22 * steps) and max(found) <= steps, "few steps have some too"
+    assert list(found.values()) == [b - a for a, b in zip((0, *found), found, strict=False)]
 
 
 def written_out_apgd(loss, gradient, start, project, unit, radius, steps):
