@@ -10,7 +10,6 @@ from conftest import Recorder, grey
 from hpt_hf.attacks.apgd import APGD
 from hpt_hf.attacks.engine import Criterion, run_attack
 from hpt_hf.attacks.noise import Noise
-from hpt_hf.attacks.pgd import PGD
 from hpt_hf.attacks.threat_model import ThreatModel
 
 # Never reached: what the classifier says is the loss itself.
@@ -94,14 +93,3 @@ def test_apgd_asks_about_the_points_of_the_written_out_algorithm(steps, turns):
             torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-4)
             happened |= set(reasons)
     assert happened == turns | {(False, False)}, "each way of being stuck, and of not being"
-
-
-def test_apgd_ends_nearer_to_a_top_inside_the_ball_than_pgd():
-    """Steps of one size end up jumping across the top; halved ones, from the best point, close in."""
-    images, threat, ends = grey(20, side=2), ThreatModel("linf", 0.1), {}
-    offset = torch.linspace(-0.06, 0.06, 20)[:, None]
-    for strategy in (PGD, APGD):
-        asked = Recorder(lambda x: -((x - images).flatten(1) - offset).square().sum(1, keepdim=True))
-        run_attack(asked, images, strategy(threat, 20), noise=Noise(torch.arange(20)), criterion=CLIMB)
-        ends[strategy] = ((asked.calls[-1] - images).flatten(1) - offset).abs().amax(1)
-    assert (ends[APGD] < ends[PGD]).all() and ends[APGD].mean() < ends[PGD].mean() / 2

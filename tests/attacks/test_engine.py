@@ -7,8 +7,8 @@ import torch
 from conftest import Recorder, grey, linear
 
 from hpt_hf.attacks.apgd import APGD
-from hpt_hf.attacks.engine import frozen, misclassification, run_attack, target_reached
-from hpt_hf.attacks.losses import cross_entropy, margin, targeted_dlr
+from hpt_hf.attacks.engine import frozen, misclassification, run_attack
+from hpt_hf.attacks.losses import cross_entropy, margin
 from hpt_hf.attacks.noise import Noise
 from hpt_hf.attacks.pgd import PGD, TrainingAttack
 from hpt_hf.attacks.square import Square
@@ -109,20 +109,6 @@ def test_neither_autocast_nor_the_gradient_mode_around_reaches_it(trained, batch
         assert torch.equal(inside, found) and not torch.equal(half, trained(batch["images"]).embeds)
 
 
-@every_attack
-def test_more_steps_or_a_larger_ball_never_break_fewer(trained, batch, name, norm):
-    eps, steps = CASES[name, norm]
-    radius = ThreatModel(norm, eps).radius
-    balls = (0.5 * radius, radius, 0.5 if norm == "linf" else 20 * radius)
-    by_eps = [int(run(trained, batch, name, norm, eps=eps)[1].sum()) for eps in balls]
-    assert by_eps == sorted(by_eps), by_eps
-    if name != "training":  # its steps are of one size, and only the last counts
-        few, many = (int(run(trained, batch, name, norm, steps=n)[1].sum()) for n in (1, 2 * steps))
-        assert few <= by_eps[1] <= many
-    if name != "square":
-        assert by_eps[-1] == len(batch["labels"]), "what a huge ball leaves standing was not attacked"
-
-
 @pytest.mark.gpu
 @every_attack
 def test_every_attack_runs_where_its_images_are(name, norm):
@@ -214,21 +200,3 @@ def test_a_name_stands_for_its_loss_and_its_strategy(name, loss, strategy):
     attack(name, named, images, labels, threat, 8 if name == "square" else 7, noise)
     run_attack(spelled_out, images, strategy(threat), noise=noise, criterion=misclassification(loss, labels))
     assert len(named.calls) == 8 and all(map(torch.equal, named.calls, spelled_out.calls))
-
-
-BOTH = torch.arange(9) % 5, (torch.arange(9) * 2 + 1) % 5  # labels and targets
-
-
-@pytest.mark.parametrize(
-    ("criterion", "loss", "reached"),
-    [
-        (misclassification(targeted_dlr, *BOTH), lambda z: targeted_dlr(z, *BOTH), lambda a: a != BOTH[0]),
-        (target_reached(cross_entropy, BOTH[1]), lambda z: -cross_entropy(z, BOTH[1]), lambda a: a == BOTH[1]),
-    ],
-)
-def test_a_criterion_keeps_to_the_rows_that_it_is_asked_about(criterion, loss, reached):
-    """The logits are of the standing images only, the labels of all: each row must find its own."""
-    logits, rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(7)), torch.tensor([1, 4, 7])
-    for some in (rows, torch.arange(9)):
-        torch.testing.assert_close(criterion.loss(logits[some], some), loss(logits)[some])
-        assert torch.equal(criterion.reached(logits[some], some), reached(logits.argmax(1))[some])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from hpt_hf.attacks.losses import cross_entropy, margin, targeted_dlr
 
@@ -28,17 +27,6 @@ def test_margin_and_dlr_are_their_formulas_on_python_numbers(classes):
     for loss in (cross_entropy, margin, lambda z, y: targeted_dlr(z, y, (y + 1) % classes)):
         alone = torch.cat([loss(logits[i : i + 1], labels[i : i + 1]) for i in range(240)])
         assert loss(logits, labels).shape == (240,) and torch.allclose(loss(logits, labels), alone), "not means"
-
-
-def test_gradients_are_the_textbook_ones_and_only_the_cross_entropy_saturates():
-    logits, labels, _ = make_logits(30, 4)
-    logits[0] = torch.tensor([300.0, 0.0, 1.0, 2.0])
-    logits.requires_grad_(True)
-    right = F.one_hot(labels, 4).float()
-    ce, cw = (torch.autograd.grad(loss(logits, labels).sum(), logits)[0] for loss in (cross_entropy, margin))
-    assert torch.allclose(ce, logits.softmax(1) - right, atol=1e-6)
-    assert torch.equal(cw, F.one_hot((logits - 1e9 * right).argmax(1), 4).float() - right)
-    assert not ce[0].any() and cw[0].abs().sum() == 2
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])

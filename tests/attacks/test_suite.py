@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import CLASSES, Recorder, grey, linear
+from conftest import Recorder, grey, linear
 
-from hpt_hf.attacks.apgd import APGD
-from hpt_hf.attacks.engine import misclassification, run_attack
-from hpt_hf.attacks.losses import cross_entropy, targeted_dlr
+from hpt_hf.attacks.losses import cross_entropy
 from hpt_hf.attacks.noise import Noise
 from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.attacks.suite import ATTACKS, EvaluationAttack, worst_case
@@ -49,7 +47,7 @@ def test_apgd_t_reaches_a_class_that_nothing_untargeted_looks_at(classes, rank, 
 
 @NORMS
 @pytest.mark.parametrize("classes", [2, 4, 7])
-def test_apgd_t_breaks_exactly_what_can_be_broken_and_all_that_any_target_alone_breaks(classes, norm):
+def test_apgd_t_breaks_exactly_what_can_be_broken(classes, norm):
     """On a linear classifier a class is in reach where its deficit is at most eps times the difference's dual norm."""
     images, (weight, answer) = grey(40), linear(classes)
     logits, radius = answer(images), {"linf": 0.005, "l2": 0.05}[norm]
@@ -60,20 +58,6 @@ def test_apgd_t_breaks_exactly_what_can_be_broken_and_all_that_any_target_alone_
     broken = apgd_t(answer, images, labels, threat, 20, noise)[1]
     clear = spare.abs() > 0.02 * radius * dual.amax(1)
     assert torch.equal(broken[clear], spare[clear] > 0) and clear.sum() > 30 and 0 < broken.sum() < 40
-    for target in range(classes):
-        targets = torch.where(labels == target, (target + 1) % classes, target)
-        goal = misclassification(targeted_dlr, labels, targets)
-        alone = run_attack(answer, images, APGD(threat, 20), noise=noise, criterion=goal)[1]
-        assert not (alone & ~broken)[clear].any()
-
-
-@pytest.mark.parametrize("classes", [2, 5, 12])
-def test_where_nothing_can_be_broken_every_target_is_tried_to_its_end(classes):
-    images, (_, answer) = grey(4), linear(classes)
-    logits_fn, labels = Recorder(answer), answer(images).argmax(1)
-    broken = apgd_t(logits_fn, images, labels, ThreatModel("linf", 0), 5, Noise(torch.arange(4)))[1]
-    sizes = [len(x) for x in logits_fn.calls]
-    assert not broken.any() and sizes == [4] * (1 + min(9, classes - 1) * 6), "in full batches"
 
 
 def test_the_queue_forgets_the_targets_of_broken_images_and_keeps_its_batches_full():
@@ -113,24 +97,6 @@ def test_the_worst_case_is_what_any_stage_breaks_of_what_the_ones_before_left():
     shown.clear()
     assert (run(range(6))[1] >= 0).all() and len(shown) == 5
     assert run(range(6), slice(0, 0))[1].shape == (0,) and len(shown) == 5
-
-
-@NORMS
-def test_square_breaks_what_hides_its_gradient(norm):
-    """Rounded pixels have none: whoever follows gradients stays where chance put it."""
-    images, generator = grey(12, side=12), torch.Generator().manual_seed(6)
-    way = torch.randn(12, 12, generator=generator).repeat(3, 1, 1)
-
-    def logits_fn(x):
-        score = (((20 * x).round() / 20 - 0.5) * way).sum((1, 2, 3))
-        return torch.stack([score, torch.zeros_like(score)], dim=1)
-
-    labels, noise = logits_fn(images).argmax(1), Noise(torch.arange(12))
-    threat = ThreatModel(norm, 0.08 if norm == "linf" else 2.0)
-    broken = {name: ATTACKS[name][0](logits_fn, images, labels, threat, 60, noise)[1] for name in ATTACKS}
-    assert broken["square"].sum() > 9
-    for name in GRADIENTS:
-        assert broken[name].sum() < 4 and not (broken[name] & ~broken["square"]).any()
 
 
 # --- attacks by name
@@ -182,12 +148,3 @@ def test_craft_is_full_length_pgd_whatever_the_name(trained, batch, name):
     loss_fn = lambda x: cross_entropy(trained.classify(x).logits, batch["labels"])  # noqa: E731
     expected = TrainingAttack(chosen.threat, 6, 2.5 * chosen.threat.radius / 6)
     assert torch.equal(crafted, expected(loss_fn, batch["images"], batch["image_ids"], seed=2, round=0))
-
-
-def test_what_a_targeted_attack_breaks_is_taken_for_the_target_and_nothing_else_is(trained, batch):
-    rows, chosen = batch["labels"] != CLASSES.index("tree"), make_attack("cw", 10, target="tree")
-    found, by = chosen.run(trained, *(batch[name][rows] for name in ("images", "image_ids", "labels")))
-    with torch.no_grad():
-        answers = trained.classify(found).logits.argmax(1)
-    assert torch.equal(answers == CLASSES.index("tree"), by == 0) and 0 < (by == 0).sum() < len(by)
-    assert chosen.threat.contains(found, batch["images"][rows]).all() and str(chosen) == "cw-10 towards tree"

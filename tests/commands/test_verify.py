@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CLASSES, encode, make_images, save_tiny_clip, write_image_folder, write_parquet
+from conftest import CLASSES, encode, make_images, write_image_folder, write_parquet
 from PIL import Image
 
 from hpt_hf.commands import evaluate, verify
@@ -65,16 +65,6 @@ def repeats(rows) -> bool:
     return len(rows) > 0 and all(r[3] == r[5] and r[6] == "inside" for r in rows)
 
 
-def test_what_was_just_measured_is_inside(model, capsys):
-    code, rows, last = run(capsys, model)
-    (claim,) = read_results(model / "results")
-    assert code == 0 and last == "2 of 2 figures inside, 0 outside, 0 not measured."
-    assert 0 < claim.robust < claim.clean, "or there is little to claim"
-    for row, figure in zip(rows, ("clean", "robust"), strict=True):
-        value = f"{getattr(claim, figure):.1f}"
-        assert (*row[:4], *row[5:]) == ("data", f"pgd-5 linf {EPS}", figure, value, value, "inside")
-
-
 KINDS = {
     "towards a class of another name": "--target hound --classes puss hound home motor oak --templates {} a_{}",
     "a sample of native images": "--protocol native --limit 12",
@@ -87,10 +77,11 @@ KINDS = {
 def test_every_kind_of_score_measures_to_the_same_figure(kind, model, tmp_path, capsys):
     shutil.rmtree(model / "results")
     score(model, write_image_folder(tmp_path / "data", make_images(20, size=40)), *KINDS[kind].split())
-    code, rows, _ = run(capsys, model, "--batch_size", "7")
+    code, rows, last = run(capsys, model, "--batch_size", "7")
     assert code == 0 and len(rows) == (4 if "own" in kind else 2) and repeats(rows), rows
+    assert last == f"{len(rows)} of {len(rows)} figures inside, 0 outside, 0 not measured."
     claim = read_results(model / "results")[0]
-    assert claim.robust < claim.clean, "or any attack would do"
+    assert claim.robust < claim.clean and rows[0][:3] == ["data", f"{claim.attack} {claim.norm} {claim.eps}", "clean"]
     assert (claim.n, claim.target) == {"tow": (16, "hound"), "a s": (12, None)}.get(kind[:3], (20, None))
 
 
@@ -132,15 +123,12 @@ def test_a_result_that_claims_twenty_points_more_or_less_is_outside(count, more,
     assert last == "1 of 2 figures inside, 1 outside, 0 not measured."
 
 
-def test_other_weights_are_said_and_may_hold(model, tmp_path, capsys):
+def test_other_weights_are_said_and_may_hold(model, capsys):
     changed, said = ZeroShotClassifier.from_pretrained(model), "(the weights are not those of the result)"
     changed.model.logit_scale.data += 1e-4
     changed.save_pretrained(model)
     code, rows, _ = run(capsys, model)
     assert code == 0 and [r[6] for r in rows] == [f"inside {said}"] * 2
-    shutil.copytree(model / "results", Path(save_tiny_clip(tmp_path / "other", seed=9), "results"))
-    code, rows, _ = run(capsys, tmp_path / "other")
-    assert code == 1 and all(said in r[6] for r in rows) and "OUTSIDE" in rows[0][6]
 
 
 def test_other_pictures_at_the_same_place_are_said(filled, model, tmp_path, capsys):

@@ -24,7 +24,6 @@ from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation import evaluator as evaluation
 from hpt_hf.evaluation.evaluator import batches, evaluate, sample
 from hpt_hf.evaluation.result import EvalResult
-from hpt_hf.models.zero_shot import build_zero_shot_head
 
 EPS = "20/255"  # where about half of what the trained student gets right withstands the attack
 VOLATILE = ("seconds", "versions", "hardware")
@@ -110,6 +109,11 @@ def test_a_result_equals_a_plain_loops(protocol, able):
     assert 0 < result.robust < result.clean
 
 
+def test_another_seed_of_the_attack_is_another_result(able):
+    found = {measure(able, make_images(40), attack(steps=1, seed=seed)).ends for seed in range(4)}
+    assert len(found) > 1
+
+
 def test_native_batches_hold_one_size_and_keep_the_order(able):
     images = mixed_images(24)
     got = list(batches(images, Collator(able.processor, native=True), 3))
@@ -128,13 +132,14 @@ def test_limit_is_a_fixed_sample_spread_over_the_set(able):
     assert stable(limited) == stable(dataclasses.replace(by_hand, source=limited.source | {"limit": 11}))
 
 
-def test_evaluate_asks_for_the_sets_own_classes(student):
+def test_evaluate_reads_the_sets_own_prompts_once(student, monkeypatch):
     student.set_classes(("zebra", "car"))  # of another set
+    read, tokenizer = [], student.processor.tokenizer
+    monkeypatch.setattr(student.processor, "tokenizer", lambda p, **options: read.extend(p) or tokenizer(p, **options))
     images = dataclasses.replace(make_images(4), templates=("a photo of the {}", "{}"))
-    result = measure(student, images, attack(steps=1))
-    assert student.classes == CLASSES and result.classes == 5 and result.templates == ("a photo of the {}", "{}")
-    head = build_zero_shot_head(student.model, student.processor.tokenizer, CLASSES, images.templates)
-    assert torch.equal(student.head, head)
+    result = measure(student, images, attack(steps=1), batch_size=2, probe=4)
+    assert sorted(read) == sorted(t.format(name) for t in images.templates for name in CLASSES)
+    assert student.classes == CLASSES and result.classes == 5 and result.templates == images.templates
 
 
 def test_a_targeted_result_equals_a_plain_loops_on_the_other_classes(able):

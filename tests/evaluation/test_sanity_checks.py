@@ -281,13 +281,6 @@ def test_the_checks_leave_no_trace(trained):
     assert not torch.nn.modules.module._global_forward_hooks
 
 
-def test_prompts_are_read_once_and_letter_by_letter(trained, monkeypatch):
-    read, tokenizer = [], trained.processor.tokenizer
-    monkeypatch.setattr(trained.processor, "tokenizer", lambda p, **options: read.extend(p) or tokenizer(p, **options))
-    result = evaluate(trained, make_images(20), attack("standard", 3), name="m", batch_size=5, probe=4)
-    assert read == [f"This is a photo of a {name}" for name in CLASSES] and tuple(result.per_class) == CLASSES
-
-
 def test_every_check_has_its_paragraph_and_no_paragraph_speaks_of_another():
     text = (Path(__file__).parent.parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
     paragraphs = {part.splitlines()[0]: " ".join(part.splitlines()[1:]) for part in text.split("\n### ")[1:]}
