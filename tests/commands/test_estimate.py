@@ -67,15 +67,12 @@ def test_a_resumed_run_knows_only_what_it_has_seen(clock):
     assert watch.seconds(1) == 5 and watch.remaining(15) == 11 * 5
 
 
-def test_the_run_is_announced_once_and_by_one_process(clock, capsys):
+def test_the_run_is_announced_once(clock, capsys):
     watch = watched(warm_up_steps=50, steps=1000)
     walk(watch, clock, [9] * 3 + [2.0] * 30)
     said, rest = capsys.readouterr().err, (1050 - 13) * 2
     assert said.count("to go") == 1 and f"{duration(rest)} to go" in said
     assert "1037 steps of 2 s; 0.576 process-hours" in said
-    watch.quiet = True
-    walk(watch, clock, [2.0] * 30)
-    assert capsys.readouterr().err == ""
 
 
 def test_training_says_when_it_will_be_over(tmp_path, student, proxy, capsys):

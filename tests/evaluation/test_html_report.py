@@ -22,9 +22,6 @@ from hpt_hf.evaluation.statistics import mean, wilson
 from hpt_hf.evaluation.tables import result_table
 from hpt_hf.utils import write_json
 
-LOADS = {"src", "href", "xlink:href", "srcset", "poster", "data", "action", "background"}
-FOREIGN = {"script", "link", "iframe", "object", "embed", "base", "form", "audio", "video"}
-
 
 class Page:
     """The page taken apart: tags, all text, text by tag, tables under headings. Fails on tags that do not nest."""
@@ -54,9 +51,7 @@ def made(folder: Path, results=(), *, examples=None, transfer=None) -> Page:
             write_json(folder / "gallery" / result.file_name, examples)
     if transfer:
         write_json(folder / "transfer.json", transfer)
-    file = write_html_report(folder)
-    assert file == folder / "report.html"
-    return Page(file.read_text(encoding="utf-8"))
+    return Page(write_html_report(folder).read_text(encoding="utf-8"))
 
 
 def example(truth: str = "cat", said: str = "dog", shade: float = 0.5) -> dict:
@@ -106,12 +101,9 @@ def simulated(model: str, dataset: str, attack: str = "pgd-20", eps: int = 1, ch
 
 def proxies(*figures: tuple[str, int, int]) -> dict:
     """`transfer.json` of a pre-flight, the student itself last: (name, right clean, right attacked) of 120."""
-    *names, student = (name for name, _, _ in figures)
-    cells = [
-        {"source": student, "judge": name, "dataset": "digits", "interval": [0, 0], "kept": 80.0, "kl": 0.8, "n": 120}
-        | {"clean": clean / 1.2, "adversarial": attacked / 1.2}
-        for name, clean, attacked in figures
-    ]
+    student = figures[-1][0]
+    same = {"source": student, "dataset": "digits", "interval": [0, 0], "kept": 80.0, "kl": 0.8, "n": 120}
+    cells = [same | {"judge": name, "clean": a / 1.2, "adversarial": b / 1.2} for name, a, b in figures]
     best = sorted(cells[:-1], key=lambda cell: -cell["adversarial"])
     return TRANSFER | {"student": student, "ranking": [c["judge"] for c in best], "cells": cells, "sets": cells}
 
@@ -163,18 +155,16 @@ def test_doubts_are_told_by_name_with_what_was_seen_what_it_means_and_its_level(
     odd = check("few_images", True, "9 images"), check("of_old", True, "seen")
     clear = make_result(sanity_checks=CHECKS["clear"])
     html = made(tmp_path, [make_result(dataset="mice", sanity_checks=(*CHECKS["suspicious"], *odd)), clear])
-    assert "mice: more_steps, few_images, of_old" in html.found["h3"]
-    assert not any(h.startswith("cats:") for h in html.found["h3"])
+    assert [h for h in html.found["h3"] if ":" in h] == ["mice: more_steps, few_images, of_old"]
     assert "more_steps" in html.found["b"] and html.text.count(RAISED["detail"]) == 2
     passed, doubt = ["detached", "passed", "0 of 9 images"], ["more_steps", "raised", RAISED["detail"]]
     rows = [row for row in html.table(str(clear.question), 3) if row[0] != "check"]
     assert rows[:4] == [passed, passed, doubt, ["baseline", "not run", "none given"]]
-    _, *rows = html.table("What was raised", 3)
-    levels = [["more_steps", "suspicious"], ["few_images", "remark"], ["of_old", "suspicious"]]
-    assert [row[:2] for row in rows] == levels
-    assert rows[0][2] == sanity_checks.more_steps.__doc__ and rows[2][2] == "A check of another version."
+    meaning, old = sanity_checks.more_steps.__doc__, "A check of another version."
+    few = ["few_images", "remark", sanity_checks.few_images.__doc__]
+    raised = [["more_steps", "suspicious", meaning], few, ["of_old", "suspicious", old]]
+    assert html.table("What was raised", 3)[1:] == raised
     assert f"- mice (ours): more_steps: {RAISED['detail']}" in (tmp_path / "report.md").read_text()
-    assert "What was raised" not in made(tmp_path / "clear", [clear]).tables
 
 
 def test_models_on_the_same_images_are_compared_image_by_image(tmp_path):
@@ -203,7 +193,6 @@ def test_what_one_needs_to_doubt_a_figure_is_told(tmp_path):
         "robust after apgd-ce: 44.0%, apgd-t: 41.0%, square: 40.0%;",
         "robust = right on the clean image and never taken for 'cat' on any query;",
         f"weights {result.fingerprint}; images {result.images_digest}, opened by {result.source};",
-        "prompts a photo of a {};",
         "1.5 s on a CPU; torch 2, hpt_hf 0.1.0.",
     ):
         assert said in text
@@ -313,17 +302,14 @@ def test_the_gallery_shows_each_set_under_its_widest_ball_and_its_first_image_be
 def test_the_page_needs_nothing_from_outside_runs_nothing_and_is_the_same_each_time(tmp_path):
     for name in ("one", "two", "two"):
         html = made(tmp_path / name, many(), examples=[example(), example("dog", "cat")], transfer=TRANSFER)
-    for name in ("report.html", "report.md"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    tags = {tag for tag, _ in html.tags}
-    assert tags >= {"svg", "img", "table", "details", "style"} and not tags & FOREIGN
-    for tag, name, value in ((tag, *attr) for tag, attrs in html.tags for attr in attrs.items()):
-        if name in LOADS:
-            assert value.startswith(("data:image/png;base64,", "#")), (tag, name, value[:80])
-        assert not name.startswith("on") and "url(" not in value and "://" not in value, (tag, name, value)
-    (style,) = html.found["style"]
-    assert "@import" not in style and "url(" not in style and "://" not in style
-    assert next(attrs for tag, attrs in html.tags if tag == "meta") == {"charset": "utf-8"}
+    assert {tag for tag, _ in html.tags} >= {"svg", "img", "table", "details", "style"}
+    for name in ("report.md", "report.html"):
+        page, again = ((tmp_path / place / name).read_bytes() for place in ("one", "two"))
+        assert page == again
+    foreign = rb"<(script|link|iframe|object|embed|base|form|audio|video)\b|<[^>]*\son\w+=|@import|url\(|://"
+    assert not re.search(foreign, page)
+    loads = set(re.findall(rb'\s(?:src|href|xlink:href|srcset|poster|data|action|background)="(.{22})', page))
+    assert loads == {b"data:image/png;base64,"}
 
 
 def test_names_are_text_and_never_markup(tmp_path):
@@ -343,17 +329,10 @@ def test_names_are_text_and_never_markup(tmp_path):
         assert f"{evil}{part}" in html.text, part
 
 
-def test_a_folder_without_results_or_with_a_file_that_is_none_is_an_error_and_stays_as_it_is(tmp_path):
-    for name, content in (("a", make_result().to_json()), ("other", {"robust": 1})):
-        write_json(tmp_path / "odd" / "results" / f"{name}.json", content)
-    before = sorted(tmp_path.rglob("*"))
-    for folder, says in (
-        ("absent", "absent holds no results/.*nothing to report"),
-        ("odd", "other.json is no result"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            write_html_report(tmp_path / folder)
-    assert sorted(tmp_path.rglob("*")) == before
+def test_a_folder_without_results_is_an_error_and_none_is_made(tmp_path):
+    with pytest.raises(ValueError, match="absent holds no results/.*nothing to report"):
+        write_html_report(tmp_path / "absent")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

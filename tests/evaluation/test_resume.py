@@ -86,8 +86,8 @@ def test_lines_that_are_no_findings_are_passed_over(tmp_path):
 
 def test_a_full_disk_is_an_error_and_loses_nothing_noted_before(tmp_path, monkeypatch):
     noted(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(resume.os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(resume.os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
         Findings(tmp_path, QUESTION).note("batch 4", {})
     assert Findings(tmp_path, QUESTION).findings.items() >= FOUND.items()
 
