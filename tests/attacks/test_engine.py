@@ -7,7 +7,7 @@ import torch
 from conftest import Recorder, grey, linear
 
 from hpt_hf.attacks.apgd import APGD
-from hpt_hf.attacks.engine import frozen, misclassification, run_attack
+from hpt_hf.attacks.engine import frozen, misclassification, run_attack, target_reached
 from hpt_hf.attacks.losses import cross_entropy, margin
 from hpt_hf.attacks.noise import Noise
 from hpt_hf.attacks.pgd import PGD, TrainingAttack
@@ -200,3 +200,11 @@ def test_a_name_stands_for_its_loss_and_its_strategy(name, loss, strategy):
     attack(name, named, images, labels, threat, 8 if name == "square" else 7, noise)
     run_attack(spelled_out, images, strategy(threat), noise=noise, criterion=misclassification(loss, labels))
     assert len(named.calls) == 8 and all(map(torch.equal, named.calls, spelled_out.calls))
+
+
+def test_a_target_is_that_of_the_row_that_is_asked_about():
+    """The logits are of the standing images only, the targets of all."""
+    targets, rows = torch.arange(9) % 5, torch.tensor([1, 4, 7])
+    logits, goal = torch.eye(5)[targets], target_reached(cross_entropy, targets)
+    assert goal.reached(logits[rows], rows).all() and not goal.reached(logits[rows + 1], rows).any()
+    assert torch.equal(goal.loss(logits[rows], rows), -cross_entropy(logits, targets)[rows])

@@ -116,7 +116,18 @@ def test_the_worst_surrogate_is_the_lowest_of_the_others_attacks():
 @pytest.fixture
 def flags(tmp_path, trained_path):
     data = write_image_folder(tmp_path / "data", make_images(20))
-    return ["--dataset", data, "--output_dir", str(tmp_path / "out"), "--attack_steps", "3", "--eps", EPS]
+    return [
+        "--dataset",
+        data,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--attack_steps",
+        "3",
+        "--eps",
+        EPS,
+        "--limit",
+        "15",
+    ]
 
 
 def test_the_command_writes_the_matrix_and_its_page(flags, tmp_path, trained_path, proxy_path, trained, proxy, capsys):
@@ -124,7 +135,7 @@ def test_the_command_writes_the_matrix_and_its_page(flags, tmp_path, trained_pat
     result = json.loads((tmp_path / "out" / "transfer.json").read_text())
     assert result["sources"] == result["judges"] == [trained_path, proxy_path], "named twice is meant once"
     assert result["student"] is None and result["ranking"] is None and len(result["cells"]) == 4
-    expected = matrix({trained_path: trained, proxy_path: proxy}, [make_images(20)], attack(steps=3))
+    expected = matrix({trained_path: trained, proxy_path: proxy}, [make_images(20)], attack(steps=3), limit=15)
     figures = {(t.source, t.judge): round(t.adversarial, 2) for t in expected}
     assert {(c["source"], c["judge"]): round(c["adversarial"], 2) for c in result["cells"]} == figures
     table = result["table"]
