@@ -116,18 +116,7 @@ def test_the_worst_surrogate_is_the_lowest_of_the_others_attacks():
 @pytest.fixture
 def flags(tmp_path, trained_path):
     data = write_image_folder(tmp_path / "data", make_images(20))
-    return [
-        "--dataset",
-        data,
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--attack_steps",
-        "3",
-        "--eps",
-        EPS,
-        "--limit",
-        "15",
-    ]
+    return f"--dataset {data} --output_dir {tmp_path / 'out'} --attack_steps 3 --eps {EPS} --limit 15".split()
 
 
 def test_the_command_writes_the_matrix_and_its_page(flags, tmp_path, trained_path, proxy_path, trained, proxy, capsys):

@@ -77,7 +77,7 @@ KINDS = {
 def test_every_kind_of_score_measures_to_the_same_figure(kind, model, tmp_path, capsys):
     shutil.rmtree(model / "results")
     score(model, write_image_folder(tmp_path / "data", make_images(20, size=40)), *KINDS[kind].split())
-    code, rows, last = run(capsys, model, "--batch_size", "7")
+    code, rows, last = run(capsys, model, "--batch_size", "7", "--limit", "400")  # more than the result has
     assert code == 0 and len(rows) == (4 if "own" in kind else 2) and repeats(rows), rows
     assert last == f"{len(rows)} of {len(rows)} figures inside, 0 outside, 0 not measured."
     claim = read_results(model / "results")[0]
@@ -183,8 +183,6 @@ def test_fewer_pictures_judge_the_claim_by_their_own_interval(model, capsys):
         edit(model, n_clean=max(robust, claim.n_clean), n_robust=robust)
         (_, row), held = run(capsys, model, "--limit", "12")[1], low <= 100 * robust / 40 <= high
         assert row[6].startswith("inside" if held else "OUTSIDE"), (robust, low, high)
-    rows = run(capsys, model, "--limit", "400")[1]
-    assert not any("other images" in r[6] for r in rows), "more than there are are all"
 
 
 def test_another_seed_is_another_start_of_the_attack(model, capsys, monkeypatch):
