@@ -13,7 +13,7 @@ from hpt_hf.commands.convert import ConvertArguments
 from hpt_hf.commands.evaluate import EvaluateArguments
 from hpt_hf.commands.leaderboard import ZooModel, images_key, main, rows
 from hpt_hf.commands.parser import parse
-from hpt_hf.utils import write_json
+from hpt_hf.utils import write_json, write_text
 
 ZOO = Path(__file__).parents[2] / "zoo"
 FILES = sorted(ZOO.glob("*.json"))
@@ -208,13 +208,16 @@ BAD = {
     "command: got 'hpt-hf evaluate --suite lab', expected `.*`": {"command": "hpt-hf evaluate --suite lab"},
     "results: got '../../x', expected a folder of the zoo": {"results": "../../x"},
     "got .*results/none, expected a folder with results/": {"results": "results/none"},
+    "bad.json is damaged": "{",
 }
 
 
 @pytest.mark.parametrize("says", BAD)
 def test_a_bad_file_of_the_zoo_is_one_clear_line_and_nothing_is_written(tmp_path, says):
-    content = {name: value for name, value in (ENTRY | BAD[says]).items() if value is not ...}
-    write_json(tmp_path / "zoo" / "bad.json", content)
+    bad = BAD[says]
+    if isinstance(bad, dict):
+        bad = json.dumps({name: value for name, value in (ENTRY | bad).items() if value is not ...})
+    write_text(tmp_path / "zoo" / "bad.json", bad)
     with pytest.raises(SystemExit, match=f"^hpt-hf leaderboard: .*{says}") as error:
         main(["--zoo", str(tmp_path / "zoo"), "--output_dir", str(tmp_path / "out")])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
