@@ -19,8 +19,8 @@ class Square:
 
     threat: ThreatModel
     queries: int = 5000
-    share: float = 0.8  # of the pixels that the first squares cover
     gradients = False
+    share = 0.8  # of the pixels that the first squares cover
 
     @property
     def steps(self) -> int:

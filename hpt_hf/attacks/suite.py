@@ -124,9 +124,10 @@ class EvaluationAttack:
             raise ValueError(f"steps={self.steps}: expected at least 1")
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """The attacks it consists of, in the order in which they run."""
-        return tuple(STANDARD) if self.name == "standard" else (self.name,)
+    def stages(self) -> dict[str, int]:
+        """The attacks it consists of, in the order in which they run, and the steps of each."""
+        own = STANDARD if self.name == "standard" else {self.name: named(self.name)[1]}
+        return {name: self.steps or steps for name, steps in own.items()}
 
     @property
     def code(self) -> str | None:
@@ -135,35 +136,26 @@ class EvaluationAttack:
         return sha256(file) if file.is_file() else None
 
     @property
-    def own_steps(self) -> tuple[int, ...]:
-        """Of each stage, where `steps` does not say otherwise."""
-        return tuple(STANDARD.values()) if self.name == "standard" else (named(self.name)[1],)
-
-    @property
     def native(self) -> bool:
         return self.protocol == "native"
 
     def run(self, classifier, images: Images, image_ids: ImageIds, labels: Labels) -> Outcome:
         """(perturbed images, (batch,) which of `stages` broke each, at its first success; -1: it stands)."""
         goals = torch.full_like(labels, classifier.classes.index(self.target)) if self.target else labels
-        rows = [TARGETED[name] if self.target else named(name) for name in self.stages]
-        stages = [(attack, self.steps or own) for (attack, _), own in zip(rows, self.own_steps, strict=True)]
+        stages = [((TARGETED[n] if self.target else named(n))[0], steps) for n, steps in self.stages.items()]
         noise = Noise(image_ids, self.seed)
         with frozen(classifier):
             return worst_case(stages, lambda x: classifier.classify(x).logits, images, goals, self.threat, noise)
 
     def craft(self, classifier, images: Images, image_ids: ImageIds, labels: Labels) -> Images:
         """The last iterates of PGD, whatever the name: what stops at its first success transfers to no other model."""
-
-        def loss_fn(x):
-            return cross_entropy(classifier.classify(x).logits, labels)
-
         strategy, noise = PGD(self.threat, self.steps or ATTACKS["pgd"][1]), Noise(image_ids, self.seed)
+        loss_fn = lambda x: cross_entropy(classifier.classify(x).logits, labels)  # noqa: E731
         with frozen(classifier):
             return run_attack(loss_fn, images, strategy, noise=noise)[0]
 
     def __str__(self) -> str:
         """`pgd-20`, `apgd-ce-100`, `standard`, `standard-7`, `pgd-20 towards cat`."""
-        steps = self.steps or (None if self.name == "standard" else self.own_steps[0])
+        steps = self.steps or (None if self.name == "standard" else self.stages[self.name])
         towards = f" towards {self.target}" if self.target else ""
         return (f"{self.name}-{steps}" if steps else self.name) + towards

@@ -62,9 +62,7 @@ class ThreatModel:
             delta = (2 * noise.uniform(shape) - 1) * self.radius
         else:
             direction = noise.normal(shape)
-            own = noise.uniform((2 * math.prod(shape) + 1,))[
-                :, -1
-            ]  # a number that no pixel of the direction is drawn from
+            own = noise.uniform((2 * math.prod(shape) + 1,))[:, -1]  # of which no pixel of the direction is drawn
             length = own ** (1 / math.prod(shape))  # volume grows as radius^dimension
             delta = direction / l2_norm(direction).clamp_min(1e-12) * (length * self.radius).view(-1, 1, 1, 1)
         return self.project(images + delta, images)

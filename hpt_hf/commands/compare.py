@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
-from hpt_hf.evaluation.comparison import Compared, compare, named, table
+from hpt_hf.evaluation.comparison import KINDS, Compared, Difference, compare, named, table
 from hpt_hf.evaluation.result import read_results_of
+from hpt_hf.evaluation.statistics import grouped
 from hpt_hf.evaluation.tables import latex
 from hpt_hf.utils import write_text
 
@@ -34,8 +35,8 @@ def run(args: CompareArguments) -> str:
     results = [result for folder in args.results for result in read_results_of(folder)]
     if not results:
         raise RecipeError(f"results: got {', '.join(args.results)}, expected folders with results/*.json")
-    questions = list(dict.fromkeys(str(r.question) for r in results))
-    compared = {q: compare([r for r in results if str(r.question) == q], args.reference) for q in questions}
+    questions = grouped(results, lambda r: str(r.question))
+    compared = {question: compare(part, args.reference) for question, part in questions.items()}
     text = "\n\n".join(f"## {question}\n\n{table(rows)}" for question, rows in compared.items())
     if args.output_dir:
         folder, frame = Path(args.output_dir), as_frame(compared)
@@ -52,11 +53,10 @@ def as_frame(compared: dict[str, list[Compared]]) -> pd.DataFrame:
     for question, part in compared.items():
         for c in part:
             row = {"question": question, "model": c.model, "seeds": c.seeds, "sets": c.sets, "n": c.n}
-            for kind, spread in zip(("clean", "robust"), c.spread, strict=True):
-                row |= {kind: getattr(c, kind), f"{kind}_sd": spread}
-                gap = c.against and c.against[kind]
-                row |= {f"{kind}_difference": gap.value if gap else 0.0}
-                row |= {f"{kind}_low": gap.low if gap else 0.0, f"{kind}_high": gap.high if gap else 0.0}
+            for kind, spread in zip(KINDS, c.spread, strict=True):
+                gap = c.against[kind] if c.against else Difference(0.0, 0.0, 0.0)
+                row |= {kind: getattr(c, kind), f"{kind}_sd": spread, f"{kind}_difference": gap.value}
+                row |= {f"{kind}_low": gap.low, f"{kind}_high": gap.high}
             rows.append(row | {"dominated_by": ", ".join(c.dominated_by)})
     return pd.DataFrame(rows)
 
@@ -66,9 +66,8 @@ def front(compared: dict[str, list[Compared]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8 * len(compared), 4.5), layout="constrained")
-    for axes, (question, rows) in zip(
-        figure.subplots(1, len(compared), squeeze=False)[0], compared.items(), strict=True
-    ):
+    panels = figure.subplots(1, len(compared), squeeze=False)[0]
+    for axes, (question, rows) in zip(panels, compared.items(), strict=True):
         names = named(rows)
         for number, row in enumerate(rows, 1):  # names of neighbours would overlap
             color = "tab:blue"

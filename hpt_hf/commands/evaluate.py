@@ -28,9 +28,7 @@ class EvaluateArguments(ImageArguments):
     model_revision: str | None = None
     attack: list[str] = field(
         default_factory=lambda: ["pgd"],
-        metadata={
-            "help": "pgd, cw, apgd-ce, apgd-t, square; standard: the last three, worst case; or my_file.py:my_attack"
-        },
+        metadata={"help": "pgd, cw, apgd-ce, apgd-t, square; standard: worst of the last three; my_file.py:my_attack"},
     )
     attack_steps: int | None = field(
         default=None, metadata={"help": "default: PGD and CW 20, APGD 100, Square 5000 (500 in standard)"}
@@ -45,8 +43,7 @@ class EvaluateArguments(ImageArguments):
     )
     estimate: bool = field(default=False, metadata={"help": "only say how long it would take"})
     baseline: str | None = field(
-        default=None,
-        metadata={"help": "an undefended model that the attack must break; default: what the model was trained from"},
+        default=None, metadata={"help": "an undefended model, to be broken; default: what the model was trained from"}
     )
 
 
@@ -89,10 +86,9 @@ def run(args: EvaluateArguments) -> list[EvalResult]:
             write_json(Path(args.output_dir) / "results" / result.file_name, result.to_json())
             doubts = ": " + ", ".join(check["name"] for check in result.raised) if result.raised else ""
             low, high = result.interval
-            progress(
-                f"{f'{name}, ' if len(models) > 1 else ''}{result.dataset}: clean {result.clean:.1f}%, robust {result.robust:.1f}% ({low:.1f}–{high:.1f}) "
-                f"under {attack} at {attack.threat}, n = {result.n}, {result.verdict}{doubts}"
-            )
+            of = f"{name}, {result.dataset}" if len(models) > 1 else result.dataset
+            found = f"clean {result.clean:.1f}%, robust {result.robust:.1f}% ({low:.1f}–{high:.1f})"
+            progress(f"{of}: {found} under {attack} at {attack.threat}, n = {result.n}, {result.verdict}{doubts}")
             if left := len(asked) - len(results):
                 pace = (time.time() - start) / sum(ahead[: len(results)])
                 progress(f"{len(results)} of {len(asked)} done, about {duration(pace * sum(ahead[-left:]))} to go")

@@ -14,43 +14,37 @@ from hpt_hf.attacks.threat_model import parse_eps
 from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.html_report import VERDICTS, rendered, short_names, summary
 from hpt_hf.evaluation.result import EvalResult, read_results_of
+from hpt_hf.evaluation.statistics import grouped
 from hpt_hf.utils import did_you_mean, read_json, write_text
 
 TEMPLATE = Path(__file__).with_name("leaderboard.html.j2")
-# Field of a zoo file -> what its text must look like, in a pattern and in words. `paper` and `model` become links.
-FORMS = {
-    "name": (r"\S.*", "a name"),
-    "model": (r"lab:\w+|[\w.-]+/[\w.-]+", "a Hub id, owner/name, or lab:NAME"),
-    "method": (r"\S.*", "a name"),
-    "architecture": (r"\S.*", "a name"),
-    "command": (r"(.* && )?hpt-hf evaluate .*--model [\w.].*", "`… && hpt-hf evaluate … --model …`"),
-    "paper": (r"\d{4}\.\d{4,5}", "an arXiv id, as '2402.12336'"),
-    "trained_for": (r"(linf|l2) [\d.]+(/\d+)?", "norm and eps, as 'linf 4/255'"),
-    "results": (r"results/\w[\w.-]*", "a folder of the zoo, as 'results/NAME'"),
-}
 
 
 @dataclass
 class LeaderboardArguments:
     results: list[str] = field(default_factory=list, metadata={"help": "folders of evaluations or models"})
-    zoo: str | None = field(
-        default=None, metadata={"help": "a folder of model files, whose results are shown as well"}
-    )
+    zoo: str | None = field(default=None, metadata={"help": "a folder of model files, whose results are shown, too"})
     output_dir: str = field(default="outputs/leaderboard", metadata={"help": "for index.html"})
+
+
+def _text(pattern: str, expected: str, **default):
+    """A field whose text must look like the pattern; `expected` says so in words."""
+    return field(metadata={"form": (pattern, expected)}, **default)
 
 
 @dataclass(frozen=True)
 class ZooModel:
-    """One file of the zoo: what a model is, and how it was or would be measured."""
+    """One file of the zoo: what a model is, and how it was or would be measured. `paper` and `model` become links."""
 
-    name: str
-    model: str
-    method: str
-    architecture: str
-    command: str
-    paper: str | None = None  # that published these weights
-    trained_for: str | None = None  # as its authors state it
-    results: str | None = None  # None: not measured here
+    name: str = _text(r"\S.*", "a name")
+    model: str = _text(r"lab:\w+|[\w.-]+/[\w.-]+", "a Hub id, owner/name, or lab:NAME")
+    method: str = _text(r"\S.*", "a name")
+    architecture: str = _text(r"\S.*", "a name")
+    command: str = _text(r"(.* && )?hpt-hf evaluate .*--model [\w.].*", "`… && hpt-hf evaluate … --model …`")
+    # That published these weights; what they were trained for, as its authors state it; None: not measured here.
+    paper: str | None = _text(r"\d{4}\.\d{4,5}", "an arXiv id, as '2402.12336'", default=None)
+    trained_for: str | None = _text(r"(linf|l2) [\d.]+(/\d+)?", "norm and eps, as 'linf 4/255'", default=None)
+    results: str | None = _text(r"results/\w[\w.-]*", "a folder of the zoo, as 'results/NAME'", default=None)
 
     @property
     def measured_as(self) -> str:
@@ -61,16 +55,16 @@ class ZooModel:
     @classmethod
     def read(cls, file: Path) -> ZooModel:
         """From its JSON. Raises RecipeError for a field that is unknown, missing or says what cannot be."""
-        content = read_json(file)
-        if odd := [name for name in content if name not in FORMS]:
-            expected = f"{', '.join(FORMS)}. Fix: delete it{did_you_mean(odd[0], FORMS) or '.'}"
+        content, known = read_json(file), {f.name: f for f in fields(cls)}
+        if odd := [name for name in content if name not in known]:
+            expected = f"{', '.join(known)}. Fix: delete it{did_you_mean(odd[0], known) or '.'}"
             raise RecipeError(f"{file}: unknown field: got {odd[0]!r}, expected one of {expected}")
-        for known in fields(cls):
-            (pattern, expected), value = FORMS[known.name], content.get(known.name, known.default)
-            if value is not known.default and not (isinstance(value, str) and re.fullmatch(pattern, value)):
-                raise RecipeError(f"{file}: {known.name}: got {value!r}, expected {expected}. Fix: write it so.")
+        for name, one in known.items():
+            (pattern, expected), value = one.metadata["form"], content.get(name, one.default)
             if value is MISSING:
-                raise RecipeError(f"{file}: {known.name}: got no such field, expected {expected}. Fix: add it.")
+                raise RecipeError(f"{file}: {name}: got no such field, expected {expected}. Fix: add it.")
+            if value is not one.default and not (isinstance(value, str) and re.fullmatch(pattern, value)):
+                raise RecipeError(f"{file}: {name}: got {value!r}, expected {expected}. Fix: write it so.")
         return cls(**content)
 
 
@@ -109,9 +103,7 @@ def rows(results: Iterable[EvalResult], zoo: Sequence[ZooModel]) -> list[dict]:
     """One row a model and question; of one measurement that lies in several folders, the last."""
     results = list({r.file_name: r for r in results}.values())
     names, known = short_names(results), {model.measured_as: model for model in zoo}
-    groups: dict[tuple, list[EvalResult]] = {}
-    for r in results:
-        groups.setdefault((r.question, r.target, r.model, r.fingerprint), []).append(r)
+    groups = grouped(results, lambda r: (r.question, r.target, r.model, r.fingerprint))
     made = []
     for (question, target, model, weights), part in groups.items():
         (row,) = summary(part)

@@ -38,7 +38,7 @@ class SweepArguments:
     """Beside all flags of `train`, of which --seed takes several."""
 
     choose_on: list[str] = field(
-        default_factory=list, metadata={"help": "further sets to choose on: other domains than the training images"}
+        default_factory=list, metadata={"help": "further sets to choose on, of other domains"}
     )
     measure_on: list[str] = field(
         default_factory=list,
@@ -46,9 +46,7 @@ class SweepArguments:
     )
     measure_attack: str = field(default="pgd", metadata={"help": "as evaluate --attack"})
     measure_attack_steps: int | None = None
-    measure_probe: int = field(
-        default=0, metadata={"help": "images that the sanity checks of the last figures look at"}
-    )
+    measure_probe: int = field(default=0, metadata={"help": "images that the last figures' sanity checks look at"})
     limit: int | None = field(default=None, metadata={"help": "images of each set"})
 
 
@@ -78,20 +76,20 @@ class Grid:
         known = own | {f.name for kind in train.RECIPE for f in fields(kind)} | {"config"}
         if odd := [name for name, _ in given if name not in known]:
             raise RecipeError(f"unknown key --{odd[0]}{did_you_mean(odd[0], known, 'see --help')}")
-        hints = {name: hint for kind in train.RECIPE for name, hint in get_type_hints(kind).items()}
-        swept = {
-            n: v for n, v in given if n not in own and len(v) > 1 and not _takes_many(hints.get(n)) and n != "seed"
-        }
-        seeds = next((values for name, values in given if name == "seed"), ["0"])
-        left = [(n, v) for n, v in given if n not in own and n not in swept and n not in ("seed", "output_dir")]
-        output = next((values[0] for name, values in given if name == "output_dir" and values), None)
-        if output is None:
+        last = {"seed": ["0"], "output_dir": []} | dict(given)
+        seeds, output = last.pop("seed"), last.pop("output_dir")
+        if not output:
             raise RecipeError("output_dir: got none, expected the folder of the sweep. Fix: --output_dir")
-        (args,) = parse((SweepArguments,), [part for n, v in given if n in own for part in (f"--{n}", *v)])
+        lists = {name for kind in train.RECIPE for name, hint in get_type_hints(kind).items() if _takes_many(hint)}
+        swept = {name: values for name, values in last.items() if len(values) > 1 and name not in own | lists}
+        mine, fixed = [], []
+        for name, values in given:
+            if name in last and name not in swept:
+                (mine if name in own else fixed).extend([f"--{name}", *values])
         settings = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
-        grid = cls(args, [part for n, v in left for part in (f"--{n}", *v)], settings, seeds, Path(output))
+        grid = cls(*parse((SweepArguments,), mine), fixed, settings, seeds, Path(output[0]))
         for setting in settings:  # a mistake in the last one should not cost the hours of the others
-            train.build_schedule(grid.recipe(setting, seeds[0], output)[1])
+            train.build_schedule(grid.recipe(setting, seeds[0], grid.output)[1])
         return grid
 
     def recipe(self, setting: Setting, seed: str, folder: str | Path, *more: str):
@@ -113,16 +111,13 @@ def name_of(setting: Setting) -> str:
 def sole(folder: Path) -> Iterator[bool]:
     """True for the one process that may work in the folder now."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=0)
     except Timeout:
         yield False
         return
-    try:
+    with held:
         yield True
-    finally:
-        lock.release()
 
 
 def run_one(grid: Grid, folder: Path, recipe, sets: list[LabelledImages], probe: int = 0) -> list[EvalResult] | None:
@@ -177,12 +172,8 @@ def choose(grid: Grid) -> tuple[Setting, dict]:
             seen[name_of(setting)] = found
     if len(seen) < len(grid.settings):
         raise RecipeError("the other runs are under way in another process. Fix: the same command, once they are done")
-    means = {name: sum(mean(results).values()) / 2 for name, results in seen.items()}
-    best = max(means, key=means.__getitem__)  # of equals the first
-    told = {
-        name: mean(results) | {"sets": {r.dataset: [r.clean, r.robust] for r in results}}
-        for name, results in seen.items()
-    }
+    best = max(seen, key=lambda name: sum(mean(seen[name]).values()))  # of equals the first
+    told = {name: mean(part) | {"sets": {r.dataset: [r.clean, r.robust] for r in part}} for name, part in seen.items()}
     rows = compared([result for results in seen.values() for result in results])
     text = f"Chosen: {best}, by the highest mean of clean and robust accuracy on what training never saw.\n\n"
     write_text(grid.output / "choice.md", text + compare.table(rows) + "\n")
@@ -198,14 +189,11 @@ def _opened(names: list[str], data_dir: str | None, limit: int | None) -> list[L
 def run(grid: Grid) -> dict:
     """Choose, train the chosen setting once a seed, measure; returns what sweep.json holds."""
     if processes().num_processes > 1:
-        raise RecipeError(
-            "sweep: got a launch of several processes. Fix: start it once for each device; they share the runs"
-        )
+        raise RecipeError("sweep: got several processes. Fix: start it once for each device; they share the runs")
     setting, told = choose(grid)
     rule = "highest mean of clean and robust accuracy on classes and sets that training never saw"
     record: dict = {"rule": rule, "settings": told, "chosen": setting, "runs": {}}
     write_json(grid.output / "sweep.json", record)
-    results = []
     for seed in grid.seeds:
         folder = grid.output / name_of(setting) / f"seed{seed}"
         recipe = grid.recipe(setting, seed, folder, "--leave_out_classes", "0")
@@ -213,7 +201,6 @@ def run(grid: Grid) -> dict:
         found = run_one(grid, folder, recipe, sets, grid.args.measure_probe)
         if found:
             record["runs"][seed] = mean(found)
-            results += found
     write_json(grid.output / "sweep.json", record)
     return record
 

@@ -20,7 +20,7 @@ from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation.evaluator import batches, sample
 from hpt_hf.evaluation.html_report import write_html_report
-from hpt_hf.evaluation.statistics import percent, wilson
+from hpt_hf.evaluation.statistics import grouped, percent, wilson
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.utils import markdown, progress_bar, write_json
 
@@ -66,20 +66,18 @@ def transfer(
     for model in models.values():
         model.eval()
         model.set_classes(images.classes, images.templates)
-    attacked, n = models[source], 0
+    attacked, n = models[source], len(sample(len(images), limit))
     clean, adversarial, kl = Counter(), Counter(), Counter()
-    bar = progress_bar(f"{images.name}, attacked for {source}", len(sample(len(images), limit)), "image")
-    for batch in batches(images, Collator(attacked.processor, native=attack.native), batch_size, limit):
-        batch = {k: v.to(attacked.device) for k, v in batch.items()}
-        perturbed = attack.craft(attacked, batch["images"], batch["image_ids"], batch["labels"])
-        n += len(perturbed)
-        for name, model in models.items():
-            before, after = (model.classify(x).logits.log_softmax(1) for x in (batch["images"], perturbed))
-            clean[name] += int((before.argmax(1) == batch["labels"]).sum())
-            adversarial[name] += int((after.argmax(1) == batch["labels"]).sum())
-            kl[name] += float((after.exp() * (after - before)).sum())
-        bar.update(len(perturbed))
-    bar.close()
+    with progress_bar(f"{images.name}, attacked for {source}", n, "image") as bar:
+        for batch in batches(images, Collator(attacked.processor, native=attack.native), batch_size, limit):
+            batch = {k: v.to(attacked.device) for k, v in batch.items()}
+            perturbed = attack.craft(attacked, batch["images"], batch["image_ids"], batch["labels"])
+            for name, model in models.items():
+                before, after = (model.classify(x).logits.log_softmax(1) for x in (batch["images"], perturbed))
+                clean[name] += int((before.argmax(1) == batch["labels"]).sum())
+                adversarial[name] += int((after.argmax(1) == batch["labels"]).sum())
+                kl[name] += float((after.exp() * (after - before)).sum())
+            bar.update(len(perturbed))
     found = []
     for name in models:
         accuracies = percent(clean[name], n), percent(adversarial[name], n), wilson(adversarial[name], n)
@@ -95,8 +93,7 @@ def matrix(models: Models, sets: Sequence[LabelledImages], attack, *, sources=No
 def means(found: Sequence[Transfer]) -> Cells:
     """Unweighted means over data sets, the share of its accuracy that the judge keeps (%), and n."""
     result = {}
-    for cell in dict.fromkeys((t.source, t.judge) for t in found):
-        part = [t for t in found if (t.source, t.judge) == cell]
+    for cell, part in grouped(found, lambda t: (t.source, t.judge)).items():
         mean = {k: sum(getattr(t, k) for t in part) / len(part) for k in ("clean", "adversarial", "kl")}
         kept = 100 * mean["adversarial"] / mean["clean"] if mean["clean"] else 0.0
         result[cell] = mean | {"kept": kept, "n": sum(t.n for t in part)}

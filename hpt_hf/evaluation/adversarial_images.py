@@ -21,23 +21,22 @@ def save_images(
     Columns: `image` and `adversarial` as the model sees them, in 256 levels; `label`, `clean_answer` and `answer`, that to
     the adversarial image before it was rounded; `linf` and `l2`, the distance in [0, 1] pixels; `end` as in a result.
     """
-    names = datasets.ClassLabel(names=list(classifier.classes))
-    answers = [classifier.classify(x).logits.argmax(1).tolist() for x in (images, perturbed)]
+    image, number, text = datasets.Image(), datasets.Value("float32"), datasets.Value("string")
+    answer = datasets.ClassLabel(names=list(classifier.classes))
+    clean_answers, answers = (classifier.classify(x).logits.argmax(1).tolist() for x in (images, perturbed))
     delta = (perturbed - images).flatten(1)
     columns = {
-        "image": [to_png(x) for x in images],
-        "adversarial": [to_png(x) for x in perturbed],
-        "label": labels.tolist(),
-        "clean_answer": answers[0],
-        "answer": answers[1],
-        "linf": delta.abs().amax(1).tolist(),
-        "l2": delta.norm(dim=1).tolist(),
-        "end": ends,
+        "image": (image, [to_png(x) for x in images]),
+        "adversarial": (image, [to_png(x) for x in perturbed]),
+        "label": (answer, labels.tolist()),
+        "clean_answer": (answer, clean_answers),
+        "answer": (answer, answers),
+        "linf": (number, delta.abs().amax(1).tolist()),
+        "l2": (number, delta.norm(dim=1).tolist()),
+        "end": (text, ends),
     }
-    kinds = {name: datasets.Image() for name in ("image", "adversarial")}
-    kinds |= dict.fromkeys(("label", "clean_answer", "answer"), names)
-    kinds |= {"linf": datasets.Value("float32"), "l2": datasets.Value("float32"), "end": datasets.Value("string")}
+    kinds = datasets.Features({name: kind for name, (kind, _) in columns.items()})
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).to_parquet(part)
+    datasets.Dataset.from_dict({n: v for n, (_, v) in columns.items()}, features=kinds).to_parquet(part)
     part.replace(file)

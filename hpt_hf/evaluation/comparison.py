@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hpt_hf.evaluation.result import EvalResult
+from hpt_hf.evaluation.statistics import grouped
 from hpt_hf.utils import markdown
 
 KINDS = ("clean", "robust")
@@ -63,9 +64,7 @@ def right(result: EvalResult, kind: str) -> np.ndarray:
 
 def shares(results: Sequence[EvalResult], kind: str) -> dict[str, np.ndarray]:
     """Data set -> (n,) for each image the share of seeds that are right."""
-    by_set: dict[str, list[EvalResult]] = {}
-    for result in results:
-        by_set.setdefault(result.dataset, []).append(result)
+    by_set = grouped(results, lambda r: r.dataset)
     return {name: np.mean([right(r, kind) for r in part], axis=0) for name, part in by_set.items()}
 
 
@@ -95,23 +94,21 @@ def compare(results: Sequence[EvalResult], reference: str | None = None) -> list
     Raises:
         ValueError: fewer than two models, an unknown reference, or results that may not be compared.
     """
-    models: dict[str, list[EvalResult]] = {}
-    for result in results:
-        models.setdefault(without_seed(result.model), []).append(result)
+    models = grouped(results, lambda r: without_seed(r.model))
     check(models)
-    first = next(iter(models)) if reference is None else _named(reference, models)
+    wanted = [model for model in models if reference in (None, model, Path(model).name)]
+    if reference is not None and len(wanted) != 1:
+        raise ValueError(f"reference: got {reference!r}, expected one of {', '.join(models)}")
     rows = []
     for model, part in models.items():
-        others = [other for other in models if other != model]
-        gaps = {other: [paired(models[other], part, kind) for kind in KINDS] for other in others}
+        gaps = {o: [paired(models[o], part, kind) for kind in KINDS] for o in models if o != model}
         worse = [o for o, both in gaps.items() if any(g.low > 0 for g in both) and all(g.value >= 0 for g in both)]
-        seeds = _by_seed(part)
-        means = [[np.mean([getattr(r, kind) for r in run]) for kind in KINDS] for run in seeds.values()]
+        seeds = [*_by_seed(part).values()]
+        means = [[np.mean([getattr(r, kind) for r in run]) for kind in KINDS] for run in seeds]
         clean, robust = (float(v) for v in np.mean(means, axis=0))
         spread = tuple(float(v) for v in np.std(means, axis=0, ddof=1)) if len(means) > 1 else (0.0, 0.0)
-        against = None if model == first else {kind: paired(part, models[first], kind) for kind in KINDS}
-        one = next(iter(seeds.values()))
-        counts = (len(seeds), len(one), sum(r.n for r in one))
+        against = None if model == wanted[0] else {kind: paired(part, models[wanted[0]], kind) for kind in KINDS}
+        counts = (len(seeds), len(seeds[0]), sum(r.n for r in seeds[0]))
         rows.append(Compared(model, *counts, clean, robust, spread, against, tuple(worse)))
     return sorted(rows, key=lambda row: -(row.clean + row.robust))
 
@@ -123,11 +120,10 @@ def check(models: dict[str, list[EvalResult]]) -> None:
     everyone = [r for part in models.values() for r in part]
     if len(questions := {str(r.question) for r in everyone}) > 1:
         raise ValueError(f"compare: got {sorted(questions)}, expected one attack, eps and protocol")
-    sets: dict[str, set] = {}
-    for r in everyone:
-        sets.setdefault(r.dataset, set()).add((r.n, tuple((name, counts[0]) for name, counts in r.per_class.items())))
-    if odd := [name for name, kinds in sets.items() if len(kinds) > 1]:
-        raise ValueError(f"compare: {odd[0]} holds other images or classes for one model than for another")
+    sets = grouped(everyone, lambda r: r.dataset)
+    for name, part in sets.items():
+        if len({(r.n, *((label, counts[0]) for label, counts in r.per_class.items())) for r in part}) > 1:
+            raise ValueError(f"compare: {name} holds other images or classes for one model than for another")
     for model, part in models.items():
         for seed, run in _by_seed(part).items():
             if missing := sets.keys() - {r.dataset for r in run}:
@@ -135,17 +131,7 @@ def check(models: dict[str, list[EvalResult]]) -> None:
 
 
 def _by_seed(results: Sequence[EvalResult]) -> dict[str, list[EvalResult]]:
-    runs: dict[str, list[EvalResult]] = {}
-    for result in results:
-        runs.setdefault(f"{result.model} {result.fingerprint}", []).append(result)
-    return runs
-
-
-def _named(reference: str, models: dict) -> str:
-    found = [model for model in models if reference in (model, Path(model).name)]
-    if len(found) != 1:
-        raise ValueError(f"reference: got {reference!r}, expected one of {', '.join(models)}")
-    return found[0]
+    return grouped(results, lambda r: f"{r.model} {r.fingerprint}")
 
 
 def named(rows: Sequence[Compared]) -> dict[str, str]:
@@ -163,7 +149,7 @@ def table(rows: Sequence[Compared]) -> str:
             f"{value:.1f}" + (f" ± {spread:.1f}" if row.seeds > 1 else "")
             for value, spread in zip((row.clean, row.robust), row.spread, strict=True)
         ]
-        gaps = [str(row.against[kind]) for kind in ("clean", "robust")] if row.against else ["reference", "reference"]
+        gaps = [str(row.against[kind]) if row.against else "reference" for kind in KINDS]
         front = "dominated by " + ", ".join(names[m] for m in row.dominated_by) if row.dominated_by else "on the front"
         cells.append((names[row.model], row.seeds, row.sets, row.n, *means, *gaps, front))
     header = ("model", "seeds", "sets", "n", "clean %", "robust %", "clean, paired", "robust, paired", "front")

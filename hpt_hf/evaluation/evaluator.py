@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -223,8 +222,9 @@ def evaluate(
         "versions": versions(),
     }
     known = Findings(folder and Path(folder) / "progress", question, processes().process_index)
-    asked = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
-    place = Path(folder, "images", f"{slug(images.name)}--{slug(str(attack))}--{asked}") if save_images else None
+    place = None
+    if save_images:
+        place = Path(folder, "images", f"{slug(images.name)}--{slug(str(attack))}--{known.digest[:8]}")
     options = {"batch_size": batch_size, "limit": limit}
     outcomes = attack_all(classifier, images, attack, **options, known=known, keep=place)
     model = {"model": name, "revision": revision, "fingerprint": weights}
@@ -241,7 +241,7 @@ def _measured(images: LabelledImages, outcomes: Outcomes, limit: int | None) -> 
     """The fields of a result that say what was measured, and how."""
     attack = outcomes.attack
     after = {stage: outcomes.after(number) for number, stage in enumerate(attack.stages)}
-    total = after[attack.stages[-1]]
+    *_, total = after.values()
     return {
         "dataset": images.name,
         "source": dict(images.source, limit=limit),
@@ -282,18 +282,8 @@ def sanity_checks(
     known_to = by_size(outcomes.ends >= WRONG, 2 * count) if baseline is not None else {}
     none = {k: v[:0].to(classifier.device) for k, v in collate([images[0]]).items()}
     sizes = {**clean, **robust, **known_to} or {None: none}
-    probes = [
-        Probe(
-            classifier,
-            outcomes.attack,
-            result,
-            clean.get(s, none),
-            robust.get(s, none),
-            baseline,
-            known_to.get(s, none),
-        )
-        for s in sizes
-    ]
+    parts = [[part.get(size, none) for part in (clean, robust, known_to)] for size in sizes]
+    probes = [Probe(classifier, outcomes.attack, result, *three, baseline) for three in parts]
 
     def run(check) -> dict:
         raised, detail = run_check(check, probes)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ Call = tuple[int, float]  # how many images, and seconds or the time at which it
 LOOKED_AT, STEPS = 64, 10  # images of a set, and steps of each PGD on them
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(NamedTuple):
     """Of some images of a set: which shares are right and stand, passes until one fell, and what a pass takes."""
 
     right: float
@@ -56,16 +55,14 @@ def forecast(
     classifier.set_classes(images.classes, images.templates)
     seen, targets = _look(classifier, images, attack, min(n, LOOKED_AT)), min(9, len(images.classes) - 1)
     passes, queries = seen.fell, 0.0
-    for number, (stage, own) in enumerate(zip(attack.stages, attack.own_steps, strict=True)):
-        steps = attack.steps or own
-        if number == 0 and stage in ("pgd", "cw"):  # whose steps are the smaller, the more there are
+    for stage, steps in attack.stages.items():
+        if stage in ("pgd", "cw"):  # whose steps are the smaller, the more there are
             passes *= max(1, steps / STEPS)
         standing = seen.standing if stage in ("pgd", "apgd-ce") else seen.standing_both
         if stage == "square":
             queries += standing * steps
         else:
             passes += standing * steps * (targets if stage == "apgd-t" else 1)
-    standing = seen.standing if attack.stages[-1] in ("pgd", "apgd-ce") else seen.standing_both
     whole = n * ((1 + queries) * seen.forward + passes) * seen.gradient(min(batch_size, n) * standing)
     if probe:  # the checks of hpt_hf.evaluation.sanity_checks that attack again, on images that stand or are right
         again = 150 + (0 if "apgd-t" in attack.stages else 30 * targets)

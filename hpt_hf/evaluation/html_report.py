@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from hpt_hf.attacks.threat_model import parse_eps
 from hpt_hf.evaluation.comparison import Compared, compare, table
 from hpt_hf.evaluation.result import REMARKS, EvalResult, read_results_of, told_apart
 from hpt_hf.evaluation.sanity_checks import CHECKS
-from hpt_hf.evaluation.statistics import percent, wilson
+from hpt_hf.evaluation.statistics import grouped, percent, wilson
 from hpt_hf.evaluation.tables import result_table
 from hpt_hf.utils import escaped, write_text
 
@@ -40,12 +40,12 @@ def write_html_report(folder: str | Path) -> Path:
     names = short_names(results)
     examples = gallery(folder, results, names)
     results = told_apart([replace(r, model=names[r.model, r.fingerprint]) for r in results])
-    parts = _grouped(results, lambda r: r.question)
     models = list(dict.fromkeys(r.model for r in results))
     skipped = sum(len(r.skipped) for r in results)
     text = [escaped(f"# {', '.join(models) or 'Transfer'}")]
     text += ["95% intervals: Wilson. Means: unweighted over data sets."]
-    tables = [(str(part[0].question), part, differences(part)) for part in parts]
+    parts = grouped(results, lambda r: str(r.question))
+    tables = [(question, part, differences(part)) for question, part in parts.items()]
     for question, part, rows in tables:
         text += [f"## {question}", result_table(part), *([table(rows)] if rows else [])]
         text += [escaped(f"- {r.dataset} ({r.model}): {c['name']}: {c['detail']}") for r in part for c in r.raised]
@@ -55,7 +55,8 @@ def write_html_report(folder: str | Path) -> Path:
         text += ["## Transfer", transfer["table"]]
     write_text(folder / "report.md", "\n\n".join(text) + "\n")
     rows = summary(results)
-    page = {"models": models, "summary": rows, "tables": tables, "plots": curves(rows), "single": bars(results, rows)}
+    plots = curves(rows)
+    page = {"models": models, "summary": rows, "tables": tables, "plots": plots, "single": bars(results, rows, plots)}
     page |= {"gallery": examples, "transfer": transfer, "skipped": skipped, "verdicts": VERDICTS, "remarks": REMARKS}
     page |= {"raised": {c["name"]: MEANINGS.get(c["name"], "") for r in results for c in r.raised}}
     order = [*transfer["ranking"], transfer["student"]] if transfer and transfer.get("ranking") else []
@@ -82,13 +83,6 @@ def short_names(results: Sequence[EvalResult]) -> dict[tuple[str, str], str]:
     return {key: name[level] for key, name in zip(models, names, strict=True)}
 
 
-def _grouped(items: Iterable, key: Callable) -> list[list]:
-    groups: dict = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return [*groups.values()]
-
-
 def measured(counts: Sequence[tuple[int, int, int]]) -> dict:
     """Unweighted means over sets, each (images, right, robust), with 95% intervals: Wilson's ones combined.
 
@@ -106,10 +100,10 @@ def measured(counts: Sequence[tuple[int, int, int]]) -> dict:
 def summary(results: Sequence[EvalResult]) -> list[dict]:
     """One row a question and model: means over its data sets, the worst verdict, and how many sets are doubted."""
     rows = []
-    for part in _grouped(results, lambda r: (r.question, r.model)):
-        verdicts, q, sets = [r.verdict for r in part], part[0].question, sorted((r.dataset, r.n) for r in part)
+    for (q, model), part in grouped(results, lambda r: (r.question, r.model)).items():
+        verdicts, sets = [r.verdict for r in part], sorted((r.dataset, r.n) for r in part)
         worst = next((v for v in ("suspicious", "remark", "unchecked") if v in verdicts), "clear")
-        row = {"question": q, "model": part[0].model, "n": sum(r.n for r in part), "data": tuple(sets)}
+        row = {"question": q, "model": model, "n": sum(r.n for r in part), "data": tuple(sets)}
         row |= {"verdict": worst, "doubted": verdicts.count("suspicious")}
         rest = f", {q.limit} images a set" * bool(q.limit) + f", seed {q.seed}" * bool(q.seed)
         row["asked"] = f"{q.attack} on {sets[0][0] if len(sets) == 1 else f'{len(sets)} sets'}{rest}"
@@ -145,9 +139,9 @@ def curves(rows: Sequence[dict]) -> list[dict]:
     A line joins means over the same images of the same sets; where none has two radii there is no plot.
     """
     plots = []
-    for part in _grouped(rows, lambda r: (r["question"].protocol, r["question"].norm)):
+    for part in grouped(rows, _axis).values():
         lines, ticks = [], {"0": 0.0} | {r["question"].eps: parse_eps(r["question"].eps) for r in part}
-        for line in _grouped(part, lambda r: (r["model"], r["data"], r["question"]._replace(eps=""))):
+        for line in grouped(part, lambda r: (r["model"], r["data"], r["question"]._replace(eps=""))).values():
             points = [(0.0, line[0]["clean"], line[0]["clean_interval"])]
             points += [(parse_eps(r["question"].eps), r["robust"], r["robust_interval"]) for r in line]
             lines.append({"model": line[0]["model"], "asked": line[0]["asked"], "points": points})
@@ -159,19 +153,23 @@ def curves(rows: Sequence[dict]) -> list[dict]:
     return plots
 
 
-def bars(results: Sequence[EvalResult], rows: Sequence[dict]) -> dict[str, list[dict]]:
+def _axis(row: dict) -> tuple[str, str]:
+    return row["question"].protocol, row["question"].norm
+
+
+def bars(results: Sequence[EvalResult], rows: Sequence[dict], plots: Sequence[dict]) -> dict[str, list[dict]]:
     """Of each question that no plot shows: the data sets of one model and their mean, or the means of several models."""
-    plotted, found = {(p["question"].protocol, p["question"].norm) for p in curves(rows)}, {}
-    for means in _grouped(rows, lambda r: r["question"]):
-        if (means[0]["question"].protocol, means[0]["question"].norm) in plotted:
+    plotted, found = set(map(_axis, plots)), {}
+    for question, means in grouped(rows, lambda r: r["question"]).items():
+        if _axis(means[0]) in plotted:
             continue
         many = len({row["data"] for row in means}) > 1
         named = [row | {"name": f"{row['model']}, {row['asked']}" if many else row["model"]} for row in means]
         if len(means) == 1:
-            sets = [r for r in results if r.question == means[0]["question"]]
+            sets = [r for r in results if r.question == question]
             named = [{"name": r.dataset, "model": r.model} | measured([(r.n, r.n_clean, r.n_robust)]) for r in sets]
             named += [means[0] | {"name": "mean"}] * (len(sets) > 1)
-        found[str(means[0]["question"])] = named
+        found[str(question)] = named
     return found
 
 

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import NamedTuple, get_origin, get_type_hints
 
 from hpt_hf.attacks.suite import EvaluationAttack
-from hpt_hf.evaluation.statistics import percent, wilson
+from hpt_hf.evaluation.statistics import grouped, percent, wilson
 from hpt_hf.utils import slug
 
 FORMAT = 3  # of a result's file
@@ -106,9 +106,8 @@ class EvalResult:
         """One name for each model, data set and question: slugs to read, and a digest, since they are cut short."""
         parts = (Path(self.model).name or self.model, self.dataset, self.attack, self.norm, self.eps, self.protocol)
         asked = [self.fingerprint, *parts, *self.question, self.target, self.templates, list(self.per_class)]
-        digest = hashlib.sha256(
-            json.dumps([*asked, self.images_digest, self.source.get("split")]).encode()
-        ).hexdigest()
+        asked += [self.images_digest, self.source.get("split")]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         return "--".join(slug(p)[:40] or "x" for p in parts) + f"--{digest[:8]}.json"
 
     def to_json(self) -> dict:
@@ -169,9 +168,10 @@ def _tuples(value):
 def told_apart(results: Sequence[EvalResult]) -> list[EvalResult]:
     """The same results; sets of one name under one question are named by what differs: split, prompts, classes, images."""
     told = list(results)
-    keys = [(r.dataset, r.model, r.fingerprint, r.question, r.target) for r in told]
-    for key in {k for k in keys if keys.count(k) > 1}:
-        places = [i for i, k in enumerate(keys) if k == key]
+    asked = [(r.dataset, r.model, r.fingerprint, r.question, r.target) for r in told]
+    for places in grouped(range(len(told)), asked.__getitem__).values():
+        if len(places) == 1:
+            continue
         for what in (
             lambda r: str(r.source.get("split")),
             lambda r: " · ".join(r.templates),

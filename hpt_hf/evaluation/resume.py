@@ -23,10 +23,10 @@ class Findings:
         if folder is None:
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
-        for file in sorted(Path(folder).glob(f"{digest}-*.jsonl")):
+        self.digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
+        for file in sorted(Path(folder).glob(f"{self.digest}-*.jsonl")):
             self.findings.update(_whole_lines(file))
-        self.file = Path(folder, f"{digest}-{rank}.jsonl")
+        self.file = Path(folder, f"{self.digest}-{rank}.jsonl")
         if self.file.exists():  # a torn last line must not be continued
             os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
 

@@ -49,8 +49,8 @@ class Probe:
     result: EvalResult
     clean_images: Batch  # some that are right
     robust_images: Batch  # some that withstood the attack
+    baseline_images: Batch = field(default_factory=dict)  # some of either kind
     baseline: Classifier | None = None  # an undefended model
-    baseline_images: Batch = field(default_factory=dict)
 
     def logits(self, images: Images) -> Logits:
         # None may be right, or robust, and vision towers take no empty batch.
@@ -95,9 +95,7 @@ def half_precision(probe: Probe) -> Finding:
         "autocast": {torch.get_autocast_dtype(device)} if torch.is_autocast_enabled(device) else set(),
         "layers": layers,
         # A float32 tensor whose every value fits 16 bits was computed in them.
-        "logits": {
-            half for half in halves if logits.numel() and torch.equal(logits.to(half).to(logits.dtype), logits)
-        },
+        "logits": {h for h in halves if logits.numel() and torch.equal(logits.to(h).to(logits.dtype), logits)},
     }
     seen = [f"{what} in {half}" for what, found in dtypes.items() for half in halves if half in found]
     return bool(seen), ", ".join(seen) or "everything is computed in float32"
@@ -172,7 +170,7 @@ def large_ball(probe: Probe) -> Seen:
 
 def black_box(probe: Probe) -> Finding | Seen:
     """Random search breaks what gradients left: the gradients lie."""
-    if probe.attack.stages == ("square",):
+    if probe.attack.name == "square":
         return None, "the attack is Square itself"
     if "square" in probe.attack.stages:  # it ran after the others
         *_, before, after = probe.result.accuracy_after.values()
@@ -209,7 +207,7 @@ def baseline(probe: Probe) -> Finding | Seen:
     batch = [probe.baseline_images[k][known] for k in ("images", "image_ids", "labels")]
     robust = torch.ones(len(batch[0]), dtype=torch.bool, device=known.device)
     # The first stage is often enough: then the rest of `standard` would be of no use.
-    for attack in (replace(probe.attack, name=probe.attack.stages[0]), probe.attack):
+    for attack in (replace(probe.attack, name=[*probe.attack.stages][0]), probe.attack):
         if len(robust) and robust.sum() > BASELINE * len(robust):
             robust = attack.run(probe.baseline, *batch)[1] < 0
     return Seen(robust, "that the undefended model knows withstand the attack on it", BASELINE)

@@ -1,9 +1,20 @@
-"""Statistics: percentages, Wilson's interval, means over data sets."""
+"""Statistics: groups, percentages, Wilson's interval, means over data sets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[T]]:
+    """Items by their key, in the order in which each key is first met."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from hpt_hf.evaluation.result import EvalResult, told_apart
-from hpt_hf.evaluation.statistics import mean
+from hpt_hf.evaluation.statistics import grouped, mean
 from hpt_hf.utils import markdown
 
 
@@ -26,12 +26,11 @@ def result_table(results: Sequence[EvalResult]) -> str:
     for r in results:
         clean, robust = ("{:.1f}–{:.1f}".format(*interval) for interval in (r.clean_interval, r.interval))
         rows.append((r.dataset, r.model, r.n, r.classes, r.clean, clean, r.robust, robust, r.verdict))
-    models = list(dict.fromkeys((r.model, r.fingerprint) for r in results))
-    for model in models:
-        part = [r for r in results if (r.model, r.fingerprint) == model]
+    models = grouped(results, lambda r: (r.model, r.fingerprint))
+    for (model, _), part in models.items():
         means, doubted = mean(part), sum(r.verdict == "suspicious" for r in part)
         verdict = f"{doubted} suspicious" if doubted else ""
-        rows.append(("mean", model[0], sum(r.n for r in part), "", means["clean"], "", means["robust"], "", verdict))
+        rows.append(("mean", model, sum(r.n for r in part), "", means["clean"], "", means["robust"], "", verdict))
     header = ("data set", "model", "n", "classes", "clean %", "95%", "robust %", "95%", "verdict")
     if len(models) == 1:  # its name stands in the heading
         header, *rows = ((row[0], *row[2:]) for row in (header, *rows))
@@ -62,20 +61,16 @@ class Results(Sequence[EvalResult]):
 
     def to_markdown(self) -> str:
         """A table a question, with its heading, as in report.md."""
-        return "\n\n".join(f"{question}\n\n{result_table(part)}" for question, part in self._by_question())
+        parts = grouped(self.results, lambda r: str(r.question))
+        return "\n\n".join(f"{question}\n\n{result_table(part)}" for question, part in parts.items())
 
     def to_latex(self) -> str:
         """One booktabs table of all results."""
         shown = ["model", "dataset", "attack", "eps", "n", "clean", "robust", "robust_low", "robust_high", "verdict"]
         return latex(self.to_pandas()[shown])
 
-    def _by_question(self) -> Iterator[tuple[str, list[EvalResult]]]:
-        for question in dict.fromkeys(str(r.question) for r in self.results):
-            yield question, [r for r in self.results if str(r.question) == question]
-
 
 def latex(table: pd.DataFrame) -> str:
     """booktabs, one decimal, special characters escaped."""
-    return table.rename(columns=lambda name: name.replace("_", " ")).to_latex(
-        index=False, escape=True, float_format="%.1f"
-    )
+    table = table.rename(columns=lambda name: name.replace("_", " "))
+    return table.to_latex(index=False, escape=True, float_format="%.1f")

@@ -10,24 +10,23 @@ from conftest import Recorder, grey
 from hpt_hf.attacks.apgd import APGD
 from hpt_hf.attacks.engine import Criterion, run_attack
 from hpt_hf.attacks.noise import Noise
-from hpt_hf.attacks.pgd import PGD
 from hpt_hf.attacks.threat_model import ThreatModel
 
 # Never reached: what the classifier says is the loss itself.
 CLIMB = Criterion(lambda logits, rows: logits[:, 0], lambda logits, rows: torch.zeros(len(logits), dtype=torch.bool))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 10, 20, 29, 50, 100, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 29, 100, 1000])
 def test_checkpoints_are_the_papers(steps):
     """p(j+1) = p(j) + max(p(j) - p(j-1) - 0.03, 0.06) from 0 and 0.22, in exact fractions of the number of steps."""
     marks = [Fraction(0), Fraction(22, 100)]
     while marks[-1] <= 1:
         marks.append(marks[-1] + max(marks[-1] - marks[-2] - Fraction(3, 100), Fraction(6, 100)))
-    found, stretches = zip(*APGD(ThreatModel(), steps).checkpoints().items(), strict=True)
+    found = APGD(ThreatModel(), steps).checkpoints()
     if steps % 100 == 0:
         assert list(found) == [math.ceil(mark * steps) for mark in marks][1:-1]
-    assert 1 <= found[0] <= math.ceil(0.22 * steps) and found[-1] <= steps, "few steps have some too"
-    assert list(stretches) == [b - a for a, b in zip((0, *found), found, strict=False)]
+    assert 1 <= min(found) <= math.ceil(0.22 * steps) and max(found) <= steps, "few steps have some too"
+    assert list(found.values()) == [b - a for a, b in zip((0, *found), found, strict=False)]
 
 
 def written_out_apgd(loss, gradient, start, project, unit, radius, steps):
@@ -94,14 +93,3 @@ def test_apgd_asks_about_the_points_of_the_written_out_algorithm(steps, turns):
             torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-4)
             happened |= set(reasons)
     assert happened == turns | {(False, False)}, "each way of being stuck, and of not being"
-
-
-def test_apgd_ends_nearer_to_a_top_inside_the_ball_than_pgd():
-    """Steps of one size end up jumping across the top; halved ones, from the best point, close in."""
-    images, threat, ends = grey(20, side=2), ThreatModel("linf", 0.1), {}
-    offset = torch.linspace(-0.06, 0.06, 20)[:, None]
-    for strategy in (PGD, APGD):
-        asked = Recorder(lambda x: -((x - images).flatten(1) - offset).square().sum(1, keepdim=True))
-        run_attack(asked, images, strategy(threat, 20), noise=Noise(torch.arange(20)), criterion=CLIMB)
-        ends[strategy] = ((asked.calls[-1] - images).flatten(1) - offset).abs().amax(1)
-    assert (ends[APGD] < ends[PGD]).all() and ends[APGD].mean() < ends[PGD].mean() / 2

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import CLASSES, Recorder, grey, linear
+from conftest import Recorder, grey, linear
 
 from hpt_hf.attacks.apgd import APGD
 from hpt_hf.attacks.engine import frozen, misclassification, run_attack, target_reached
-from hpt_hf.attacks.losses import cross_entropy, margin, targeted_dlr
+from hpt_hf.attacks.losses import cross_entropy, margin
 from hpt_hf.attacks.noise import Noise
 from hpt_hf.attacks.pgd import PGD, TrainingAttack
 from hpt_hf.attacks.square import Square
@@ -79,26 +79,23 @@ def test_all_chance_hangs_on_image_id_and_seed(trained, batch, name, norm):
 @every_attack
 def test_an_attack_changes_nothing_but_what_it_returns(trained, batch, name, norm):
     """Not even of a model that asks for gradients: `frozen` saves the work, the attack itself keeps its hands off."""
-    parameters = dict(trained.named_parameters())
-    before = {n: (p.detach().clone(), p.requires_grad) for n, p in parameters.items()}
-    assert {asked for _, asked in before.values()} == {True, False}
-    held = "model.visual_projection.weight"
-    parameters[held].grad = torch.full_like(parameters[held], 7.0)  # of an accumulation step, say
-    images, image_ids, state = batch["images"].clone(), batch["image_ids"].clone(), torch.get_rng_state()
+    held = trained.get_parameter("model.visual_projection.weight")
+    held.grad = torch.full_like(held, 7.0)  # of an accumulation step, say
     trained.train().model.vision_model.eval()  # some of its modules train, and some do not
-    modes = [m.training for m in trained.modules()]
+
+    def state():
+        parameters = [(p.detach().clone(), p.requires_grad) for p in trained.parameters()]
+        return [parameters, [m.training for m in trained.modules()], {k: v.clone() for k, v in batch.items()}]
+
+    before, chance = state(), torch.get_rng_state()
     try:
         run(trained, batch, name, norm, steps=3, freeze=False)
-        assert [m.training for m in trained.modules()] == modes
-        assert (parameters.pop(held).grad == 7).all() and all(p.grad is None for p in parameters.values())
+        torch.testing.assert_close(state(), before, rtol=0, atol=0)
+        assert (held.grad == 7).all() and sum(p.grad is not None for p in trained.parameters()) == 1
     finally:
-        trained.get_parameter(held).grad = None
+        held.grad = None
         trained.eval()
-    assert torch.equal(torch.get_rng_state(), state)
-    for n, p in trained.named_parameters():
-        assert torch.equal(p, before[n][0]) and p.requires_grad == before[n][1]
-    assert torch.equal(batch["images"], images) and torch.equal(batch["image_ids"], image_ids)
-    assert not batch["images"].requires_grad
+    assert torch.equal(torch.get_rng_state(), chance) and not batch["images"].requires_grad
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,20 +107,6 @@ def test_neither_autocast_nor_the_gradient_mode_around_reaches_it(trained, batch
         assert not torch.is_grad_enabled()
     with torch.no_grad():
         assert torch.equal(inside, found) and not torch.equal(half, trained(batch["images"]).embeds)
-
-
-@every_attack
-def test_more_steps_or_a_larger_ball_never_break_fewer(trained, batch, name, norm):
-    eps, steps = CASES[name, norm]
-    radius = ThreatModel(norm, eps).radius
-    balls = (0.5 * radius, radius, 1.6 * radius, 0.5 if norm == "linf" else 20 * radius)
-    by_eps = [int(run(trained, batch, name, norm, eps=eps)[1].sum()) for eps in balls]
-    assert by_eps == sorted(by_eps), by_eps
-    if name != "training":  # its steps are of one size, and only the last counts
-        few, many = (int(run(trained, batch, name, norm, steps=n)[1].sum()) for n in (1, 2 * steps))
-        assert few <= by_eps[1] <= many
-    if name != "square":
-        assert by_eps[-1] == len(batch["labels"]), "what a huge ball leaves standing was not attacked"
 
 
 @pytest.mark.gpu
@@ -150,7 +133,7 @@ def test_an_empty_batch_is_an_empty_answer_and_an_empty_ball_the_image_alone(nam
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("change", ["three ids", "half", "bfloat16", "double", -0.01, 1.01, torch.nan, torch.inf])
+@pytest.mark.parametrize("change", ["three ids", "half", "double", -0.01, 1.01, torch.nan])
 def test_what_no_attack_may_start_from_is_refused(name, change):
     images, labels, noise = grey(4), torch.zeros(4, dtype=torch.int64), Noise(torch.arange(4))
     if change == "three ids":
@@ -198,63 +181,30 @@ def test_nothing_is_asked_once_all_are_broken(name):
     logits_fn, right, noise = Recorder(answer), answer(images).argmax(1), Noise(torch.arange(6))
     _, broken = attack(name, logits_fn, images, (right + 1) % 3, ThreatModel("linf", 1e-6), 50, noise)
     assert broken.all() and [len(x) for x in logits_fn.calls] == ([6, 6] if name == "apgd-t" else [6])
-    logits_fn.calls.clear()
-    _, broken = attack(name, logits_fn, images, right, ThreatModel("linf", 0.3), 50, noise)
-    assert broken.all() and 6 < sum(map(len, logits_fn.calls)) < 6 * 50 and all(map(len, logits_fn.calls))
-    assert (answer(logits_fn.calls[-1]).argmax(1) != right[logits_fn.who(-1, images)]).all()
-
-
-@pytest.mark.parametrize("name", ["pgd", "cw", "apgd-ce", "square"])
-def test_a_name_stands_for_its_loss_and_its_strategy(name):
-    """Query by query: whoever compares with other people's numbers compares names."""
-    images, (_, answer) = grey(5), linear(6)
-    labels, threat, noise = answer(images).argmax(1), ThreatModel("linf", 1e-4), Noise(torch.arange(5))
-    loss, strategy, steps = {
-        "pgd": (cross_entropy, PGD(threat, 7, 2.5 * threat.radius / 7), 7),
-        "cw": (margin, PGD(threat, 7, 2.5 * threat.radius / 7), 7),
-        "apgd-ce": (cross_entropy, APGD(threat, 7), 7),
-        "square": (margin, Square(threat, 8), 8),
-    }[name]
-    named, spelled_out = Recorder(answer), Recorder(answer)
-    assert not attack(name, named, images, labels, threat, steps, noise)[1].any() and len(named.calls) == 8
-    run_attack(spelled_out, images, strategy, noise=noise, criterion=misclassification(loss, labels))
-    assert all(torch.equal(x, y) for x, y in zip(named.calls, spelled_out.calls, strict=True))
-
-
-@pytest.mark.parametrize("make", [lambda threat: PGD(threat, 6, 0.02), lambda threat: APGD(threat, 6)])
-def test_a_chosen_answer_is_what_the_attack_is_for(trained, batch, make):
-    """Broken is the answer that was chosen, not any wrong one; images that have it already are done at the start."""
-    images, labels, threat = batch["images"], batch["labels"], ThreatModel("linf", "20/255")
-    targets = (labels + torch.arange(len(labels)) // len(CLASSES)) % len(CLASSES)
-    logits_fn, noise = Recorder(lambda x: trained.classify(x).logits), Noise(batch["image_ids"])
-    with frozen(trained):
-        goal = target_reached(cross_entropy, targets)
-        found, broken = run_attack(logits_fn, images, make(threat), noise=noise, criterion=goal)
-    with torch.no_grad():
-        before, after = (trained.classify(x).logits for x in (images, found))
-    assert torch.equal(after.argmax(1) == targets, broken) and threat.contains(found, images).all()
-    assert ((after.argmax(1) != labels) & ~broken).any(), "wrong, but not as chosen"
-    already = targets == labels
-    assert broken[already].all() and 0 < broken[~already].sum() < (~already).sum()
-    assert len(logits_fn.calls[1]) == (~already).sum()
-    assert torch.equal(found[already], threat.random_start(images, noise)[already]), "left at its start"
-    p, q = (z.log_softmax(1).gather(1, targets[:, None])[:, 0][~already] for z in (before, after))
-    assert (q > p).float().mean() > 0.9
-
-
-BOTH = torch.arange(9) % 5, (torch.arange(9) * 2 + 1) % 5  # labels and targets
 
 
 @pytest.mark.parametrize(
-    ("criterion", "loss", "reached"),
+    ("name", "loss", "strategy"),
     [
-        (misclassification(targeted_dlr, *BOTH), lambda z: targeted_dlr(z, *BOTH), lambda a: a != BOTH[0]),
-        (target_reached(cross_entropy, BOTH[1]), lambda z: -cross_entropy(z, BOTH[1]), lambda a: a == BOTH[1]),
+        ("pgd", cross_entropy, lambda threat: PGD(threat, 7, 2.5 * threat.radius / 7)),
+        ("cw", margin, lambda threat: PGD(threat, 7)),
+        ("apgd-ce", cross_entropy, lambda threat: APGD(threat, 7)),
+        ("square", margin, lambda threat: Square(threat, 8)),
     ],
 )
-def test_a_criterion_keeps_to_the_rows_that_it_is_asked_about(criterion, loss, reached):
-    """The logits are of the standing images only, the labels of all: each row must find its own."""
-    logits, rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(7)), torch.tensor([1, 4, 7])
-    for some in (rows, torch.arange(9)):
-        torch.testing.assert_close(criterion.loss(logits[some], some), loss(logits)[some])
-        assert torch.equal(criterion.reached(logits[some], some), reached(logits.argmax(1))[some])
+def test_a_name_stands_for_its_loss_and_its_strategy(name, loss, strategy):
+    """Query by query: whoever compares with other people's numbers compares names."""
+    images, (_, answer) = grey(5), linear(6)
+    labels, threat, noise = answer(images).argmax(1), ThreatModel("linf", 1e-4), Noise(torch.arange(5))
+    named, spelled_out = Recorder(answer), Recorder(answer)
+    attack(name, named, images, labels, threat, 8 if name == "square" else 7, noise)
+    run_attack(spelled_out, images, strategy(threat), noise=noise, criterion=misclassification(loss, labels))
+    assert len(named.calls) == 8 and all(map(torch.equal, named.calls, spelled_out.calls))
+
+
+def test_a_target_is_that_of_the_row_that_is_asked_about():
+    """The logits are of the standing images only, the targets of all."""
+    targets, rows = torch.arange(9) % 5, torch.tensor([1, 4, 7])
+    logits, goal = torch.eye(5)[targets], target_reached(cross_entropy, targets)
+    assert goal.reached(logits[rows], rows).all() and not goal.reached(logits[rows + 1], rows).any()
+    assert torch.equal(goal.loss(logits[rows], rows), -cross_entropy(logits, targets)[rows])

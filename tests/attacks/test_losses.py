@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from hpt_hf.attacks.losses import cross_entropy, margin, targeted_dlr
 
@@ -30,27 +29,6 @@ def test_margin_and_dlr_are_their_formulas_on_python_numbers(classes):
         assert loss(logits, labels).shape == (240,) and torch.allclose(loss(logits, labels), alone), "not means"
 
 
-def test_gradients_are_the_textbook_ones_and_only_the_cross_entropy_saturates():
-    logits, labels, _ = make_logits(30, 4)
-    logits[0] = torch.tensor([300.0, 0.0, 1.0, 2.0])
-    logits.requires_grad_(True)
-    right = F.one_hot(labels, 4).float()
-    ce, cw = (torch.autograd.grad(loss(logits, labels).sum(), logits)[0] for loss in (cross_entropy, margin))
-    assert torch.allclose(ce, logits.softmax(1) - right, atol=1e-6)
-    assert torch.equal(cw, F.one_hot((logits - 1e9 * right).argmax(1), 4).float() - right)
-    assert not ce[0].any() and cw[0].abs().sum() == 2
-
-
-def test_no_rescaling_and_no_shift_of_the_logits_changes_the_dlr_loss():
-    """A model cannot hide from it behind a temperature; from the cross-entropy, the control, it can."""
-    logits, labels, targets = make_logits(60, 5, seed=1)
-    for scale, shift in ((100, 0), (0.01, 0), (1, 30), (100, -7)):
-        other, first = (targeted_dlr(z, labels, targets) for z in (scale * logits + shift, logits))
-        assert torch.allclose(other, first, rtol=1e-3, atol=1e-4)
-        if scale != 1:
-            assert not torch.allclose(cross_entropy(scale * logits, labels), cross_entropy(logits, labels), rtol=0.1)
-
-
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
 @pytest.mark.parametrize("scale", [1, 0, 100])
 def test_the_gradient_of_the_dlr_loss_is_finite_and_never_vanishes(classes, scale):
@@ -60,8 +38,3 @@ def test_the_gradient_of_the_dlr_loss_is_finite_and_never_vanishes(classes, scal
     loss = targeted_dlr(logits, labels, targets)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert loss.isfinite().all() and gradient.isfinite().all() and gradient.any(1).all()
-    assert torch.allclose(gradient.sum(1), torch.zeros(24), atol=1e-5)
-    right = logits.argmax(1) == labels
-    assert scale == 0 or (right.any() and (loss < 0)[right].all()), "negative as long as the answer is right"
-    if scale == 1:
-        assert (targeted_dlr(logits + 1e-3 * gradient, labels, targets) > loss).all()

@@ -23,10 +23,9 @@ def test_the_side_of_the_squares_follows_the_papers_schedule():
     for halvings, (begin, end) in enumerate(zip((-1, *marks), (*marks, 9_999), strict=True)):
         expected = round(math.sqrt(0.8 / 2**halvings * 224 * 200))
         assert full.side(begin + 1, 224, 200) == full.side(end, 224, 200) == expected
-    for queries in (1, 3, 100, 5000):
-        sides = [Square(threat, queries).side(q, 32, 32) for q in range(queries)]
-        assert sides[0] == round(math.sqrt(0.8 * 32 * 32)) and sides == sorted(sides, reverse=True) and sides[-1] >= 1
-    assert sides == [full.side(2 * q, 32, 32) for q in range(5000)]
+    assert [Square(threat, 5000).side(q, 32, 32) for q in range(5000)] == [
+        full.side(2 * q, 32, 32) for q in range(5000)
+    ]
     assert full.side(9_999, 8, 8) == 1, "never less than a pixel"
 
 
@@ -55,12 +54,12 @@ def test_square_changes_windows_of_its_best_point_and_stays_on_the_ball(norm, he
     images, start, steps = search(norm, 0.1, 6, height, width)
     strategy, moves, start = Square(ThreatModel(norm, 0.1), 60), 0, start - images
     if norm == "linf":
-        assert torch.allclose(start.abs(), torch.full_like(start, 0.1), atol=1e-6)
-        assert torch.allclose(start, start[:, :, :1].expand_as(start), atol=1e-6), "columns of one sign"
+        assert torch.allclose(start, 0.1 * start.sign()[:, :, :1].expand_as(start), atol=1e-6), "columns of one sign"
         assert len(set(map(str, start.sign()[:, :, 0].flatten(0, 1).tolist()))) > 12, "of chance"
     for number, x, best in steps:
-        distance = strategy.threat.distance(x, images).float()
-        torch.testing.assert_close(distance, torch.full((6,), 0.1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            strategy.threat.distance(x, images).float(), torch.full((6,), 0.1), rtol=0, atol=1e-5
+        )
         side = min(strategy.side(number, height, width), height, width)
         odd = min(max(3, side) // 2 * 2 + 1, (min(height, width) - 1) // 2 * 2 + 1)
         for change, delta in zip((x - best).abs() > 1e-5, x - images, strict=True):
@@ -71,8 +70,7 @@ def test_square_changes_windows_of_its_best_point_and_stays_on_the_ball(norm, he
             elif len(rows):  # or a square of the sign that stood there
                 assert rows[-1] - rows[0] < side and columns[-1] - columns[0] < side
                 inside = delta[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-                assert torch.allclose(inside.abs(), torch.full_like(inside, 0.1), atol=1e-6)
-                one_sign = (inside.sign() == inside.sign()[:, :1, :1]).flatten(1).all(1)
+                one_sign = torch.isclose(inside, 0.1 * inside.sign()[:, :1, :1], atol=1e-6).flatten(1).all(1)
                 assert one_sign[change.flatten(1).any(1)].all(), "a channel that changes has one in all the window"
     assert moves > 200
 
@@ -128,12 +126,9 @@ def test_square_takes_images_of_any_shape(norm, height, width):
 
 @NORMS
 def test_square_asks_for_no_gradient_and_keeps_no_graph(norm):
-    images, (_, answer), noise, modes = grey(5), linear(3), Noise(torch.arange(5)), set()
-
-    def logits_fn(x):
-        modes.add((torch.is_grad_enabled(), x.requires_grad))
-        return answer(x)
-
+    images, (_, answer), modes = grey(5), linear(3), set()
+    logits_fn = lambda x: modes.add((torch.is_grad_enabled(), x.requires_grad)) or answer(x)  # noqa: E731
+    labels, threat = answer(images).argmax(1), ThreatModel(norm, 0.01)
     with torch.enable_grad():
-        ATTACKS["square"][0](logits_fn, images, answer(images).argmax(1), ThreatModel(norm, 0.01), 20, noise)
+        ATTACKS["square"][0](logits_fn, images, labels, threat, 20, Noise(torch.arange(5)))
     assert modes == {(False, False)}

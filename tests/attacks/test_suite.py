@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import CLASSES, Recorder, grey, linear
+from conftest import Recorder, grey, linear
 
-from hpt_hf.attacks.apgd import APGD
-from hpt_hf.attacks.engine import misclassification, run_attack
-from hpt_hf.attacks.losses import cross_entropy, targeted_dlr
+from hpt_hf.attacks.losses import cross_entropy
 from hpt_hf.attacks.noise import Noise
 from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.attacks.suite import ATTACKS, EvaluationAttack, worst_case
@@ -49,7 +47,7 @@ def test_apgd_t_reaches_a_class_that_nothing_untargeted_looks_at(classes, rank, 
 
 @NORMS
 @pytest.mark.parametrize("classes", [2, 4, 7])
-def test_apgd_t_breaks_exactly_what_can_be_broken_and_all_that_any_target_alone_breaks(classes, norm):
+def test_apgd_t_breaks_exactly_what_can_be_broken(classes, norm):
     """On a linear classifier a class is in reach where its deficit is at most eps times the difference's dual norm."""
     images, (weight, answer) = grey(40), linear(classes)
     logits, radius = answer(images), {"linf": 0.005, "l2": 0.05}[norm]
@@ -60,36 +58,19 @@ def test_apgd_t_breaks_exactly_what_can_be_broken_and_all_that_any_target_alone_
     broken = apgd_t(answer, images, labels, threat, 20, noise)[1]
     clear = spare.abs() > 0.02 * radius * dual.amax(1)
     assert torch.equal(broken[clear], spare[clear] > 0) and clear.sum() > 30 and 0 < broken.sum() < 40
-    for target in range(classes):
-        targets = torch.where(labels == target, (target + 1) % classes, target)
-        goal = misclassification(targeted_dlr, labels, targets)
-        alone = run_attack(answer, images, APGD(threat, 20), noise=noise, criterion=goal)[1]
-        assert not (alone & ~broken)[clear].any()
-
-
-@pytest.mark.parametrize("classes", [2, 3, 5, 12])
-def test_where_nothing_can_be_broken_every_target_is_tried_to_its_end(classes):
-    images, (_, answer) = grey(4), linear(classes)
-    logits_fn, labels = Recorder(answer), answer(images).argmax(1)
-    broken = apgd_t(logits_fn, images, labels, ThreatModel("linf", 0), 5, Noise(torch.arange(4)))[1]
-    sizes = [len(x) for x in logits_fn.calls]
-    assert not broken.any() and sizes == [4] * (1 + min(9, classes - 1) * 6), "in full batches"
 
 
 def test_the_queue_forgets_the_targets_of_broken_images_and_keeps_its_batches_full():
     images, (_, answer) = grey(24), linear(5)
     logits_fn, labels, threat = Recorder(answer), answer(images).argmax(1), ThreatModel("linf", 0.006)
-    found, broken = apgd_t(logits_fn, images, labels, threat, 5, Noise(torch.arange(24)))
-    lost = set()
+    apgd_t(logits_fn, images, labels, threat, 5, Noise(torch.arange(24)))
+    who, lost = [logits_fn.who(call, images) for call in range(len(logits_fn.calls))], set()
     for call in range(1, 7):  # the likeliest wrong class of every image, after the clean images
-        who = logits_fn.who(call, images)
-        wrong = answer(logits_fn.calls[call]).argmax(1) != labels[who]
-        assert len(set(who)) == len(who)
-        lost |= {image for image, w in zip(who, wrong.tolist(), strict=True) if w}
-    later = {image for call in range(7, len(logits_fn.calls)) for image in logits_fn.who(call, images)}
+        wrong = answer(logits_fn.calls[call]).argmax(1) != labels[who[call]]
+        lost |= {image for image, w in zip(who[call], wrong.tolist(), strict=True) if w}
+    later = {image for images in who[7:] for image in images}
     assert later == set(range(24)) - lost and 3 < len(lost) < 21
-    assert len(logits_fn.calls[7]) == min(24, 3 * len(later)), "several targets of one image: no small batch"
-    assert torch.equal(answer(found).argmax(1) != labels, broken) and threat.contains(found, images).all()
+    assert len(who[7]) == min(24, 3 * len(later)), "several targets of one image: no small batch"
 
 
 def test_the_worst_case_is_what_any_stage_breaks_of_what_the_ones_before_left():
@@ -118,24 +99,6 @@ def test_the_worst_case_is_what_any_stage_breaks_of_what_the_ones_before_left():
     assert run(range(6), slice(0, 0))[1].shape == (0,) and len(shown) == 5
 
 
-@NORMS
-def test_square_breaks_what_hides_its_gradient(norm):
-    """Rounded pixels have none: whoever follows gradients stays where chance put it."""
-    images, generator = grey(12, side=12), torch.Generator().manual_seed(6)
-    way = torch.randn(12, 12, generator=generator).repeat(3, 1, 1)
-
-    def logits_fn(x):
-        score = (((20 * x).round() / 20 - 0.5) * way).sum((1, 2, 3))
-        return torch.stack([score, torch.zeros_like(score)], dim=1)
-
-    labels, noise = logits_fn(images).argmax(1), Noise(torch.arange(12))
-    threat = ThreatModel(norm, 0.08 if norm == "linf" else 2.0)
-    broken = {name: ATTACKS[name][0](logits_fn, images, labels, threat, 60, noise)[1] for name in ATTACKS}
-    assert broken["square"].sum() > 9
-    for name in GRADIENTS:
-        assert broken[name].sum() < 4 and not (broken[name] & ~broken["square"]).any()
-
-
 # --- attacks by name
 
 
@@ -146,19 +109,14 @@ def make_attack(name="pgd", steps=5, eps="20/255", **settings):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"name": "apgd_ce"}, "no attack is called 'apgd_ce'; did you mean apgd-ce"),
-        ({"name": "standart"}, "no attack is called 'standart'; did you mean standard?"),
         ({"name": "zzz"}, f"there are {', '.join(ATTACKS)}, standard"),
         ({"name": "apgd-t", "target": "cat"}, "no attack towards a target is called 'apgd-t'"),
-        ({"name": "standard", "target": "cat"}, "no attack towards a target is called 'standard'"),
         ({"protocol": "full"}, "protocol='full': expected 'input'"),
-        ({"steps": 0}, "steps=0: expected at least 1"),
     ],
 )
 def test_an_attack_that_does_not_exist_is_an_error(settings, says):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=says):
         make_attack(**settings)
-    assert says in str(error.value)
 
 
 OWN_STEPS = {"pgd": 20, "cw": 20, "apgd-ce": 100, "apgd-t": 100, "square": 5000}
@@ -168,17 +126,17 @@ OWN_STEPS = {"pgd": 20, "cw": 20, "apgd-ce": 100, "apgd-t": 100, "square": 5000}
 @pytest.mark.parametrize("steps", [None, 3])
 def test_every_attack_runs_its_own_steps_or_the_given_ones_and_says_so(monkeypatch, trained, batch, name, steps):
     """The names and numbers under which robust accuracies are compared in print."""
-    ran, chosen = [], EvaluationAttack(ThreatModel(), name, steps)
-    for stage in ATTACKS:
+    ran, chosen = {}, EvaluationAttack(ThreatModel(), name, steps)
+    for stage, (_, own) in ATTACKS.items():
 
         def spy(logits_fn, images, labels, threat, steps, noise, stage=stage):
-            ran.append((stage, steps))
+            ran[stage] = steps
             return images.clone(), torch.zeros(len(images), dtype=torch.bool)
 
-        monkeypatch.setitem(ATTACKS, stage, (spy, ATTACKS[stage][1]))
+        monkeypatch.setitem(ATTACKS, stage, (spy, own))
     chosen.run(trained, batch["images"], batch["image_ids"], batch["labels"])
     own = {"apgd-ce": 100, "apgd-t": 100, "square": 500} if name == "standard" else {name: OWN_STEPS[name]}
-    assert ran == [(stage, steps or n) for stage, n in own.items()] and chosen.stages == tuple(own)
+    assert [*ran.items()] == [(n, steps or own[n]) for n in own] == [*chosen.stages.items()]
     shown = steps or OWN_STEPS.get(name)
     assert str(chosen) == (f"{name}-{shown}" if shown else name)
 
@@ -190,28 +148,3 @@ def test_craft_is_full_length_pgd_whatever_the_name(trained, batch, name):
     loss_fn = lambda x: cross_entropy(trained.classify(x).logits, batch["labels"])  # noqa: E731
     expected = TrainingAttack(chosen.threat, 6, 2.5 * chosen.threat.radius / 6)
     assert torch.equal(crafted, expected(loss_fn, batch["images"], batch["image_ids"], seed=2, round=0))
-
-
-def test_standard_is_the_worst_case_over_its_stages_image_by_image(trained, batch):
-    """Broken by one stage is broken by all together, and nothing else is; each with its noise as one of several."""
-    images, image_ids, labels = batch["images"], batch["image_ids"], batch["labels"]
-    chosen = make_attack("standard", 3, "13/255", seed=4)
-    found, by = chosen.run(trained, images, image_ids, labels)
-    with torch.no_grad():
-        assert torch.equal(trained.classify(found).logits.argmax(1) != labels, by >= 0)
-    expected = torch.full_like(by, -1)
-    for number, name in reversed([*enumerate(chosen.stages)]):
-        noise = Noise(image_ids, 4, round=number * 1_000_003)
-        logits_fn = lambda x: trained.classify(x).logits  # noqa: E731
-        expected[ATTACKS[name][0](logits_fn, images, labels, chosen.threat, 3, noise)[1]] = number
-    assert torch.equal(by, expected), "each image counts for the first stage that breaks it"
-    assert len(set(by.tolist())) > 2, "a later stage adds to the first, or this proves little"
-
-
-def test_what_a_targeted_attack_breaks_is_taken_for_the_target_and_nothing_else_is(trained, batch):
-    rows, chosen = batch["labels"] != CLASSES.index("tree"), make_attack("cw", 10, target="tree")
-    found, by = chosen.run(trained, *(batch[name][rows] for name in ("images", "image_ids", "labels")))
-    with torch.no_grad():
-        answers = trained.classify(found).logits.argmax(1)
-    assert torch.equal(answers == CLASSES.index("tree"), by == 0) and 0 < (by == 0).sum() < len(by)
-    assert chosen.threat.contains(found, batch["images"][rows]).all() and str(chosen) == "cw-10 towards tree"

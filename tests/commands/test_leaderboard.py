@@ -13,7 +13,7 @@ from hpt_hf.commands.convert import ConvertArguments
 from hpt_hf.commands.evaluate import EvaluateArguments
 from hpt_hf.commands.leaderboard import ZooModel, images_key, main, rows
 from hpt_hf.commands.parser import parse
-from hpt_hf.utils import write_json
+from hpt_hf.utils import write_json, write_text
 
 ZOO = Path(__file__).parents[2] / "zoo"
 FILES = sorted(ZOO.glob("*.json"))
@@ -81,26 +81,21 @@ def column(page, name: str) -> list[str]:
 
 def test_a_row_is_a_model_and_a_question_with_the_means_and_the_worst_verdict():
     made = {(r["model"], r["protocol"], r["attack"], r["eps"]): r for r in rows(several(), [])}
-    assert len(made) == 6
     row = made["b", "input", "pgd-20", "linf 10/255"]
     assert (row["clean"], row["robust"], row["n"], row["sets"], row["verdict"]) == (70, 20, 20_000, 2, "suspicious")
-    assert made["a", "input", "pgd-20", "linf 1/255"]["verdict"] == "clear" and row["weights"] == "bbbbbbbb"
+    assert len(made) == 6 and row["weights"] == "bbbbbbbb"
 
 
-@pytest.mark.parametrize(
-    ("change", "same"),
-    [
-        ({"images_digest": "0" * 16}, True),  # another size of the same images
-        ({"model": "m/other", "eps": "2/255"}, True),
+def test_the_key_of_the_images_differs_where_rows_are_not_comparable():
+    for change, same in (
+        ({"images_digest": "0" * 16, "model": "m/other", "eps": "2/255"}, True),  # another size of the same images
         ({"dataset": "dogs"}, False),
         ({"templates": ("a drawing of a {}",)}, False),
         ({"source": {"path": "pictures/cats", "split": "train", "limit": None}}, False),
         ({"per_class": {"cat": (50, 40, 30), "wolf": (50, 20, 10)}}, False),
         ({"per_class": {"cat": (50, 40, 30), "dog": (51, 20, 10)}}, False),
-    ],
-)
-def test_the_key_of_the_images_differs_where_rows_are_not_comparable(change, same):
-    assert (images_key([make_result()]) == images_key([make_result(**change)])) == same
+    ):
+        assert (images_key([make_result()]) == images_key([make_result(**change)])) == same, change
 
 
 def test_seed_and_target_and_weights_are_rows_of_their_own_and_a_copy_is_not():
@@ -112,19 +107,15 @@ def test_seed_and_target_and_weights_are_rows_of_their_own_and_a_copy_is_not():
 
 def test_a_click_on_a_head_sorts_and_a_second_one_turns_it_round(folder, open_page):
     page = open_page(folder)
-    before = column(page, "model")
     head = page.locator("th[data-column=robust]")
     for state, down in (("descending", True), ("ascending", False)):
         head.get_by_role("button").click()
         figures = [float(cell.split()[0]) for cell in column(page, "robust")]
         assert figures == sorted(figures, reverse=down) and head.get_attribute("aria-sort") == state
-    assert len(figures) == 9 and column(page, "model") != before
-    page.locator("th[data-column=eps]").get_by_role("button").click()
+    page.locator("th[data-column=eps]").get_by_role("button").focus()
+    page.keyboard.press("Enter")
     assert list(dict.fromkeys(column(page, "eps"))) == ["linf 1/255", "linf 6/255", "linf 10/255"]
     assert head.get_attribute("aria-sort") is None, "only one column is the order"
-    page.locator("th[data-column=model]").get_by_role("button").focus()
-    page.keyboard.press("Enter")
-    assert column(page, "model") == sorted(column(page, "model"))
 
 
 def test_a_filter_hides_the_other_rows_and_all_brings_them_back(folder, open_page):
@@ -134,9 +125,7 @@ def test_a_filter_hides_the_other_rows_and_all_brings_them_back(folder, open_pag
     lab = {"lab:student", "lab:proxy", "lab:convolution"}
     for name, value, models, said in (
         ("eps", "linf 10/255", {"a", "b"}, "2 of 9 rows"),
-        ("protocol", "native", {"c"}, "1 of 9 rows"),
         ("attack", "standard", {"d"} | lab, "4 of 9 rows, of 2 questions"),
-        ("verdict", "suspicious", {"b"}, "2 of 9 rows, of 2 questions"),
         ("images", next(option for option in images if option.startswith("15 × 20")), lab, "3 of 9 rows"),
     ):
         page.select_option(f"[data-filter={name}]", value)
@@ -144,10 +133,6 @@ def test_a_filter_hides_the_other_rows_and_all_brings_them_back(folder, open_pag
         assert page.inner_text("#said").startswith(said) and (" of 2" in said or page.inner_text("#said") == said)
         page.select_option(f"[data-filter={name}]", "")
         assert len(column(page, "model")) == 9
-
-
-def test_the_text_filter_reaches_rows_and_the_models_that_wait(folder, open_page):
-    page = open_page(folder)
     cards = page.locator(".card:visible")
     waiting = [file for file in FILES if "results" not in json.loads(file.read_text())]
     assert cards.count() == len(waiting) > 15
@@ -158,7 +143,7 @@ def test_the_text_filter_reaches_rows_and_the_models_that_wait(folder, open_page
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
-def test_nothing_is_cut_off_at_any_width(folder, open_page, width, scheme, tmp_path):
+def test_nothing_is_cut_off_at_any_width(folder, open_page, width, scheme):
     page = open_page(folder, viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -168,8 +153,6 @@ def test_nothing_is_cut_off_at_any_width(folder, open_page, width, scheme, tmp_p
     assert page.locator(".hint").is_visible() == wide == (width == 390), "a table that is wider says so"
     ground, ink = page.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))")
     assert (sum(map(int, ground[4:-1].split(","))) < sum(map(int, ink[4:-1].split(",")))) == (scheme == "dark")
-    page.screenshot(path=tmp_path / "page.png", full_page=True)
-    assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
 def test_names_are_text_and_never_html(tmp_path, open_page):
@@ -182,28 +165,24 @@ def test_names_are_text_and_never_html(tmp_path, open_page):
     assert EVIL in page.inner_text("tbody td") and page.locator(".card b").inner_text() == EVIL
 
 
-def test_the_page_is_the_same_each_time_and_asks_for_nothing(folder, tmp_path):
+def test_the_page_is_the_same_each_time(folder, tmp_path):
     main([str(folder / "made"), "--zoo", str(ZOO), "--output_dir", str(tmp_path)])
-    text = (folder / "index.html").read_text(encoding="utf-8")
-    assert (tmp_path / "index.html").read_text(encoding="utf-8") == text
-    assert not [word for word in ("src=", "<link", "@import", "url(", "fetch(") if word in text]
+    assert (tmp_path / "index.html").read_bytes() == (folder / "index.html").read_bytes()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_file_of_the_zoo_can_be_read_and_its_command_parses(file):
     model = ZooModel.read(file)
     *first, last = (shlex.split(part) for part in model.command.split(" && "))
-    assert last[:2] == ["hpt-hf", "evaluate"]
     (asked,) = parse((EvaluateArguments,), last[2:])
-    assert asked.limit and asked.suite and asked.model == [model.measured_as]
+    assert last[:2] == ["hpt-hf", "evaluate"] and asked.limit and asked.suite and asked.model == [model.measured_as]
     for words in first:
         if words[:2] == ["hpt-hf", "convert"]:
             (given,) = parse((ConvertArguments,), words[2:], positional=("model", "output_dir"))
             assert [given.output_dir] == asked.model and given.base
         else:
             assert words[:3] == ["hf", "download", model.model]
-    if model.trained_for:
-        ThreatModel(*model.trained_for.split())
+    ThreatModel(*(model.trained_for or "linf 1/255").split())
 
 
 def test_what_the_zoo_calls_measured_was_measured_by_its_command():
@@ -217,31 +196,28 @@ def test_what_the_zoo_calls_measured_was_measured_by_its_command():
     assert sum(f.stat().st_size for f in ZOO.glob("results/*/results/*.json")) < 150_000
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"papr": "x"}, r"unknown field: got 'papr', expected one of name, .*Fix: delete it; did you mean paper\?"),
-        ({"name": ...}, r"name: got no such field, expected a name. Fix: add it\."),
-        ({"command": ...}, "command: got no such field, expected `.*hpt-hf evaluate"),
-        ({"name": 3}, "name: got 3, expected a name. Fix: write it so"),
-        ({"name": ""}, "name: got '', expected a name"),
-        ({"model": "a/b/c"}, "model: got 'a/b/c', expected a Hub id"),
-        ({"model": "javascript:x"}, "model: got 'javascript:x'"),
-        ({"paper": "arXiv 1"}, "paper: got 'arXiv 1', expected an arXiv id"),
-        ({"trained_for": "4/255"}, "trained_for: got '4/255', expected norm and eps"),
-        ({"command": "hpt-hf evaluate --suite lab"}, "command: got 'hpt-hf evaluate --suite lab'"),
-        ({"command": "rm -r x"}, "command: got 'rm -r x'"),
-        ({"results": "../../x"}, "results: got '../../x', expected a folder of the zoo"),
-        ({"results": "results/none"}, "got .*results/none, expected a folder with results/"),
-        ("{", "bad.json is damaged"),
-    ],
-)
-def test_a_bad_file_of_the_zoo_is_one_clear_line_and_nothing_is_written(tmp_path, change, says):
-    file = write_json(tmp_path / "zoo" / "bad.json", ENTRY)
-    if isinstance(change, str):
-        file.write_text(change)
-    else:
-        write_json(file, {name: value for name, value in (ENTRY | change).items() if value is not ...})
+BAD = {
+    r"unknown field: got 'papr', expected one of name, .*Fix: delete it; did you mean paper\?": {"papr": "x"},
+    r"name: got no such field, expected a name. Fix: add it\.": {"name": ...},
+    "name: got 3, expected a name. Fix: write it so": {"name": 3},
+    "name: got '', expected a name": {"name": ""},
+    "model: got 'a/b/c', expected a Hub id": {"model": "a/b/c"},
+    "model: got 'javascript:x'": {"model": "javascript:x"},
+    "paper: got 'arXiv 1', expected an arXiv id": {"paper": "arXiv 1"},
+    "trained_for: got '4/255', expected norm and eps": {"trained_for": "4/255"},
+    "command: got 'hpt-hf evaluate --suite lab', expected `.*`": {"command": "hpt-hf evaluate --suite lab"},
+    "results: got '../../x', expected a folder of the zoo": {"results": "../../x"},
+    "got .*results/none, expected a folder with results/": {"results": "results/none"},
+    "bad.json is damaged": "{",
+}
+
+
+@pytest.mark.parametrize("says", BAD)
+def test_a_bad_file_of_the_zoo_is_one_clear_line_and_nothing_is_written(tmp_path, says):
+    bad = BAD[says]
+    if isinstance(bad, dict):
+        bad = json.dumps({name: value for name, value in (ENTRY | bad).items() if value is not ...})
+    write_text(tmp_path / "zoo" / "bad.json", bad)
     with pytest.raises(SystemExit, match=f"^hpt-hf leaderboard: .*{says}") as error:
         main(["--zoo", str(tmp_path / "zoo"), "--output_dir", str(tmp_path / "out")])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CLASSES, encode, make_images, save_tiny_clip, write_image_folder, write_parquet
+from conftest import CLASSES, encode, make_images, write_image_folder, write_parquet
 from PIL import Image
 
 from hpt_hf.commands import evaluate, verify
@@ -40,12 +40,6 @@ def model(filled, tmp_path) -> Path:
     return shutil.copytree(filled / "model", tmp_path / "model")
 
 
-@pytest.fixture
-def bare(model) -> Path:
-    shutil.rmtree(model / "results")
-    return model
-
-
 def run(capsys, *argv) -> tuple[int, list[list[str]], str]:
     """Exit code, the rows of the table, and the last line."""
     capsys.readouterr()
@@ -54,13 +48,6 @@ def run(capsys, *argv) -> tuple[int, list[list[str]], str]:
     out = capsys.readouterr().out
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
     return left.value.code, rows[2:], out.splitlines()[-1]
-
-
-def error_of(*argv) -> str:
-    with pytest.raises(SystemExit) as left:
-        verify.main([str(a) for a in argv])
-    assert isinstance(left.value.code, str), "an error exits 1 with a message"
-    return left.value.code
 
 
 def the_file(model: Path) -> Path:
@@ -78,16 +65,6 @@ def repeats(rows) -> bool:
     return len(rows) > 0 and all(r[3] == r[5] and r[6] == "inside" for r in rows)
 
 
-def test_what_was_just_measured_is_inside(model, capsys):
-    code, rows, last = run(capsys, model)
-    (claim,) = read_results(model / "results")
-    assert code == 0 and last == "2 of 2 figures inside, 0 outside, 0 not measured."
-    assert 0 < claim.robust < claim.clean, "or there is little to claim"
-    for row, figure in zip(rows, ("clean", "robust"), strict=True):
-        value = f"{getattr(claim, figure):.1f}"
-        assert (*row[:4], *row[5:]) == ("data", f"pgd-5 linf {EPS}", figure, value, value, "inside")
-
-
 KINDS = {
     "towards a class of another name": "--target hound --classes puss hound home motor oak --templates {} a_{}",
     "a sample of native images": "--protocol native --limit 12",
@@ -97,12 +74,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_score_measures_to_the_same_figure(kind, bare, tmp_path, capsys):
-    score(bare, write_image_folder(tmp_path / "data", make_images(20, size=40)), *KINDS[kind].split())
-    code, rows, _ = run(capsys, bare, "--batch_size", "7")
+def test_every_kind_of_score_measures_to_the_same_figure(kind, model, tmp_path, capsys):
+    shutil.rmtree(model / "results")
+    score(model, write_image_folder(tmp_path / "data", make_images(20, size=40)), *KINDS[kind].split())
+    code, rows, last = run(capsys, model, "--batch_size", "7", "--limit", "400")  # more than the result has
     assert code == 0 and len(rows) == (4 if "own" in kind else 2) and repeats(rows), rows
-    claim = read_results(bare / "results")[0]
-    assert claim.robust < claim.clean, "or any attack would do"
+    assert last == f"{len(rows)} of {len(rows)} figures inside, 0 outside, 0 not measured."
+    claim = read_results(model / "results")[0]
+    assert claim.robust < claim.clean and rows[0][:3] == ["data", f"{claim.attack} {claim.norm} {claim.eps}", "clean"]
     assert (claim.n, claim.target) == {"tow": (16, "hound"), "a s": (12, None)}.get(kind[:3], (20, None))
 
 
@@ -114,18 +93,17 @@ def test_a_score_of_the_lab_is_measured_on_the_same_glyphs(tmp_path, capsys):
     assert "on 12 other images than the result's 20" in run(capsys, tmp_path, "--limit", "12")[1][0][6]
 
 
-def test_a_real_set_and_the_results_may_lie_elsewhere_now(bare, tmp_path, capsys):
-    pictures = make_images(20)
-    file = tmp_path / "real" / "fashion_mnist-test.parquet"
+def test_a_real_set_and_the_results_may_lie_elsewhere_now(model, tmp_path, capsys):
+    pictures, file = make_images(20), tmp_path / "real" / "fashion_mnist-test.parquet"
     write_parquet(file, [encode(row["image"]) for row in pictures], pictures.labels, names=CLASSES)
-    score(bare, "real:fashion_mnist", "--data_dir", str(file.parent))
+    shutil.rmtree(model / "results")
+    score(model, "real:fashion_mnist", "--data_dir", str(file.parent))
     shutil.move(file.parent, tmp_path / "moved")
-    code, rows, _ = run(capsys, bare)
+    code, rows, _ = run(capsys, model)
     assert code == 1 and all("not measured" in r[6] for r in rows)
-    elsewhere = shutil.move(bare / "results", tmp_path / "elsewhere")
-    code, rows, _ = run(capsys, bare, "--data_dir", tmp_path / "moved", "--results", elsewhere)
+    elsewhere = shutil.move(model / "results", tmp_path / "elsewhere")
+    code, rows, _ = run(capsys, model, "--data_dir", tmp_path / "moved", "--results", elsewhere)
     assert code == 0 and rows[0][0] == "real:fashion_mnist" and repeats(rows)
-    assert "no model at" in error_of(tmp_path / "gone", "--results", elsewhere)
 
 
 OLD = {"n_clean": "clean", "n_robust": "robust"}
@@ -145,38 +123,25 @@ def test_a_result_that_claims_twenty_points_more_or_less_is_outside(count, more,
     assert last == "1 of 2 figures inside, 1 outside, 0 not measured."
 
 
-def test_a_claim_of_a_weaker_attack_is_outside(model, capsys):
-    """A result that was measured in a smaller ball does not hold in the one it names."""
-    edit(model, eps="28/255")
-    code, rows, _ = run(capsys, model)
-    assert code == 1 and rows[1][6] == "OUTSIDE" and rows[0][6] == "inside"
-
-
-def test_other_weights_are_said_and_may_hold(model, tmp_path, capsys):
+def test_other_weights_are_said_and_may_hold(model, capsys):
     changed, said = ZeroShotClassifier.from_pretrained(model), "(the weights are not those of the result)"
     changed.model.logit_scale.data += 1e-4
     changed.save_pretrained(model)
     code, rows, _ = run(capsys, model)
     assert code == 0 and [r[6] for r in rows] == [f"inside {said}"] * 2
-    shutil.copytree(model / "results", Path(save_tiny_clip(tmp_path / "other", seed=9), "results"))
-    code, rows, _ = run(capsys, tmp_path / "other")
-    assert code == 1 and all(said in r[6] for r in rows) and "OUTSIDE" in rows[0][6]
 
 
 def test_other_pictures_at_the_same_place_are_said(filled, model, tmp_path, capsys):
     data = shutil.copytree(filled / "data", tmp_path / "data")
-    edit(model, source=json.loads(the_file(model).read_text())["source"] | {"path": str(data)})
-    assert run(capsys, model)[0] == 0
     for file in sorted(data.glob("*/*.png"))[:20]:
         Image.new("RGB", (32, 32), "white").save(file)
+    edit(model, source=json.loads(the_file(model).read_text())["source"] | {"path": str(data)})
     code, rows, _ = run(capsys, model)
     assert code == 1 and rows[0][6] == "OUTSIDE (on 40 other images than the result's 40)"
 
 
 UNMEASURABLE = {
     "eps": ("-1", ""),
-    "norm": ("l7", ""),
-    "protocol": ("x", ""),
     "n_after": ({"x": 3}, ""),
     "source, a number": ({"path": 3}, ""),
     "source, gone": ({"path": "/nowhere/at/all", "split": "train"}, "no data at /nowhere"),
@@ -205,8 +170,8 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_result_is_one_line_with_the_fields_name(name, model):
     edit(model, **{name: MALFORMED[name]})
-    said = error_of(model)
-    assert "is no result that can be read" in said and name in said
+    with pytest.raises(SystemExit, match=f"is no result that can be read.*{name}"):
+        verify.main([str(model)])
 
 
 def test_fewer_pictures_judge_the_claim_by_their_own_interval(model, capsys):
@@ -218,9 +183,6 @@ def test_fewer_pictures_judge_the_claim_by_their_own_interval(model, capsys):
         edit(model, n_clean=max(robust, claim.n_clean), n_robust=robust)
         (_, row), held = run(capsys, model, "--limit", "12")[1], low <= 100 * robust / 40 <= high
         assert row[6].startswith("inside" if held else "OUTSIDE"), (robust, low, high)
-    edit(model, n_clean=claim.n_clean, n_robust=claim.n_robust)
-    more = run(capsys, model, "--limit", "400")[1]
-    assert not any("other images" in r[6] for r in more), "more than there are are all"
 
 
 def test_another_seed_is_another_start_of_the_attack(model, capsys, monkeypatch):

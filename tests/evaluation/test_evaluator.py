@@ -22,9 +22,8 @@ from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation import evaluator as evaluation
-from hpt_hf.evaluation.evaluator import attack_all, batches, evaluate, sample
+from hpt_hf.evaluation.evaluator import batches, evaluate, sample
 from hpt_hf.evaluation.result import EvalResult
-from hpt_hf.models.zero_shot import build_zero_shot_head
 
 EPS = "20/255"  # where about half of what the trained student gets right withstands the attack
 VOLATILE = ("seconds", "versions", "hardware")
@@ -73,46 +72,31 @@ def test_a_result_does_not_depend_on_the_batch_size(name, protocol, norm, eps, a
     assert 0 < results[0]["robust"] < results[0]["clean"], "an attack that does all or nothing proves no invariance"
 
 
-def test_answers_are_deterministic(able):
-    results = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        results.append(stable(measure(able.train(seed == 1), make_images(), attack())))
-    assert results[0] == results[1] and not able.training
-
-
 def plain_loop(model, images, chosen: EvaluationAttack) -> tuple[float, float]:
     """One image at a time, in float32, with backward() instead of the package's attack loop."""
     eps, clean, robust = chosen.threat.radius, 0, 0
     target, native = chosen.target and images.classes.index(chosen.target), chosen.protocol == "native"
     processor = model.processor.image_processor
-
-    def withstands(logits) -> bool:
-        answer = logits.argmax().item()
-        return answer == label if target is None else answer != target
-
     for row in images:
         pixels, label = np.asarray(row["image"]), row["label"]
         if not native:
             pixels = np.asarray(processor(row["image"], do_normalize=False, do_rescale=False)["pixel_values"][0])
             pixels = np.clip(np.rint(pixels), 0, 255).astype(np.uint8).transpose(1, 2, 0)
         x0 = torch.tensor(pixels / 255, dtype=torch.float32).permute(2, 0, 1)[None].contiguous()
-        stands = model.classify(x0).logits.argmax().item() == label
-        clean += stands
+        answers, goal = [model.classify(x0).logits.argmax().item()], label if target is None else target
         keys = Collator(model.processor, native=native)([row])["image_ids"]
         x = chosen.threat.random_start(x0, Noise(keys, chosen.seed))
         for _ in range(chosen.steps):
             x = x.detach().requires_grad_(True)
             logits = model.classify(x).logits
-            stands = stands and withstands(logits)  # one iterate is enough to lose it
-            if target is not None:
-                loss = -F.cross_entropy(logits, torch.tensor([target]))
-            else:
-                loss = F.cross_entropy(logits, torch.tensor([label]))
-            loss.backward()
+            answers.append(logits.argmax().item())
+            (F.cross_entropy(logits, torch.tensor([goal])) * (1 if target is None else -1)).backward()
             x = (x + 2.5 * eps / chosen.steps * x.grad.sign()).detach()
             x = torch.clamp(torch.minimum(torch.maximum(x, x0 - eps), x0 + eps), 0, 1)
-        robust += stands and withstands(model.classify(x).logits)
+        answers.append(model.classify(x).logits.argmax().item())
+        clean += answers[0] == label
+        # One iterate is enough to lose it.
+        robust += answers[0] == label and all((answer == goal) == (target is None) for answer in answers)
     model.zero_grad()
     return round(100 * clean / len(images), 2), round(100 * robust / len(images), 2)
 
@@ -123,6 +107,11 @@ def test_a_result_equals_a_plain_loops(protocol, able):
     result = measure(able, images, chosen)
     assert (result.clean, result.robust) == plain_loop(able, images, chosen)
     assert 0 < result.robust < result.clean
+
+
+def test_another_seed_of_the_attack_is_another_result(able):
+    found = {measure(able, make_images(40), attack(steps=1, seed=seed)).ends for seed in range(4)}
+    assert len(found) > 1
 
 
 def test_native_batches_hold_one_size_and_keep_the_order(able):
@@ -136,22 +125,21 @@ def test_native_batches_hold_one_size_and_keep_the_order(able):
 def test_limit_is_a_fixed_sample_spread_over_the_set(able):
     assert sample(10, None) == sample(10, 10) == sample(10, 99) == list(range(10))
     kept = sample(1000, 50)
-    assert kept == sample(1000, 50) == sorted(set(kept)) and len(kept) == 50 and kept[0] >= 0 and kept[-1] < 1000
+    assert kept == sample(1000, 50) == sorted(set(kept)) and len(kept) == 50
     assert 300 < np.mean(kept) < 700, "the first fifty of a set sorted by class are one class"
-    images = make_images(40)
-    limited = measure(able, images, attack(), limit=11)
-    by_hand = measure(able, images.select(sample(40, 11)), attack())
-    assert stable(limited) == stable(dataclasses.replace(by_hand, source=limited.source))
-    assert (limited.n, limited.source["limit"]) == (11, 11)
+    limited = measure(able, make_images(40), attack(), limit=11)
+    by_hand = measure(able, make_images(40).select(sample(40, 11)), attack())
+    assert stable(limited) == stable(dataclasses.replace(by_hand, source=limited.source | {"limit": 11}))
 
 
-def test_evaluate_asks_for_the_sets_own_classes(student):
+def test_evaluate_reads_the_sets_own_prompts_once(student, monkeypatch):
     student.set_classes(("zebra", "car"))  # of another set
+    read, tokenizer = [], student.processor.tokenizer
+    monkeypatch.setattr(student.processor, "tokenizer", lambda p, **options: read.extend(p) or tokenizer(p, **options))
     images = dataclasses.replace(make_images(4), templates=("a photo of the {}", "{}"))
-    result = measure(student, images, attack(steps=1))
-    assert student.classes == CLASSES and result.classes == 5 and result.templates == ("a photo of the {}", "{}")
-    head = build_zero_shot_head(student.model, student.processor.tokenizer, CLASSES, images.templates)
-    assert torch.equal(student.head, head)
+    result = measure(student, images, attack(steps=1), batch_size=2, probe=4)
+    assert sorted(read) == sorted(t.format(name) for t in images.templates for name in CLASSES)
+    assert student.classes == CLASSES and result.classes == 5 and result.templates == images.templates
 
 
 def test_a_targeted_result_equals_a_plain_loops_on_the_other_classes(able):
@@ -160,9 +148,7 @@ def test_a_targeted_result_equals_a_plain_loops_on_the_other_classes(able):
     result = measure(able, images, chosen)
     assert (result.n, result.classes, result.target) == (32, 5, "cat") and "cat" not in result.per_class
     assert (result.clean, result.robust) == plain_loop(able, others, chosen)
-    assert 0 < result.robust < result.clean and result.attack == "pgd-8 towards cat"
-    untargeted = measure(able, others, attack(steps=8, eps="16/255", seed=1))
-    assert untargeted.robust < result.robust
+    assert measure(able, others, attack(steps=8, eps="16/255", seed=1)).robust < result.robust < result.clean
 
 
 @pytest.mark.parametrize(
@@ -180,17 +166,16 @@ def test_a_set_without_labels_or_without_the_target_is_an_error(images, target, 
 
 def test_logits_that_are_not_finite_are_an_error_that_names_the_images(able, monkeypatch):
     classify, images = able.classify, make_images(12)
-    bad = Collator(able.processor)([images[i] for i in (5, 9)])["images"]
+    bad = Collator(able.processor)([images[9]])["images"]
 
     def broken(images):
         said = classify(images)
-        said.logits[[any(torch.equal(image, b) for b in bad) for image in images], 2] = torch.inf
+        said.logits[[torch.equal(image, bad[0]) for image in images], 2] = torch.inf
         return said
 
     monkeypatch.setattr(able, "classify", broken, raising=False)
-    for size, named in ((64, r"\[5, 9\]"), (4, r"\[5\]")):
-        with pytest.raises(ValueError, match=f"logits are not finite on images {named}"):
-            measure(able, images, attack(), batch_size=size)
+    with pytest.raises(ValueError, match=r"logits are not finite on images \[9\]"):
+        measure(able, images, attack(), batch_size=4)
 
 
 @pytest.mark.parametrize("protocol", ["input", "native"])
@@ -208,17 +193,14 @@ def test_the_checks_see_few_images_of_the_right_kind_whatever_the_batch_size(abl
         assert 0 < len(probe.baseline_images["images"]) <= 6
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_an_attack_that_leaves_its_ball_is_a_defect_of_ours(norm, able):
-    @dataclasses.dataclass(frozen=True)
+def test_an_attack_that_leaves_its_ball_is_not_counted(able):
     class Outside(EvaluationAttack):
         def run(self, *given):
-            wider = dataclasses.replace(self, threat=ThreatModel(self.threat.norm, self.threat.radius * 1.01))
+            wider = dataclasses.replace(self, threat=ThreatModel("linf", self.threat.radius * 1.01))
             return EvaluationAttack.run(wider, *given)
 
-    threat = ThreatModel(norm, EPS if norm == "linf" else 4)
     with pytest.raises(AssertionError, match="left its ball"):
-        measure(able, make_images(), Outside(threat, steps=3))
+        measure(able, make_images(), Outside(ThreatModel("linf", EPS), steps=3))
 
 
 def test_another_model_or_other_images_are_another_record(able, student):
@@ -232,12 +214,10 @@ def test_another_model_or_other_images_are_another_record(able, student):
 
 
 def test_the_classes_counts_sum_to_the_whole(able):
-    images = make_images(40).select([i for i in range(40) if i % 5 != 2 and i != 0])
-    result, outcomes = measure(able, images, attack()), attack_all(able, images, attack())
+    result = measure(able, make_images(40).select([i for i in range(40) if i % 5 != 2 and i != 0]), attack())
     assert list(result.per_class) == ["cat", "dog", "tree", "red car"], "a class without images has no accuracy"
     sums = tuple(map(sum, zip(*result.per_class.values(), strict=True)))
     assert sums == (31, result.n_clean, result.n_robust) and result.per_class["cat"][0] == 7
-    assert outcomes.labels.tolist() == images.labels and outcomes.indices.tolist() == list(range(31))
 
 
 def test_each_stage_leaves_no_more_than_the_one_before_and_the_last_leaves_what_is_robust(able):
@@ -249,17 +229,11 @@ def test_each_stage_leaves_no_more_than_the_one_before_and_the_last_leaves_what_
     assert measure(able, make_images(), attack()).n_after.keys() == {"pgd"}
 
 
-def unpack(png: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))).transpose(2, 0, 1) / 255
-
-
 @pytest.mark.parametrize(("protocol", "target"), [("input", None), ("native", "tree")])
 def test_the_gallery_shows_the_first_broken_images_as_they_were_attacked(able, tmp_path, protocol, target):
     images, chosen = mixed_images(sizes=((40, 40),)), attack(protocol=protocol, eps="26/255", target=target)
     result = measure(able, images, chosen, folder=tmp_path)
-    (file,) = (tmp_path / "gallery").iterdir()
-    shown = json.loads(file.read_text())
-    assert file.name == result.file_name and len(shown) == 2
+    shown = json.loads((tmp_path / "gallery" / result.file_name).read_text())
     batch = Collator(able.processor, native=protocol == "native")(list(images.without_class(target)))
     right = able.classify(batch["images"]).logits.argmax(1) == batch["labels"]
     images, keys, labels = (batch[k][right] for k in ("images", "image_ids", "labels"))
@@ -268,13 +242,8 @@ def test_the_gallery_shows_the_first_broken_images_as_they_were_attacked(able, t
         delta = attacked[i] - images[i]
         expected = {"clean": images[i], "attacked": attacked[i], "perturbation": 0.5 + delta / (2 * delta.abs().max())}
         for kind, x in expected.items():
-            assert np.abs(unpack(one[kind]) - x.numpy()).max() <= 0.5 / 255 + 1e-6, kind
+            png = np.asarray(Image.open(io.BytesIO(base64.b64decode(one[kind])))).transpose(2, 0, 1) / 255
+            assert np.abs(png - x.numpy()).max() <= 0.5 / 255 + 1e-6, kind
         assert one["truth"] == CLASSES[labels[i]] and one["said"].startswith(f"{one['truth']} (")
         said = one["said_attacked"].rsplit(" (", 1)[0]
         assert said in CLASSES and said != one["truth"] and target in (None, said)
-
-
-def test_in_a_ball_of_no_size_all_stand_and_no_image_is_shown(able, tmp_path):
-    result = measure(able, make_images(6), attack(eps="0"), folder=tmp_path)
-    assert result.n_robust == result.n_clean > 0
-    assert json.loads((tmp_path / "gallery" / result.file_name).read_text()) == []

@@ -28,18 +28,17 @@ def clock(trained, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "probe"),
+    ("name", "steps", "eps", "count", "probe"),
     [
-        ("pgd", 150, 0),
-        ("pgd", 60, 12),
-        ("apgd-ce", 150, 0),
-        ("apgd-ce", 20, 24),
-        ("standard", 20, 0),
-        ("standard", 60, 24),
+        ("pgd", None, 16, 60, 12),
+        ("cw", 100, 28, 60, 0),  # nearly all fall, late: the steps are small
+        ("apgd-ce", None, 16, 150, 0),
+        ("apgd-ce", None, 16, 20, 24),
+        ("standard", None, 16, 60, 24),
     ],
 )
-def test_it_counts_the_passes_within_a_fifth(name, count, probe, trained, clock):
-    images, attack = make_images(count), EvaluationAttack(ThreatModel("linf", "16/255"), name)
+def test_it_counts_the_passes_within_a_fifth(name, steps, eps, count, probe, trained, clock):
+    images, attack = make_images(count), EvaluationAttack(ThreatModel("linf", f"{eps}/255"), name, steps)
     said = forecast(trained, images, attack, limit=None, probe=probe)
     before = clock[0]
     result = evaluate(trained, images, attack, name="m", probe=probe)

@@ -22,9 +22,6 @@ from hpt_hf.evaluation.statistics import mean, wilson
 from hpt_hf.evaluation.tables import result_table
 from hpt_hf.utils import write_json
 
-LOADS = {"src", "href", "xlink:href", "srcset", "poster", "data", "action", "background"}
-FOREIGN = {"script", "link", "iframe", "object", "embed", "base", "form", "audio", "video"}
-
 
 class Page:
     """The page taken apart: tags, all text, text by tag, tables under headings. Fails on tags that do not nest."""
@@ -54,9 +51,7 @@ def made(folder: Path, results=(), *, examples=None, transfer=None) -> Page:
             write_json(folder / "gallery" / result.file_name, examples)
     if transfer:
         write_json(folder / "transfer.json", transfer)
-    file = write_html_report(folder)
-    assert file == folder / "report.html"
-    return Page(file.read_text(encoding="utf-8"))
+    return Page(write_html_report(folder).read_text(encoding="utf-8"))
 
 
 def example(truth: str = "cat", said: str = "dog", shade: float = 0.5) -> dict:
@@ -82,9 +77,8 @@ COUNTS = [{"cat": (30, 21, 13), "red car": (7, 7, 1)}, {"cat": (40, 39, 38), "do
 def many() -> list:
     """Three models (one on one set only), three radii, both protocols, one l2: no two questions in one table."""
     results = [
-        make_result(model=f"models/{m}", fingerprint=m * 4, dataset=d, eps=e, per_class=COUNTS[(i + j) % 3])
-        for i, m in enumerate(("a", "b"))
-        for j, d in enumerate(("cats", "dogs"))
+        make_result(model=f"models/{m}", fingerprint=m * 4, dataset=d, eps=e, per_class=COUNTS[i])
+        for i, (m, d) in enumerate([("a", "cats"), ("b", "dogs"), ("b", "cats"), ("a", "dogs")], -1)
         for e in ("1/255", "2/255", "4/255")
     ]
     results += [make_result(model="models/c", fingerprint="cccc", per_class=COUNTS[1])]
@@ -97,43 +91,27 @@ MODELS |= {"outputs/hpt_gpd": (0.78, 0.16)}  # which share is right, and how fas
 REMARK = check("few_images", True, "40 images, 8 classes; expected at least 50 and 4")
 
 
-def simulated(model: str, dataset: str, attack: str = "pgd-20", eps: int = 1, **changes):
+def simulated(model: str, dataset: str, attack: str = "pgd-20", eps: int = 1, checks=(PASSED,)):
     """What an evaluation would leave: models fail on much the same images, the robust ones on more of the clean."""
     share, lost = MODELS[model]
     counts = (120, round(120 * share), round(120 * share * np.exp(-lost * eps)))
-    settings = {"dataset": dataset, "attack": attack, "eps": f"{eps}/255", "per_class": {f"{dataset} class": counts}}
-    settings |= {"model": model, "fingerprint": f"{len(model):016x}", "sanity_checks": (PASSED,)}
-    return make_result(**settings | changes)
+    asked = {"dataset": dataset, "attack": attack, "eps": f"{eps}/255", "per_class": {f"{dataset} class": counts}}
+    return make_result(model=model, fingerprint=f"{len(model):016x}", sanity_checks=checks, **asked)
 
 
 def proxies(*figures: tuple[str, int, int]) -> dict:
     """`transfer.json` of a pre-flight, the student itself last: (name, right clean, right attacked) of 120."""
-    *names, student = (name for name, _, _ in figures)
-    share = {name: {"clean": a / 1.2, "adversarial": b / 1.2, "kl": 0.8, "n": 120} for name, a, b in figures}
-    kept = {"source": student, "dataset": "digits", "interval": [0, 0], "kept": 80.0}
-    cells = [kept | {"judge": judge} | figures for judge, figures in share.items()]
-    found = {"student": student, "ranking": sorted(names, key=lambda name: -share[name]["adversarial"])}
-    return TRANSFER | found | {"cells": cells, "sets": cells}
+    student = figures[-1][0]
+    same = {"source": student, "dataset": "digits", "interval": [0, 0], "kept": 80.0, "kl": 0.8, "n": 120}
+    cells = [same | {"judge": name, "clean": a / 1.2, "adversarial": b / 1.2} for name, a, b in figures]
+    best = sorted(cells[:-1], key=lambda cell: -cell["adversarial"])
+    return TRANSFER | {"student": student, "ranking": [c["judge"] for c in best], "cells": cells, "sets": cells}
 
 
-def row_of(result, *, model: bool) -> list[str]:
-    name, count, robust = result.worst_class
-    values = (result.clean, result.clean_interval), (result.robust, result.interval)
-    shown = ["{:.1f} {:.1f}–{:.1f}".format(value, *interval) for value, interval in values]
-    first = [result.dataset, *([Path(result.model).name] if model else [])]
-    return [*first, *shown, result.verdict, f"{name} {robust} of {count}", str(result.n), str(result.classes)]
-
-
-def test_one_model_and_one_question_are_one_table_without_names_or_plot(tmp_path):
-    results = [make_result(dataset=d, per_class=c) for d, c in zip(("cats", "dogs"), COUNTS, strict=False)]
-    html, heading = made(tmp_path, results), "pgd-20, linf 1/255, protocol “input”"
-    assert list(html.tables) == ["In short", heading]
-    assert html.found["dt"] == ["clear", "remark", "suspicious", "unchecked"]
-    header, *rows = html.table(heading, 7)
-    assert header == ["data set", "clean", "robust", "verdict", "weakest class", "images", "classes"]
-    assert rows == [row_of(r, model=False) for r in results]
-    assert not [tag for tag, _ in html.tags if tag in ("svg", "img")], "one point is no plot, and nothing was attacked"
-    assert sum(attrs.get("class") == "track" for _, attrs in html.tags) == 3, "but a bar each, and of the mean"
+def row_of(r) -> list[str]:
+    name, count, robust = r.worst_class
+    shown = ["{:.1f} {:.1f}–{:.1f}".format(*v) for v in ((r.clean, *r.clean_interval), (r.robust, *r.interval))]
+    return [r.dataset, Path(r.model).name, *shown, r.verdict, f"{name} {robust} of {count}", str(r.n), str(r.classes)]
 
 
 def test_every_number_of_many_models_and_questions_is_a_results_and_each_stands_once(tmp_path):
@@ -144,7 +122,7 @@ def test_every_number_of_many_models_and_questions_is_a_results_and_each_stands_
     for heading, markdown in parts.items():
         part = sorted((r for r in results if str(r.question) == heading), key=lambda r: r.file_name)
         header, *rows = html.table(heading, 8)
-        assert header[1] == "model" and rows == [row_of(r, model=True) for r in part]
+        assert header[1] == "model" and rows == [row_of(r) for r in part]
         assert markdown.startswith(result_table([replace(r, model=Path(r.model).name) for r in part]))
     _, *short = html.table("In short", 7)
     assert len(short) == len({(r.question, r.model) for r in results}) == 9
@@ -156,49 +134,37 @@ def test_every_number_of_many_models_and_questions_is_a_results_and_each_stands_
         assert verdict == ("suspicious (1 of 1 sets)" if heading.endswith("“native”") else part[0].verdict)
 
 
-@pytest.mark.parametrize(
-    ("verdicts", "worst"),
-    [
-        (("clear", "clear"), ("clear", 0)),
-        (("clear", "unchecked"), ("unchecked", 0)),
-        (("unchecked", "suspicious", "clear"), ("suspicious", 1)),
-        (("suspicious", "suspicious"), ("suspicious", 2)),
-    ],
-)
-def test_the_verdict_over_several_sets_is_the_worst(verdicts, worst):
-    (row,) = summary([make_result(dataset=f"set{i}", sanity_checks=CHECKS[v]) for i, v in enumerate(verdicts)])
-    assert (row["verdict"], row["doubted"]) == worst
+def test_the_verdict_over_several_sets_is_the_worst():
+    for verdicts, worst in {"clear clear": 0, "unchecked clear": 0, "suspicious unchecked suspicious": 2}.items():
+        sets = [make_result(dataset=f"{i}", sanity_checks=CHECKS[v]) for i, v in enumerate(verdicts.split())]
+        (row,) = summary(sets)
+        assert (row["verdict"], row["doubted"]) == (verdicts.split()[0], worst)
 
 
-@pytest.mark.parametrize(
-    ("models", "names"),
-    [
-        ((("x/a", "1"), ("x/b", "2"), ("x/a", "1")), ["a", "b"]),
-        ((("x/a", "1"), ("y/a", "2")), ["x/a", "y/a"]),
-        ((("x/a", "1"), ("x/a", "2")), ["x/a (111111)", "x/a (222222)"]),
-    ],
-)
-def test_models_of_one_name_are_told_apart_by_their_paths_or_weights(models, names):
-    assert [*short_names([make_result(model=m, fingerprint=f * 8) for m, f in models]).values()] == names
+def test_models_of_one_name_are_told_apart_by_their_paths_or_weights():
+    for models, names in (
+        ("x/a:1 x/b:2 x/a:1", ["a", "b"]),
+        ("x/a:1 y/a:2", ["x/a", "y/a"]),
+        ("x/a:1 x/a:2", ["x/a (111111)", "x/a (222222)"]),
+    ):
+        pairs = (one.split(":") for one in models.split())
+        assert [*short_names([make_result(model=m, fingerprint=f * 8) for m, f in pairs]).values()] == names
 
 
 def test_doubts_are_told_by_name_with_what_was_seen_what_it_means_and_its_level(tmp_path):
     odd = check("few_images", True, "9 images"), check("of_old", True, "seen")
     clear = make_result(sanity_checks=CHECKS["clear"])
     html = made(tmp_path, [make_result(dataset="mice", sanity_checks=(*CHECKS["suspicious"], *odd)), clear])
-    assert "mice: more_steps, few_images, of_old" in html.found["h3"]
-    assert not any(h.startswith("cats:") for h in html.found["h3"])
+    assert [h for h in html.found["h3"] if ":" in h] == ["mice: more_steps, few_images, of_old"]
     assert "more_steps" in html.found["b"] and html.text.count(RAISED["detail"]) == 2
     passed, doubt = ["detached", "passed", "0 of 9 images"], ["more_steps", "raised", RAISED["detail"]]
     rows = [row for row in html.table(str(clear.question), 3) if row[0] != "check"]
     assert rows[:4] == [passed, passed, doubt, ["baseline", "not run", "none given"]]
-    _, *rows = html.table("What was raised", 3)
-    levels = [["more_steps", "suspicious"], ["few_images", "remark"], ["of_old", "suspicious"]]
-    assert [row[:2] for row in rows] == levels
-    assert rows[0][2] == sanity_checks.more_steps.__doc__ and rows[2][2] == "A check of another version."
-    assert all(check.__doc__ and "\n" not in check.__doc__ for check in sanity_checks.CHECKS), "one sentence or two"
+    meaning, old = sanity_checks.more_steps.__doc__, "A check of another version."
+    few = ["few_images", "remark", sanity_checks.few_images.__doc__]
+    raised = [["more_steps", "suspicious", meaning], few, ["of_old", "suspicious", old]]
+    assert html.table("What was raised", 3)[1:] == raised
     assert f"- mice (ours): more_steps: {RAISED['detail']}" in (tmp_path / "report.md").read_text()
-    assert "What was raised" not in made(tmp_path / "clear", [clear]).tables
 
 
 def test_models_on_the_same_images_are_compared_image_by_image(tmp_path):
@@ -210,99 +176,89 @@ def test_models_on_the_same_images_are_compared_image_by_image(tmp_path):
     for row, other in zip(rows, found[1:], strict=True):
         shown = [f"{d.value:+.1f} {d.low:+.1f} to {d.high:+.1f}" for d in other.against.values()]
         assert row[1:] == [*shown, ", ".join(k for k, d in other.against.items() if d.low > 0 or d.high < 0)]
-    alike = made(tmp_path / "alike", [make_result(model=m, fingerprint=m) for m in ("a", "b")])
+    pair = [make_result(model=m, fingerprint=m) for m in ("a", "b")]
+    alike = made(tmp_path / "alike", pair)
     assert alike.table(str(results[0].question), 4)[1] == ["b", "+0.0 -1.9 to +1.9", "+0.0 -1.9 to +1.9", "neither"]
-
-
-@pytest.mark.parametrize("changed", [{"ends": ""}, {"dataset": "dogs"}, {"per_class": COUNTS[0]}])
-def test_models_that_may_not_be_compared_are_not(tmp_path, changed):
-    results = [make_result(model="a", fingerprint="a"), make_result(model="b", fingerprint="b", **changed)]
-    assert "Image by image" not in made(tmp_path, results).text
+    for number, changed in enumerate(({"ends": ""}, {"dataset": "dogs"}, {"per_class": COUNTS[0]})):
+        odd = [pair[0], make_result(model="b", fingerprint="b", **changed)]
+        assert "Image by image" not in made(tmp_path / str(number), odd).text, changed
 
 
 def test_what_one_needs_to_doubt_a_figure_is_told(tmp_path):
     stages = {"apgd-ce": 44, "apgd-t": 41, "square": 40}
     result = make_result(attack="standard", n_after=stages, skipped=("row 3", "row 9"), target="cat")
-    text = made(tmp_path, [result]).text
+    text, left_out = made(tmp_path, [result]).text, "2 unreadable images were left out"
+    assert left_out in text and left_out in (tmp_path / "report.md").read_text()
     for said in (
         "robust after apgd-ce: 44.0%, apgd-t: 41.0%, square: 40.0%;",
         "robust = right on the clean image and never taken for 'cat' on any query;",
         f"weights {result.fingerprint}; images {result.images_digest}, opened by {result.source};",
-        "prompts a photo of a {};",
         "1.5 s on a CPU; torch 2, hpt_hf 0.1.0.",
-        "2 unreadable images were left out",
     ):
         assert said in text
-    assert said in (tmp_path / "report.md").read_text()
 
 
 def test_transfer_is_a_table(tmp_path):
-    html = made(tmp_path, transfer=TRANSFER)
+    html = made(tmp_path, [make_result()], transfer=TRANSFER)
+    assert list(html.tables)[0] == "In short" and list(html.tables)[-1] == "Transfer: pgd-20, linf 8/255"
     header, *rows = html.table("Transfer: pgd-20, linf 8/255", 7)
     assert header == ["asked", "attacked for", "clean", "on the attack", "kept", "KL, nats", "images"]
-    assert [row[:4] for row in rows] == [[c["judge"], c["source"], "70.0", f"{c['adversarial']:.1f}"] for c in CELLS]
-    assert [row[4:] for row in rows] == [[f"{c['kept']:.0f}%", "1.25", "40"] for c in CELLS]
+    figures = [(c["judge"], c["source"], "70.0", f"{c['adversarial']:.1f}", f"{c['kept']:.0f}%") for c in CELLS]
+    assert rows == [[*row, "1.25", "40"] for row in figures]
     assert (tmp_path / "report.md").read_text().endswith("## Transfer\n\n| a |\n|---|\n")
-    both = made(tmp_path, [make_result()], transfer=TRANSFER)
-    assert list(both.tables)[0] == "In short" and list(both.tables)[-1] == "Transfer: pgd-20, linf 8/255"
 
 
-@pytest.mark.parametrize(
-    ("figures", "order", "says"),
-    [
-        ((("a", 100, 50), ("b", 90, 85)), "ba", "Take b: it is right on 70.8% of the images attacked for s."),
-        ((("a", 100, 84), ("b", 90, 85)), "ba", "Chance may have put it before a: more images tell."),
-        ((("a", 100, 14),), "a", "Take none: not even a is better there than s itself, beyond chance."),
-    ],
-)
-def test_the_page_says_which_proxy_to_take_and_how_sure_that_is(tmp_path, figures, order, says):
-    transfer = proxies(*figures, ("s", 106, 9))
-    html = made(tmp_path, transfer=transfer)
+PREFLIGHTS = {
+    "Take b: it is right on 70.8% of the images attacked for s.": ("ba", ("a", 100, 50), ("b", 90, 85)),
+    "Chance may have put it before a: more images tell.": ("ba", ("a", 100, 84), ("b", 90, 85)),
+    "Take none: not even a is better there than s itself, beyond chance.": ("a", ("a", 100, 14)),
+}
+
+
+@pytest.mark.parametrize("says", PREFLIGHTS)
+def test_the_page_says_which_proxy_to_take_and_how_sure_that_is(tmp_path, says):
+    order, *figures = PREFLIGHTS[says]
+    html = made(tmp_path, transfer=proxies(*figures, ("s", 106, 9)))
     assert says in html.text and ("Chance" in says or "Chance" not in html.text)
-    assert [row[0] for row in html.table(f"Transfer: {transfer['title']}", 7)] == ["asked", *order, "s"]
+    assert [row[0] for row in html.table(f"Transfer: {TRANSFER['title']}", 7)] == ["asked", *order, "s"]
 
 
 def test_several_radii_draw_a_curve_from_the_clean_accuracy(tmp_path):
     robust = {"1/255": 60, "2/255": 40, "4/255": 20}
     results = [make_result(eps=e, per_class={"a": (100, 80, r)}) for e, r in robust.items()]
     ((line,),) = (plot["lines"] for plot in curves(summary(results)))
-    assert (line["model"], line["asked"]) == ("models/ours", "pgd-20 on cats")
-    expected = [(0.0, 80.0, wilson(80, 100))]
-    expected += [(pytest.approx(int(e[0]) / 255), r, pytest.approx(wilson(r, 100))) for e, r in robust.items()]
-    assert line["points"] == [(x, y, pytest.approx(ends)) for x, y, ends in expected]
+    expected = [wilson(80, 100), *(wilson(r, 100) for r in robust.values())]
+    assert [ends for *_, ends in line["points"]] == [pytest.approx(ends) for ends in expected]
     html = made(tmp_path, results)
     (drawn,) = (attrs["points"].split() for tag, attrs in html.tags if tag == "polyline")
-    places = [tuple(float(v) for v in point.split(",")) for point in drawn]
-    assert [x for x, _ in places] == [pytest.approx(34 + 300 * e / 4) for e in (0, 1, 2, 4)]
-    assert [y for _, y in places] == [pytest.approx(210 - 2 * y) for y in (80, 60, 40, 20)]
+    places = [(34 + 300 * eps / 4, 210 - 2 * y) for eps, y in ((0, 80), (1, 60), (2, 40), (4, 20))]
+    assert [tuple(map(float, point.split(","))) for point in drawn] == places
     assert sorted(t for t in html.found["text"] if "/" in t) == list(robust)
     assert html.found["b"] == ["ours", "pgd-20 on cats"], "the legend"
+    header = ["data set", "clean", "robust", "verdict", "weakest class", "images", "classes"]
+    assert html.table(str(results[0].question), 7)[0] == header, "one model needs no names"
 
 
-def test_one_plot_has_one_unit_one_protocol_and_one_line_for_each_model_and_attack():
+def test_a_plot_has_one_unit_and_protocol_and_a_line_one_model_and_attack_on_the_same_images():
     kinds = [{"norm": n, "protocol": p} for n, p in (("linf", "input"), ("l2", "input"), ("linf", "native"))]
     models = [{"model": m, "attack": a} for m, a in (("1", "pgd-20"), ("2", "pgd-20"), ("1", "cw-20"))]
     results = [make_result(**kind, **model, eps=e) for kind in kinds for model in models for e in ("0.5", "1")]
     plots = curves(summary(results))
     assert [(p["question"].norm, p["question"].protocol) for p in plots] == [tuple(k.values()) for k in kinds]
     assert all([[x for x, *_ in line["points"]] for line in p["lines"]] == [[0, 0.5, 1]] * 3 for p in plots)
-
-
-def test_means_over_different_sets_or_samples_are_no_curve():
     for other in ({"dataset": "hard"}, {"per_class": {"cat": (5, 4, 3)}}, {"seed": 1}):
         assert curves(summary([make_result(), make_result(eps="2/255", **other)])) == [], other
 
 
-def test_models_have_a_colour_and_a_mark_each_and_attacks_a_dash_in_lines_and_legend(tmp_path):
-    radii, models = ("1/255", "2/255"), ("a", "b")
-    results = [make_result(model=m, attack=a, eps=e) for m in models for a in ("cw-20", "pgd-20") for e in radii]
-    html = made(tmp_path, [replace(r, fingerprint=r.model * 8) for r in results])
+def test_models_have_a_colour_and_attacks_a_dash_in_lines_and_legend(tmp_path):
+    radii, attacks = ("1/255", "2/255"), ("cw-20", "pgd-20")
+    results = [make_result(model=m, attack=a, eps=e, fingerprint=m) for m in "ab" for a in attacks for e in radii]
+    html = made(tmp_path, results)
     hues = [attrs["style"] for _, attrs in html.tags if "hue" in attrs.get("class", "")]
     assert hues == hues[:2] * 3 and hues[0] != hues[1], "four lines, and the legend's two"
     dashes = [attrs["stroke-dasharray"] for tag, attrs in html.tags if attrs.get("class") == "line"]
     assert dashes == [dashes[0]] * 2 + [dashes[2]] * 2 + dashes[1:3] and dashes[0] != dashes[2]
     assert html.found["b"] == ["a", "b", "cw-20 on cats", "pgd-20 on cats"]
-    assert sum(attrs.get("class") == "ends" for _, attrs in html.tags) == 12, "an interval at each point"
 
 
 def test_a_mean_of_sets_is_as_sure_as_its_sets_together():
@@ -310,65 +266,50 @@ def test_a_mean_of_sets_is_as_sure_as_its_sets_together():
     for kind, right in (("clean_interval", 60), ("robust_interval", 0)):
         assert one[kind] == pytest.approx(wilson(right, 100)), "of one set it is Wilson's"
         assert np.diff(four[kind]) == pytest.approx(np.diff(one[kind]) / 2)
-    assert four["robust_interval"][0] == 0 and four["robust"] == 0
-    assert measured([(10, 10, 0), (1000, 0, 0)])["clean"] == 50, "unweighted"
+    assert four["robust_interval"][0] == 0 and measured([(10, 10, 0), (1000, 0, 0)])["clean"] == 50, "unweighted"
 
 
 def test_one_radius_is_bars_of_the_sets_of_one_model_or_the_means_of_several():
     sets = [make_result(dataset=d, per_class=c) for d, c in zip(("cats", "dogs"), COUNTS, strict=False)]
-    ((question, rows),) = bars(sets, summary(sets)).items()
+    ((question, rows),) = bars(sets, summary(sets), []).items()
     assert question == str(sets[0].question) and [row["name"] for row in rows] == ["cats", "dogs", "mean"]
     assert rows[0]["robust_interval"] == pytest.approx(sets[0].interval)
     other = [replace(r, model="other", fingerprint="f") for r in sets]
-    ((_, rows),) = bars(both := sets + other, summary(both)).items()
+    ((_, rows),) = bars(both := sets + other, summary(both), []).items()
     assert [row["name"] for row in rows] == ["models/ours", "other"]
-    ((_, rows),) = bars(odd := sets + other[:1], summary(odd)).items()
+    ((_, rows),) = bars(odd := sets + other[:1], summary(odd), []).items()
     assert [row["name"] for row in rows] == ["models/ours, pgd-20 on 2 sets", "other, pgd-20 on cats"]
     curve = [*sets, *(replace(r, eps="2/255") for r in sets)]
-    assert bars(curve, summary(curve)) == {}, "which a plot shows"
+    rows = summary(curve)
+    assert bars(curve, rows, curves(rows)) == {}, "which a plot shows"
 
 
 def test_the_gallery_shows_each_set_under_its_widest_ball_and_its_first_image_before_any_second(tmp_path):
     results = [make_result(dataset=f"set{i}", eps="16/255") for i in range(8)]
+    results += [make_result(dataset="set0", eps=e) for e in ("4/255", "0.01")]
     for i, result in enumerate(results):
         shown = [example(f"{i}-{j}", shade=(i + 9 * j) / 20) for j in range(2 * (i != 3))]
         write_json(tmp_path / "gallery" / result.file_name, shown)
-    narrow = [make_result(dataset="set0", eps=e) for e in ("4/255", "0.01")]
-    for result in narrow:
-        write_json(tmp_path / "gallery" / result.file_name, [example("narrow")])
-    html = made(tmp_path, results + narrow)
+    html = made(tmp_path, results)
     order = [f"{i}-0" for i in (0, 1, 2, 4, 5, 6, 7)] + [f"{i}-1" for i in (0, 1, 2, 4, 5)]
-    shown = [t for t in html.found["b"] if re.fullmatch(r"\d-\d", t)]
-    assert shown == order and "narrow" not in html.text, "at most twelve"
-    images = [attrs for tag, attrs in html.tags if tag == "img"]
-    first = [f"data:image/png;base64,{example('0-0', shade=0.0)[k]}" for k in ("clean", "perturbation", "attacked")]
-    assert len(images) == 36 and [image["src"] for image in images[:3]] == first
-    assert all(image["alt"] for image in images)
+    assert [t for t in html.found["b"] if re.fullmatch(r"\d-\d", t)] == order, "at most twelve"
+    images = [(attrs["alt"], attrs["src"]) for tag, attrs in html.tags if tag == "img"]
+    first = [(k, f"data:image/png;base64,{example('', shade=0.0)[k]}") for k in ("clean", "perturbation", "attacked")]
+    assert len(images) == 36 and images[:3] == first
     assert "attacked: dog (80%) set0 · ours · pgd-20, linf 16/255" in html.text
 
 
-def everything(folder: Path) -> Page:
-    return made(folder, many(), examples=[example(), example("dog", "cat")], transfer=TRANSFER)
-
-
-def test_the_page_needs_nothing_from_outside_and_runs_nothing(tmp_path):
-    html = everything(tmp_path)
-    tags = {tag for tag, _ in html.tags}
-    assert tags >= {"svg", "img", "table", "details", "style"} and not tags & FOREIGN
-    for tag, name, value in ((tag, *attr) for tag, attrs in html.tags for attr in attrs.items()):
-        if name in LOADS:
-            assert value.startswith(("data:image/png;base64,", "#")), (tag, name, value[:80])
-        assert not name.startswith("on") and "url(" not in value and "://" not in value, (tag, name, value)
-    (style,) = html.found["style"]
-    assert "@import" not in style and "url(" not in style and "://" not in style
-    assert next(attrs for tag, attrs in html.tags if tag == "meta") == {"charset": "utf-8"}
-
-
-def test_the_same_results_give_the_same_bytes(tmp_path):
+def test_the_page_needs_nothing_from_outside_runs_nothing_and_is_the_same_each_time(tmp_path):
     for name in ("one", "two", "two"):
-        everything(tmp_path / name)
-    for name in ("report.html", "report.md"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        html = made(tmp_path / name, many(), examples=[example(), example("dog", "cat")], transfer=TRANSFER)
+    assert {tag for tag, _ in html.tags} >= {"svg", "img", "table", "details", "style"}
+    for name in ("report.md", "report.html"):
+        page, again = ((tmp_path / place / name).read_bytes() for place in ("one", "two"))
+        assert page == again
+    foreign = rb"<(script|link|iframe|object|embed|base|form|audio|video)\b|<[^>]*\son\w+=|@import|url\(|://"
+    assert not re.search(foreign, page)
+    loads = set(re.findall(rb'\s(?:src|href|xlink:href|srcset|poster|data|action|background)="(.{22})', page))
+    assert loads == {b"data:image/png;base64,"}
 
 
 def test_names_are_text_and_never_markup(tmp_path):
@@ -388,46 +329,29 @@ def test_names_are_text_and_never_markup(tmp_path):
         assert f"{evil}{part}" in html.text, part
 
 
-def test_results_where_the_version_before_left_them_are_reported(tmp_path):
-    old, new = make_result(dataset="old"), make_result(dataset="new")
-    write_json(tmp_path / "scores" / old.file_name, old.to_json())
-    assert [row[0] for row in made(tmp_path, [new]).table(str(new.question), 7)] == ["data set", "new", "old"]
-
-
-NOTHING = "holds no results/.*json and no transfer.json: nothing to report"
-
-
-@pytest.mark.parametrize(
-    ("folder", "says"),
-    [("absent", f"absent {NOTHING}"), ("bare", f"bare {NOTHING}"), ("odd", "other.json is no result")],
-)
-def test_a_folder_without_results_or_with_a_file_that_is_none_is_an_error_and_stays_as_it_is(tmp_path, folder, says):
-    (tmp_path / "bare" / "results").mkdir(parents=True)
-    for name, content in (("a", make_result().to_json()), ("other", {"robust": 1})):
-        write_json(tmp_path / "odd" / "results" / f"{name}.json", content)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=says):
-        write_html_report(tmp_path / folder)
-    assert sorted(tmp_path.rglob("*")) == before
+def test_a_folder_without_results_is_an_error_and_none_is_made(tmp_path):
+    with pytest.raises(ValueError, match="absent holds no results/.*nothing to report"):
+        write_html_report(tmp_path / "absent")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
     """Curves of models and attacks; models in one ball, with a pre-flight; one model on many sets."""
-    folder = tmp_path_factory.mktemp("pages")
-    long = "a set whose name is rather longer than one would like"
+    folder, long = tmp_path_factory.mktemp("pages"), "a set whose name is rather longer than one would like"
     curves = [
-        simulated(m, d, a, e, **({"sanity_checks": (RAISED, REMARK)} if e == 4 and "tecoa" in m else {}))
+        simulated(m, d, a, e, (RAISED, REMARK) if e == 4 and "tecoa" in m else (PASSED,))
         for m, d in itertools.product(MODELS, ("cifar10", long))
-        for a, radii in (("pgd-20", (1, 2, 4, 16)), ("standard", (1, 2)))
-        for e in radii
+        for a, e in [("pgd-20", 1), ("pgd-20", 2), ("pgd-20", 4), ("pgd-20", 16), ("standard", 1), ("standard", 2)]
     ]
     made(folder / "curves", curves, examples=[example(long.replace(" ", "_")), example("dog", "cat")])
     transfer = ("lab:proxy", 106, 85), ("outputs/convolution-with-a-long-name", 84, 82), ("lab:student", 106, 9)
     models = [simulated(m, d, eps=2) for m in MODELS for d in ("cifar10", "dtd")]
     made(folder / "models", models, transfer=proxies(*transfer))
-    sets = [simulated("outputs/hpt_gpd", d) for d in ("caltech101", "cars", "cifar10", "dtd", "eurosat", "food101")]
-    made(folder / "sets", sets)
+    made(
+        folder / "sets",
+        [simulated("outputs/hpt_gpd", d) for d in ("caltech101", "cars", "dtd", "unbroken" * 9 + "name!")],
+    )
     return {name: folder / name / "report.html" for name in ("curves", "models", "sets")}
 
 
@@ -445,7 +369,7 @@ UNFIT = """() => {
     }
     return found;
 }"""
-# (colour, contrast with the page) of all that is marked by a colour: WCAG asks 4.5 of text and 3 of pictures.
+# The least contrast with the page of words and of marks whose colour says something: WCAG asks 4.5 and 3.
 CONTRAST = """() => {
     const context = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
     const light = colour => {
@@ -458,12 +382,10 @@ CONTRAST = """() => {
     const probe = document.body.appendChild(document.createElement('i'));
     probe.style.background = 'Canvas';
     const page = light(getComputedStyle(probe).backgroundColor);
-    const against = colour => Math.max(light(colour) / page, page / light(colour));
-    const text = [...document.querySelectorAll('.clear, .remark, .suspicious, .unchecked, .soft, figcaption')];
-    const pictures = [...document.querySelectorAll('.hue path, .track b')];
-    return [text.map(e => against(getComputedStyle(e).color)),
-        pictures.map(e => against(getComputedStyle(e)[e.tagName == 'B' ? 'borderTopColor' : 'fill']))]
-        .map((list, i) => Math.min(...list.filter(c => i == 0 || c > 1.01)));
+    const least = (query, property) => Math.min(...[...document.querySelectorAll(query)]
+        .map(e => light(getComputedStyle(e)[property])).map(l => Math.max(l / page, page / l)));
+    return [least('.clear, .remark, .suspicious, .unchecked, .soft, figcaption', 'color'),
+        least('.hue path:not(.ends)', 'fill'), least('.track b', 'borderTopColor')];
 }"""
 
 
@@ -473,6 +395,6 @@ def test_on_a_desk_and_on_a_phone_everything_can_be_read(browser, pages, width, 
     for name, file in pages.items():
         tab.goto(file.as_uri())
         assert tab.evaluate(UNFIT) == [], name
-        text, pictures = tab.evaluate(CONTRAST)
-        assert text >= 4.5 and pictures >= 3, name
+        text, *pictures = tab.evaluate(CONTRAST)
+        assert text >= 4.5 and min(pictures) >= 3, name
     tab.close()

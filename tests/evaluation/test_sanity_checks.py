@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, make_images, make_result, relabelled, weights, write_image_folder
+from conftest import CLASSES, largest_difference, make_images, make_result, relabelled, weights
 
 from hpt_hf.attacks.suite import ATTACKS, EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
-from hpt_hf.commands import evaluate as command
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation import evaluator as evaluation
 from hpt_hf.evaluation import sanity_checks as checks
@@ -75,12 +74,8 @@ def broken(sees=lambda images: images, says=lambda logits: logits, within=contex
     return Broken
 
 
-def levels(x):
-    return (x * 15).round() / 15
-
-
 def straight_through(x):
-    return x + (levels(x) - x).detach()
+    return x + ((x * 15).round() / 15 - x).detach()
 
 
 def through_bytes(x):
@@ -103,26 +98,20 @@ class HalfFeatures(ZeroShotClassifier):
 
 # what is broken -> (the model, the check that must see it; others may too).
 MODELS = {
-    "16 levels": (broken(levels), "quantised"),
     "16 levels, straight through": (broken(straight_through), "quantised"),
     "16 levels after resizing": (QuantisedAfterResizing, "quantised"),
     "features in half precision": (HalfFeatures, "quantised"),
     "noise on the image": (broken(lambda x: x + 0.1 * torch.randn_like(x)), "stochastic"),
-    "dropout left on": (broken(lambda x: F.dropout(x, 0.05)), "stochastic"),
     "mean of the batch off the logits": (broken(says=lambda logits: logits - logits.mean(0)), "batch_size"),
-    "statistics of the batch": (broken(lambda x: (x - x.mean(0) + 0.5).clamp(0, 1)), "batch_size"),
     "detached": (broken(torch.detach), "detached"),
     "round trip through bytes": (broken(through_bytes), "detached"),
     "logits a thousandfold": (broken(says=lambda logits: 1e3 * logits), "zero_gradient"),
-    "cross-entropy of saturated logits": (broken(says=lambda logits: 1e4 * logits), "zero_gradient"),
     "steep sigmoid on the pixels": (broken(lambda x: (400 * (x - 0.5)).sigmoid()), "zero_gradient"),
     "autocast to bfloat16 inside": (broken(within=lambda: torch.autocast("cpu", torch.bfloat16)), "half_precision"),
-    "autocast to float16 inside": (broken(within=lambda: torch.autocast("cpu", torch.float16)), "half_precision"),
     "logits in bfloat16": (broken(says=lambda logits: logits.bfloat16().float()), "half_precision"),
     "logits in float16": (broken(says=lambda logits: logits.half().float()), "half_precision"),
     "the margin works, the cross-entropy does not": (broken(says=lambda logits: 1e4 * logits), "other_loss"),
     "gradient of the wrong sign": (broken(lambda x: 2 * x.detach() - x), "large_ball"),
-    "a gradient that leads nowhere": (broken(lambda x: 2 * x.detach() - x), "black_box"),
     "no gradient for the search without one": (broken(torch.detach), "black_box"),
 }
 
@@ -143,18 +132,6 @@ def test_half_precision_weights_and_autocast_around_are_seen(dtype, trained):
     assert seen["raised"] and f"autocast in {dtype}" in seen["detail"]
 
 
-def test_a_checkpoint_with_a_large_logit_scale_is_doubted_by_the_command(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "CHECKS", (checks.zero_gradient, checks.few_images))
-    loud = remade(trained, ZeroShotClassifier)
-    loud.model.logit_scale.data.fill_(float(np.log(1e4)))
-    loud.save_pretrained(tmp_path / "model")
-    data = write_image_folder(tmp_path / "data", make_images(10))
-    flags = ["--model", str(tmp_path / "model"), "--dataset", data, "--eps", "24/255"]
-    command.main([*flags, "--output_dir", str(tmp_path / "out")])
-    told = capsys.readouterr().err
-    assert all(said in told for said in ("suspicious: ", "zero_gradient", "few_images"))
-
-
 def test_where_square_ran_as_part_of_the_attack_it_need_not_run_again(trained, monkeypatch):
     """`standard` ends with Square, so the check counts what it broke after two attacks that follow gradients."""
     chosen, images = attack("standard", 60, eps=48 / 255), make_images(20)
@@ -166,7 +143,6 @@ def test_where_square_ran_as_part_of_the_attack_it_need_not_run_again(trained, m
     assert look(trained, "black_box", chosen=chosen, images=images)["black_box"]["raised"]
 
 
-@dataclasses.dataclass(frozen=True)
 class Short(EvaluationAttack):
     """Uses a thousandth of its ball."""
 
@@ -184,17 +160,18 @@ def test_an_attack_that_stops_short_is_found_by_every_stronger_one(trained):
     assert raised(trained, *stronger, chosen=attack(eps=48 / 255, kind=Short)) == stronger
 
 
-@pytest.mark.parametrize(
-    ("robust", "count", "n", "points", "raises"),
-    [(50.0, 2, 24, 4.2, False), (50.0, 3, 24, 6.2, True), (40.0, 3, 24, 5.0, True), (90.0, 1, 9, 10.0, False)],
-)
-def test_what_a_stronger_attack_breaks_is_weighed_by_how_far_the_figure_would_fall(robust, count, n, points, raises):
+def test_what_a_stronger_attack_breaks_is_weighed_by_how_far_the_figure_would_fall():
     """Three of 24 robust images are much of a high figure and little of a low one; one image alone is chance."""
-    result = make_result(clean=100.0, robust=robust)
-    probe = Probe(classifier=None, attack=attack(), result=result, clean_images={}, robust_images={})
-    parts = iter((torch.arange(n) < count).split(5))  # of images of several sizes, added up
-    found, detail = run_check(lambda probe: Seen(next(parts), "fall", None), [probe] * math.ceil(n / 5))
-    assert found is raises and f"{count} of {n} robust images fall" in detail and f"{points:.1f} points" in detail
+    for robust, count, n, points, raises in (
+        (50.0, 2, 24, 4.2, False),
+        (50.0, 3, 24, 6.2, True),
+        (40.0, 3, 24, 5.0, True),
+        (90.0, 1, 9, 10.0, False),
+    ):
+        probe = Probe(None, attack(), make_result(clean=100.0, robust=robust), {}, {})
+        parts = iter((torch.arange(n) < count).split(5))  # of images of several sizes, added up
+        found, detail = run_check(lambda _, parts=parts: Seen(next(parts), "fall", None), [probe] * math.ceil(n / 5))
+        assert found is raises and f"{count} of {n} robust images fall" in detail and f"{points:.1f} points" in detail
 
 
 def wrong(images: LabelledImages) -> LabelledImages:
@@ -207,10 +184,8 @@ def even(n: int, classes: int, *more: int) -> dict:
     return {f"class {i}": (n, *more) for i in range(classes)}
 
 
-@pytest.mark.parametrize(
-    ("check", "per_class", "raises"),
-    [
-        (checks.few_images, even(1, 1, 1, 1), True),
+def test_few_images_few_classes_and_a_collapse_are_told_from_the_counts():
+    for check, per_class, raises in (
         (checks.few_images, even(20, FEW_CLASSES - 1, 9, 5), True),
         (checks.few_images, even(20, FEW_CLASSES, 9, 5), False),
         (checks.few_images, even(1, FEW_IMAGES - 1, 1, 1), True),
@@ -218,11 +193,8 @@ def even(n: int, classes: int, *more: int) -> dict:
         (checks.collapsed, even(20, 4, 0, 0) | {"class 0": (20, 20, 20)}, True),
         (checks.collapsed, even(20, 4, 5, 1), True),
         (checks.collapsed, even(20, 4, 14, 1), False),
-    ],
-)
-def test_few_images_few_classes_and_a_collapse_are_told_from_the_counts(check, per_class, raises):
-    found, seen = check(Probe(None, attack(), make_result(per_class=per_class), {}, {}))
-    assert found is raises and (check is checks.few_images or "chance 25.0%" in seen)
+    ):
+        assert check(Probe(None, attack(), make_result(per_class=per_class), {}, {}))[0] is raises, per_class
 
 
 def test_a_baseline_that_withstands_the_attack_is_told_and_without_one_nobody_knows(trained, undefended):
@@ -255,23 +227,16 @@ def resized(*sizes, count: int = 12) -> LabelledImages:
     return LabelledImages.from_images(images, even.labels, CLASSES, name="sizes")
 
 
-def two_classes() -> LabelledImages:
-    part = make_images(50).select([i for i in range(50) if i % 5 < 2])
-    return relabelled(part, part.labels, CLASSES[:2])
-
-
+TWO = make_images(50).select([i for i in range(50) if i % 5 < 2])
 EDGES = {
     "none right": (wrong(make_images(6)), attack()),
     "none robust": (make_images(6), attack(eps=0.5)),
     "all robust": (make_images(20), attack(eps=0)),
     "one image": (make_images(1), attack()),
-    "two classes, all attacks": (two_classes(), attack("standard", 3)),
+    "two classes, all attacks": (relabelled(TWO, TWO.labels, CLASSES[:2]), attack("standard", 3)),
     "native sizes": (resized((32, 32), (48, 40)), attack(protocol="native")),
     "native and elongated": (resized((100, 40)), attack(protocol="native", eps=40 / 255)),
-    "native, none right": (wrong(resized((48, 40), (32, 32))), attack(protocol="native")),
     "l2": (make_images(10), attack("standard", 10, norm="l2", eps=4)),
-    "l2, none right": (wrong(make_images(6)), attack(norm="l2", eps=4)),
-    "towards a class": (make_images(20), attack(target="cat", eps=28 / 255)),
     "towards a class, with APGD": (make_images(10), attack("apgd-ce", 10, target="dog", eps=0.4)),
 }
 
@@ -286,11 +251,11 @@ def test_at_the_edges_an_honest_model_raises_only_what_is_true(edge, trained, un
 
 
 def test_at_native_sizes_the_checks_add_up_what_they_see_and_fewer_than_eight_images_prove_nothing(trained):
-    weak = attack(eps=48 / 255, kind=Short, protocol="native")
     images = resized((40, 40), (48, 40), (40, 64), (56, 56), (40, 48), count=40)
+    weak = attack(eps=48 / 255, kind=Short, protocol="native")
     found = look(trained, "more_steps", images=images, chosen=weak, probe=24)["more_steps"]
     assert found["raised"] and " of 24 robust images" in found["detail"]
-    few = look(trained, "more_steps", "stochastic", images=make_images(5), chosen=attack(eps=48 / 255, kind=Short))
+    few = look(trained, "more_steps", "stochastic", images=make_images(5), chosen=weak)
     assert all(check["raised"] is None and "expected at least 8" in check["detail"] for check in few.values())
 
 
@@ -306,29 +271,14 @@ def test_what_stands_towards_a_target_need_not_withstand_every_other_attack(trai
 
 def test_the_checks_leave_no_trace(trained):
     model = remade(trained, ZeroShotClassifier).freeze_text().train()
-    torch.manual_seed(1)
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    chance, numpy_chance = torch.get_rng_state(), np.random.get_state()[1].copy()
     before, asked = weights(model), [p.requires_grad for p in model.parameters()]
     assert list(look(model, baseline=trained, probe=4, images=make_images(10))) == NAMES
-    assert torch.equal(torch.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], numpy_state)
+    assert torch.equal(torch.get_rng_state(), chance) and np.array_equal(np.random.get_state()[1], numpy_chance)
     assert [p.requires_grad for p in model.parameters()] == asked and len(set(asked)) == 2
     assert all(p.grad is None for one in (model, trained) for p in one.parameters())
-    assert all(torch.equal(tensor, before[n]) for n, tensor in weights(model).items())
-    assert not any(m.training or m._forward_hooks for m in model.modules())
+    assert not largest_difference(weights(model), before) and not any(m.training for m in model.modules())
     assert not torch.nn.modules.module._global_forward_hooks
-    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-
-
-def test_prompts_are_read_once_and_letter_by_letter(trained, monkeypatch):
-    read, runs, tokenizer = [], [], trained.processor.tokenizer
-    monkeypatch.setattr(trained.processor, "tokenizer", lambda p, **options: read.extend(p) or tokenizer(p, **options))
-    hook = trained.model.text_model.register_forward_hook(lambda *given: runs.append(1))
-    try:
-        result = evaluate(trained, make_images(20), attack("standard", 3), name="m", batch_size=5, probe=4)
-    finally:
-        hook.remove()
-    assert len(runs) == 1 and read == [f"This is a photo of a {name}" for name in CLASSES]
-    assert tuple(result.per_class) == CLASSES
 
 
 def test_every_check_has_its_paragraph_and_no_paragraph_speaks_of_another():
