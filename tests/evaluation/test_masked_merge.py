@@ -24,7 +24,7 @@ def pair(student_path):
 
 def test_gradients_are_those_of_the_clean_loss(pair):
     robust, images = pair[1], make_images(8)
-    found = clean_gradients(robust, images, limit=8)
+    found = clean_gradients(robust, images)
     batch = Collator(robust.processor)(list(images))
     F.cross_entropy(robust.classify(batch["images"]).logits, batch["labels"]).backward()
     for name, parameter in robust.model.named_parameters():
@@ -36,7 +36,7 @@ def test_gradients_are_those_of_the_clean_loss(pair):
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.9])
 def test_the_share_with_the_largest_gradients_is_the_originals(pair, share):
     (original, robust), images = pair, make_images(8)
-    gradients, merged = clean_gradients(robust, images, limit=512), masked(original, robust, images, share)
+    gradients, merged = clean_gradients(robust, images), masked(original, robust, images, share)
     theta0, theta1, theta = (m.model.state_dict() for m in (original, robust, merged))
     for name, got in theta.items():
         if name not in gradients:
