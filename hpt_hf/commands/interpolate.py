@@ -40,12 +40,8 @@ class InterpolateArguments:
         metadata={"help": "shares of the robust weights; 0 is the original, 1 the robust model"},
     )
     max_drop: float = field(default=5.0, metadata={"help": "points of clean accuracy that may be paid for robustness"})
-    mask: float = field(
-        default=0.0, metadata={"help": "share of coordinates left as they were: what clean accuracy hangs on most"}
-    )
-    choose_on: list[str] | None = field(
-        default=None, metadata={"help": "training data that the model has not seen; left out: what training held out"}
-    )
+    mask: float = field(default=0.0, metadata={"help": "share of coordinates kept, that clean accuracy hangs on"})
+    choose_on: list[str] | None = field(default=None, metadata={"help": "unseen training data; default: the held-out"})
     report_on: list[str] | None = field(default=None, metadata={"help": "test sets, which have no say"})
     save: list[float] | None = field(default=None, metadata={"help": "points to export, beside the chosen one"})
     push_to: str | None = field(default=None, metadata={"help": "a repository: points become revisions, w0.50"})

@@ -22,6 +22,7 @@ from hpt_hf.commands.train import run as train
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.export import check
+from hpt_hf.publishing.hub import open_repo
 from hpt_hf.publishing.model_card import MIXED, TRAINED, check_figures, own_results
 from hpt_hf.utils import read_json, write_json
 
@@ -220,12 +221,11 @@ def pretend(monkeypatch, chosen_on=lambda i: (60, 10 * i), export=True):
     return asked
 
 
-def test_other_training_images_may_be_named_and_several(folder, test_set, tmp_path, monkeypatch):
+def test_other_training_images_may_be_named_and_several(folder, test_set, learned, tmp_path, monkeypatch):
     change(folder, held_out=0.0)
-    more = write_image_folder(tmp_path / "more", make_images(10, seed=7))
-    asked = pretend(monkeypatch, export=False)
+    asked, more = pretend(monkeypatch, export=False), str(learned.data)
     command.run(arguments(folder, tmp_path / "out", choose_on=[test_set, more], limit=7, batch_size=3))
-    assert [images.name for images, _, _ in asked[:2]] == ["unseen", "more"]
+    assert [images.name for images, _, _ in asked[:2]] == ["unseen", "images"]
     assert all(k["limit"] == 7 and k["batch_size"] == 3 and k["probe"] == 0 for _, _, k in asked)
 
 
@@ -272,17 +272,16 @@ def test_the_slice_is_asked_about_as_in_training(learned, folder, tmp_path, monk
 def test_saved_points_join_the_grid_each_in_a_folder_of_its_own(folder, tmp_path, monkeypatch):
     asked, save = pretend(monkeypatch, lambda i: (95, 90 if i == 4 else 10)), [0.501, 0.504, 0.5]
     points, chosen = command.run(arguments(folder, tmp_path / "out", weights=[1.0, 0.5, 0.5], save=save))
-    told = {json.loads(f.read_text())["weight"]: f.parent for f in (tmp_path / "out").glob(f"*/{MIXED}")}
-    assert told.keys() == {*save, 1.0} and len(asked) == len(points) == 5 and chosen.weight == 1
-    assert "This point was chosen" in (told[1.0] / "README.md").read_text()
+    told = {read_json(f)["weight"] for f in (tmp_path / "out").glob(f"*/{MIXED}")}
+    assert told == {*save, 1.0} and len(asked) == len(points) == 5 and chosen.weight == 1
 
 
 def test_the_command_prints_the_front_and_where_the_model_lies(done):
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in done.said.splitlines() if line[:1] == "|"]
-    for row, told in zip(rows[2:], done.front["points"], strict=True):
+    rows = [line.split("|")[1:-1] for line in done.said.splitlines() if line[:1] == "|"][2:]
+    for (weight, *shown), told in zip(rows, done.front["points"], strict=True):
         figures = [told[part][k] for part in ("chosen_on", "reported") for k in ("clean", "robust")]
-        assert row[0].startswith(f"{told['weight']:.2f}") and row[1:] == [f"{f:.1f}" for f in figures]
-        assert ("← chosen" in row[0]) == (told["weight"] == done.front["chosen"])
+        assert f"{told['weight']:.2f}" in weight and [cell.strip() for cell in shown] == [f"{f:.1f}" for f in figures]
+        assert ("← chosen" in weight) == (told["weight"] == done.front["chosen"])
     assert f"w{done.front['chosen']:.2f} is the chosen model" in done.said.splitlines()[-1]
 
 
@@ -328,31 +327,20 @@ def test_a_mistake_is_one_line_before_anything_is_measured(learned, folder, tmp_
     assert contents(tmp_path) == before
 
 
-def test_exported_points_become_revisions_and_another_model_is_left_alone(folder, test_set, tmp_path, monkeypatch):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_exported_points_become_revisions(folder, test_set, tmp_path, monkeypatch, overwrite):
     hub, line = FakeHub(monkeypatch), "alice/line"
     pretend(monkeypatch)
     settings = {"weights": [1.0], "save": [0.5], "report_on": [test_set], "push_to": line, "private": True}
-    command.run(arguments(folder, tmp_path / "out", **settings))
+    open_repo(line, private=True)
+    hub.repos[line].branches["w1.00"] = [{"model.safetensors": b"another"}]
+    with contextlib.nullcontext() if overwrite else pytest.raises(ValueError, match=r"\(w1.00\) holds another model"):
+        command.run(arguments(folder, tmp_path / "out", overwrite=overwrite, **settings))
     assert hub.repos[line].private and set(hub.files(line)) == {".gitattributes"}
     assert set(hub.repos[line].branches) == {"main", "w0.50", "w1.00"}
-    for name in ("w0.50", "w1.00"):
+    for name in ("w0.50", "w1.00")[: 1 + overwrite]:
         files = hub.files(line, name)
         assert files["model.safetensors"] == (tmp_path / "out" / name / "model.safetensors").read_bytes()
         assert json.loads(files[MIXED])["weight"] == float(name[1:]) and any(n.startswith("results/") for n in files)
         assert not any(str(tmp_path).encode() in content for content in files.values())
         assert f'revision="{name}"' in files["README.md"].decode() and card_data(files["README.md"].decode())
-    stood = hub.files(line, "w1.00")
-    again = arguments(folder, tmp_path / "again", weights=[1.0], push_to=line)
-    other = ZeroShotClassifier.from_pretrained(folder)
-    with torch.no_grad():
-        other.model.visual_projection.weight.mul_(1.5)
-    other.save_pretrained(folder)
-    for again.overwrite in (False, True):
-        pretend(monkeypatch)
-        with (
-            contextlib.nullcontext()
-            if again.overwrite
-            else pytest.raises(ValueError, match=r"\(w1.00\) holds another")
-        ):
-            command.run(again)
-        assert (hub.files(line, "w1.00") == stood) == (not again.overwrite)

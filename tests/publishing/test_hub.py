@@ -207,8 +207,7 @@ def test_no_hub_there(folder, monkeypatch):
         push(folder, NAME, token="hf_alice")
 
 
-TAMPERED = [  # the rest of what `check` tells stands in test_export.py
-    (lambda f: (f / "parity.json").unlink(), "it was never checked"),
+TAMPERED = [  # what `check` tells stands in test_export.py
     (lambda f: write_text(f / "README.md", "---\nmodel-index: []\n---\n"), "disagree about 3 figures"),
     (lambda f: [file.unlink() for file in f.glob("model*")], r"no model\*.safetensors.*hpt-hf convert"),
 ]
@@ -227,13 +226,8 @@ def test_the_command_takes_results_along_and_refuses_those_of_other_weights(hub,
     push_command.main([str(bare), "alice/bare", "--results", str(folder), "--private", "true"])
     assert "2 results in its card" in capsys.readouterr().out and hub.repos["alice/bare"].private
     assert len(ModelCard(hub.files("alice/bare")["README.md"].decode()).data.eval_results) == 3
-    for argv, message in (
-        ([str(other), NAME, "--results", str(folder)], "no result in .* was measured"),
-        ([str(tmp_path / "none"), NAME], "no folder at"),
-        ([str(tmp_path)], "--repo_id"),
-    ):
-        with pytest.raises(SystemExit, match=f"hpt-hf push: .*{message}"):
-            push_command.main(argv)
+    with pytest.raises(SystemExit, match="hpt-hf push: no result in .* was measured"):
+        push_command.main([str(other), NAME, "--results", str(folder)])
     assert NAME not in hub.repos
 
 
