@@ -69,9 +69,13 @@ def put_results(folder: Path, *results) -> list:
 
 
 def card_of(folder: Path, records: dict) -> str:
+    """The card with these records, whose text reads as sentences do."""
     for name, content in records.items():
         write_json(folder / name, content)
-    return card(folder)
+    text = card(folder)
+    words = [line for line in text.split("\n---\n", 1)[1].splitlines() if not line.startswith(("|", " ", "```"))]
+    assert not [line for line in words if re.search(r" ,|[^ ]  +[^ ]| \.", line)] and "\n\n\n" not in text
+    return text
 
 
 def claims(text: str) -> list[tuple]:
@@ -306,6 +310,7 @@ def test_a_converted_models_card_tells_what_was_read(folder):
     assert all(part in text for part in ("200 tensors", "198 from the base", "\n- Tokenizer is"))
     text = card_of(folder, {CONVERTED: READ})
     assert "The weights of their/clip, as they are." in text and "base_model" not in card_data(text)
+    card_of(folder, {MIXED: DIAL})
 
 
 def test_an_interpolated_models_card_tells_the_weight(folder, record):
