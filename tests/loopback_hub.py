@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import yaml
@@ -27,27 +27,21 @@ def http_error(status: int, kind=HfHubHTTPError):
 class Repo:
     private: bool | None
     branches: dict[str, list[dict[str, bytes]]]  # name -> the files of each of its commits, the oldest first
-    messages: list[str] = field(default_factory=list)
 
 
 class FakeHub:
     """`roles`: token -> (owner, may it write). `fault`: raised in place of the next commits."""
 
-    def __init__(self, monkeypatch, roles=None):
-        self.roles = roles or {"hf_alice": ("alice", True), "hf_reader": ("alice", False), "hf_bob": ("bob", True)}
+    roles = {"hf_alice": ("alice", True), "hf_reader": ("alice", False), "hf_bob": ("bob", True)}
+
+    def __init__(self, monkeypatch):
         self.repos: dict[str, Repo] = {}
         self.sent: list[str] = []  # every path of every commit
         self.fault: Exception | None = None
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", "hf_alice")
-        for name in (
-            "create_repo",
-            "auth_check",
-            "list_repo_commits",
-            "create_branch",
-            "list_repo_tree",
-            "create_commit",
-        ):
+        calls = "create_repo auth_check list_repo_commits create_branch list_repo_tree create_commit"
+        for name in calls.split():
             call = getattr(self, name)
             monkeypatch.setattr(HfApi, name, lambda api, *args, call=call, **more: call(api, *args, **more))
         monkeypatch.setattr(HfApi, "revision_exists", lambda api, repo_id, name: name in self.repos[repo_id].branches)
@@ -91,7 +85,7 @@ class FakeHub:
             lfs = {"size": len(content), "oid": hashlib.sha256(content).hexdigest(), "pointerSize": 1}
             yield RepoFile(path=path, size=len(content), oid="0", lfs=lfs if large else None)
 
-    def create_commit(self, api, repo_id, *, operations, commit_message, revision=None, **_):
+    def create_commit(self, api, repo_id, *, operations, revision=None, **_):
         self.may_write(api, repo_id)
         branch = self.branch(repo_id, revision)
         if self.fault:
@@ -105,7 +99,6 @@ class FakeHub:
             else:
                 files.pop(operation.path_in_repo)
         branch.append(files)
-        self.repos[repo_id].messages.append(commit_message)
         return SimpleNamespace(commit_url=f"{constants.ENDPOINT}/{repo_id}/commit/{len(branch)}")
 
 
@@ -119,7 +112,6 @@ def card_data(text: str) -> dict:
     for result in [result for model in data.get("model-index", []) for result in model["results"]]:
         assert result["task"]["type"] == "zero-shot-image-classification"
         assert result["dataset"]["type"] and result["dataset"]["name"]
-        assert result["metrics"] and all(
-            isinstance(m["value"], float) and m["type"] == "accuracy" for m in result["metrics"]
-        )
+        assert result["metrics"] and {m["type"] for m in result["metrics"]} == {"accuracy"}
+        assert all(isinstance(m["value"], float) for m in result["metrics"])
     return data

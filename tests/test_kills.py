@@ -5,7 +5,6 @@ A killed process is a fork of this one, so that the moments fall into the work a
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -26,6 +25,7 @@ pytestmark = pytest.mark.multiprocess
 TRAIN = "--method hpt_gpd --max_steps 60 --use_cpu true --eps 8/255 --per_device_train_batch_size 8 --interval 7"
 TRAIN += " --learning_rate 0.01 --ga_learning_rate 0.001 --save_strategy steps --save_steps 4 --held_out 0.2"
 TRAIN += " --disable_tqdm true --resume_from_checkpoint true"
+FILES = "--dataset {data} --model {student} --proxy {proxy} --output_dir {out}"
 EVALUATE = "--batch_size 8 --attack apgd-ce square --attack_steps 20 --probe 10 --eps 16/255"
 
 
@@ -52,38 +52,23 @@ def left_by(folder: Path) -> dict[str, bytes]:
     """What a command leaves for its user: all but times, journals, and what only goes on from them."""
     files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
     assert not [name for name in files if ".part" in name or name == ".lock"]
-    kept = {
-        n: f
-        for n, f in files.items()
-        if not re.match(r"checkpoint-|progress/|trainer_log|trainer_state|training\.png|log\.", n)
-    }
+    passing = r"checkpoint-|progress/|trainer_log|trainer_state|training\.png|log\."
     text = rb'"seconds": [\d.]+|[\d.]+ s on |"commit": "[^"]*"|\| time \|[^\n]*|<!-- written by hpt_hf[^>]*>'
-    return {n: re.sub(text, b"", f.read_bytes()) for n, f in kept.items()}
+    return {n: re.sub(text, b"", f.read_bytes()) for n, f in files.items() if not re.match(passing, n)}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, paths, trained) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("kills")
     trained.save_pretrained(folder / "trained")
-    data = write_image_folder(folder / "data", make_images())
-    train.main(
-        [
-            *TRAIN.split(),
-            "--dataset",
-            data,
-            "--model",
-            paths[0],
-            "--proxy",
-            paths[1],
-            "--output_dir",
-            str(folder / "robust"),
-        ]
-    )
-    return {"student": paths[0], "proxy": paths[1], "data": data} | {n: str(folder / n) for n in ("trained", "robust")}
+    names = {"student": paths[0], "proxy": paths[1]} | {n: str(folder / n) for n in ("data", "trained", "robust")}
+    write_image_folder(folder / "data", make_images())
+    train.main(f"{TRAIN} {FILES}".format(out=names["robust"], **names).split())
+    return names
 
 
 WRITERS = {  # command, its flags, and how many kills when all fifty fall
-    "train": (train.main, TRAIN + " --dataset {data} --model {student} --proxy {proxy} --output_dir {out}", 18),
+    "train": (train.main, f"{TRAIN} {FILES}", 18),
     "evaluate": (evaluate.main, EVALUATE + " --model {trained} --dataset {data} --output_dir {out}", 10),
     "interpolate": (interpolate.main, "{robust} --output_dir {out} --weights 0.3 0.7 --limit 16", 6),
     "push": (push.main, "{robust} alice/robust", 4),
@@ -104,21 +89,22 @@ def test_killed_at_random_moments_it_ends_as_if_left_alone(name, share, world, t
     began = time.monotonic()
     command(argv("alone"))
     usual, struck, whole = time.monotonic() - began, 0, left_by(Path(world["robust"]))
-    expected = hub.files("alice/robust") if name == "push" else left_by(tmp_path / "alone" / "out")
+
+    def ended(folder: str) -> dict[str, bytes]:
+        return hub.files("alice/robust") if name == "push" else left_by(tmp_path / folder / "out")
+
+    expected = ended("alone")
     left = round(kills * share) or 1
     for _ in range(20 * left):
-        if name not in ("train", "evaluate"):  # these go on, others begin anew: so do the moments
-            struck += killed_after(rng.uniform(0, usual), command, argv("killed"))
-        else:
-            struck += killed_after(rng.uniform(0.1, 0.5) * usual / left + 0.1, command, argv("killed"))
+        moment = rng.uniform(0, usual)
+        if name in ("train", "evaluate"):  # these go on, others begin anew: so do the moments
+            moment = rng.uniform(0.1, 0.5) * usual / left + 0.1
+        struck += killed_after(moment, command, argv("killed"))
         if struck == left:
             break
     assert struck == left, "killed too late to prove anything"
     hub.repos.clear()
     command(argv("killed"))
-    assert (
-        hub.files("alice/robust") if name == "push" else left_by(tmp_path / "killed" / "out")
-    ) == expected and expected
+    assert ended("killed") == expected and expected
     assert not list(tmp_path.glob("*/.*")), "nothing half-written stands beside"
     assert left_by(Path(world["robust"])) == whole and check(world["robust"]), "what was read is as it was"
-    print(json.dumps({"writer": name, "kills": struck, "seconds": round(usual, 1)}))

@@ -52,8 +52,7 @@ def run(args: ConvertArguments) -> str:
         export(classifier, output, records=records)
         return "weights and answers read back"
     if args.to == "vision_tower":
-        options = {"image_size": args.image_size, "dtype": DTYPES[args.dtype], "records": records}
-        count = export_tower(classifier, output, **options)
+        count = export_tower(classifier, output, image_size=args.image_size, dtype=DTYPES[args.dtype], records=records)
         return f"{count} hidden states compared"
     if args.to == "open_clip":
         return f"{write_open_clip(classifier, output, records)} tensors written and read back"
@@ -76,9 +75,7 @@ def _with_base(args: ConvertArguments) -> tuple[ZeroShotClassifier, dict[str, di
     source, is_folder = Path(args.model), Path(args.base).exists()  # a folder can be called as a repository is
     if not source.exists():
         if args.model.count("/") != 1 or args.model.startswith((".", "/", "~")):
-            raise RecipeError(
-                f"no checkpoint at {source}: neither a file, a folder, nor a Hub id of the form owner/name"
-            )
+            raise RecipeError(f"no checkpoint at {source}: neither a file, a folder, nor owner/name on the Hub")
         patterns = ["*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.tar", "*.ckpt"]
         source = Path(snapshot_download(args.model, revision=args.model_revision, allow_patterns=patterns))
     classifier, reading = read_checkpoint(source, load_model(args.base))

@@ -34,26 +34,17 @@ class InterpolateArguments:
 
     model: str = field(metadata={"help": "the robust model: a folder or a Hub id"})
     output_dir: str = field(metadata={"help": "folder for front.json, front.svg and the chosen model"})
-    origin: str | None = field(
-        default=None, metadata={"help": "what it was trained from; left out: as train.json says"}
-    )
+    origin: str | None = field(default=None, metadata={"help": "what it was trained from; default: train.json's"})
     weights: list[float] = field(
-        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+        default_factory=lambda: [i / 10 for i in range(11)],
         metadata={"help": "shares of the robust weights; 0 is the original, 1 the robust model"},
     )
     max_drop: float = field(default=5.0, metadata={"help": "points of clean accuracy that may be paid for robustness"})
-    mask: float = field(
-        default=0.0,
-        metadata={"help": "share of coordinates, those that clean accuracy hangs on most, left as they were"},
-    )
-    choose_on: list[str] | None = field(
-        default=None, metadata={"help": "training data that the model has not seen; left out: what training held out"}
-    )
+    mask: float = field(default=0.0, metadata={"help": "share of coordinates kept, that clean accuracy hangs on"})
+    choose_on: list[str] | None = field(default=None, metadata={"help": "unseen training data; default: the held-out"})
     report_on: list[str] | None = field(default=None, metadata={"help": "test sets, which have no say"})
     save: list[float] | None = field(default=None, metadata={"help": "points to export, beside the chosen one"})
-    push_to: str | None = field(
-        default=None, metadata={"help": "a repository: exported points become revisions, w0.50"}
-    )
+    push_to: str | None = field(default=None, metadata={"help": "a repository: points become revisions, w0.50"})
     private: bool | None = None
     overwrite: bool = False
     data_dir: str | None = None
@@ -80,14 +71,13 @@ class Point:
 
 def summarise(results: Sequence[EvalResult]) -> dict:
     """Means over the sets; an interval where there is one set, which is where it is plain what it would mean."""
-
-    def told(result: EvalResult | None) -> dict:
-        names = {"clean_interval": "clean_interval", "robust_interval": "interval"}
-        return {key: result and getattr(result, name) for key, name in names.items()}
-
-    sets = {r.dataset: {"clean": r.clean, "robust": r.robust, "n": r.n} | told(r) for r in results}
-    only = results[0] if len(results) == 1 else None
-    return mean(results) | told(only) | {"n": sum(r.n for r in results), "sets": sets}
+    sets, intervals = {}, {}
+    for r in results:
+        intervals = {"clean_interval": r.clean_interval, "robust_interval": r.interval}
+        sets[r.dataset] = {"clean": r.clean, "robust": r.robust, "n": r.n} | intervals
+    if len(results) > 1:
+        intervals = dict.fromkeys(intervals)
+    return mean(results) | intervals | {"n": sum(r.n for r in results), "sets": sets}
 
 
 def check_line(original: ZeroShotClassifier, robust: ZeroShotClassifier) -> None:
@@ -95,13 +85,9 @@ def check_line(original: ZeroShotClassifier, robust: ZeroShotClassifier) -> None
     shapes = [{k: tuple(v.shape) for k, v in m.model.state_dict().items()} for m in (original, robust)]
     odd = sorted(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
     if odd:
-        raise ValueError(
-            f"the two models differ in architecture ({len(odd)} tensors, such as {odd[0]}). Fix: --origin"
-        )
+        raise ValueError(f"the models differ in architecture ({len(odd)} tensors, such as {odd[0]}). Fix: --origin")
     if not all(getattr(original, n).equal(getattr(robust, n)) for n in ("mean", "std")):
-        raise ValueError(
-            "the two models normalise their images differently. Fix: --origin, what training started from"
-        )
+        raise ValueError("the models normalise their images differently. Fix: --origin, what training started from")
 
 
 def interpolate(original: ZeroShotClassifier, robust: ZeroShotClassifier, weight: float) -> ZeroShotClassifier:
@@ -126,11 +112,10 @@ def run(args: InterpolateArguments) -> tuple[list[Point], Point]:
     grid = _grid(args)
     trained = read_record(args.model, TRAINED)
     recipe = trained.get("recipe", {})
-    if args.norm and not args.eps and args.norm != recipe.get("norm", "linf"):
-        raise RecipeError(
-            f"--norm {args.norm}: the radius of training is for {recipe.get('norm', 'linf')}. Fix: --eps"
-        )
-    threat = ball(args.norm or recipe.get("norm", "linf"), args.eps or recipe.get("eps", "1/255"))
+    norm = recipe.get("norm", "linf")
+    if args.norm and not args.eps and args.norm != norm:
+        raise RecipeError(f"--norm {args.norm}: the radius of training is for {norm}. Fix: --eps")
+    threat = ball(args.norm or norm, args.eps or recipe.get("eps", "1/255"))
     attack = EvaluationAttack(threat, args.attack, args.attack_steps)
     source, original, robust = _ends(args, trained)
     check_apart(args.output_dir, model=args.model, origin=source)
@@ -187,9 +172,7 @@ def _grid(args: InterpolateArguments) -> list[float]:
         raise RecipeError(f"--mask: got {args.mask}, expected a share of at least 0 and below 1")
     grid = sorted({0.0, *args.weights, *(args.save or ())})
     if not all(0 <= w <= 1 for w in grid) or len(grid) < 2:
-        raise RecipeError(
-            f"--weights and --save: got {grid}, expected shares from 0 (original) to 1 (robust), two at least"
-        )
+        raise RecipeError(f"--weights and --save: got {grid}, expected shares from 0 to 1, two at least")
     return grid
 
 
@@ -199,10 +182,8 @@ def _ends(args: InterpolateArguments, trained: dict) -> tuple[str, ZeroShotClass
     source = args.origin or recipe.get("model")
     if source is None:
         raise RecipeError(f"{args.model} has no {TRAINED} that says what it was fine-tuned from. Fix: --origin")
-    original, robust = (
-        load_model(source, None if args.origin else recipe.get("model_revision")),
-        load_model(args.model),
-    )
+    original = load_model(source, None if args.origin else recipe.get("model_revision"))
+    robust = load_model(args.model)
     weights = fingerprint(original)
     if weights == fingerprint(robust):
         raise RecipeError(f"{args.model} and {source} are the same weights: there is nothing between them")
@@ -223,18 +204,15 @@ def _held_out(args: InterpolateArguments, trained: dict) -> LabelledImages:
     recipe = trained.get("recipe", {})
     if not recipe.get("held_out"):
         raise RecipeError(
-            f"{args.model} held nothing out of its training data, or its {TRAINED} does not say: choosing on what it has "
-            "seen would prefer what it has learned by heart. Fix: --choose_on other training images"
+            f"{args.model} held nothing out of its training data. Fix: --choose_on other training images"
         )
     data = DataArguments(**{f.name: recipe[f.name] for f in fields(DataArguments) if f.name in recipe})
     spec = dataset_spec(data, data.dataset, data.split, revision=data.dataset_revision)
     images = open_images(spec, training=True, data_dir=args.data_dir or data.data_dir, on_corrupt=data.on_corrupt)
     seen, aside = held_out(images, recipe["held_out"], seed=0)
     if (digest := trained.get("decided_by", {}).get("data")) and seen.digest != digest:
-        raise RecipeError(
-            f"{data.dataset} is not what {args.model} was trained on: images that it has seen would be among those held "
-            "out. Fix: the data as they were, or --choose_on other training images"
-        )
+        fix = "Fix: the data as they were, or --choose_on other training images"
+        raise RecipeError(f"{data.dataset} is not what {args.model} was trained on. {fix}")
     return aside
 
 
@@ -248,28 +226,22 @@ def draw(front: dict, path: Path, attack: str) -> None:
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot, which would change the caller's backend
 
-    titles = {
-        "chosen_on": "training data held out, where the point is chosen",
-        "reported": "test sets, which have no say",
-    }
+    titles = {"chosen_on": "training data held out, where the point is chosen", "reported": "test sets, with no say"}
     shown = [key for key in titles if front["points"][0][key]]
     figure = Figure(figsize=(5.6 * len(shown), 4.6), layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)
     for axis, key in zip(axes[0], shown, strict=True):
-        parts = [point[key] for point in front["points"]]
-        x, y = ([part[name] for part in parts] for name in ("clean", "robust"))
-        axis.plot(x, y, color="#7f9fbf", zorder=1)
-        if parts[0]["clean_interval"]:
-            bars = {
-                bar: [[abs(p[name] - p[f"{name}_interval"][end]) for p in parts] for end in (0, 1)]
-                for bar, name in (("xerr", "clean"), ("yerr", "robust"))
-            }
-            axis.errorbar(x, y, **bars, fmt="none", ecolor="#c9d3dd", elinewidth=1, zorder=0)
-        for point, a, b in zip(front["points"], x, y, strict=True):
-            chosen = point["weight"] == front["chosen"]
-            axis.scatter(a, b, s=110 if chosen else 36, color="#d62728" if chosen else "#1f77b4", zorder=3)
-            label, style = f"{point['weight']:g}", {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8}
-            axis.annotate(f"{label} chosen" if chosen else label, (a, b), **style)
+        for point in front["points"]:
+            part, chosen, label = point[key], point["weight"] == front["chosen"], f"{point['weight']:g}"
+            x, y = part["clean"], part["robust"]
+            if part["clean_interval"]:
+                axis.hlines(y, *part["clean_interval"], color="#c9d3dd", linewidth=1, zorder=0)
+                axis.vlines(x, *part["robust_interval"], color="#c9d3dd", linewidth=1, zorder=0)
+            axis.scatter(x, y, s=110 if chosen else 36, color="#d62728" if chosen else "#1f77b4", zorder=3)
+            style = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8}
+            axis.annotate(f"{label} chosen" if chosen else label, (x, y), **style)
+        line = [[point[key][name] for point in front["points"]] for name in ("clean", "robust")]
+        axis.plot(*line, color="#7f9fbf", zorder=1)
         axis.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %")
         axis.set_title(titles[key], fontsize=10)
         axis.grid(alpha=0.3)
@@ -284,9 +256,7 @@ def table(front: dict) -> str:
     for point in front["points"]:
         parts = [part for part in (point["chosen_on"], point["reported"]) if part]
         mark = " ← chosen" if point["weight"] == front["chosen"] else ""
-        rows.append(
-            (f"{point['weight']:.2f}{mark}", *(f"{part[k]:.1f}" for part in parts for k in ("clean", "robust")))
-        )
+        rows.append((f"{point['weight']:.2f}{mark}", *(part[k] for part in parts for k in ("clean", "robust"))))
     test = ["test: clean %", "robust %"] if front["points"][0]["reported"] else []
     return markdown(["weight", "held out: clean %", "robust %", *test], rows)
 

@@ -18,9 +18,7 @@ class PushArguments:
     model: str = field(metadata={"help": "the folder"})
     repo_id: str = field(metadata={"help": "owner/name on the Hub, or name of one's own"})
     revision: str | None = field(default=None, metadata={"help": "a branch, made if there is none; default: main"})
-    private: bool | None = field(
-        default=None, metadata={"help": "of a new repository; default: what the account says"}
-    )
+    private: bool | None = field(default=None, metadata={"help": "of a new repository; default: the account's"})
     overwrite: bool = field(default=False, metadata={"help": "replace another model that stands there"})
     results: str | None = field(default=None, metadata={"help": "an evaluation of this model, to go along"})
     message: str = "Robust CLIP, exported by hpt_hf"
@@ -43,9 +41,7 @@ def adopt(folder: Path, source: Path) -> None:
     weights = check(folder)["fingerprint"]
     results = read_results_of(source) or read_results(source)
     if not any(r.fingerprint == weights for r in results):
-        raise RecipeError(
-            f"no result in {source} was measured on the weights in {folder}. Fix: hpt-hf evaluate {folder}"
-        )
+        raise RecipeError(f"no result in {source} was measured on these weights. Fix: hpt-hf evaluate {folder}")
     # Those of what it was trained from stand in the card beside its own.
     for result in (r for r in results if r.fingerprint in (weights, vanilla(folder))):
         write_json(folder / "results" / result.file_name, result.to_json())

@@ -11,12 +11,12 @@ from hpt_hf.evaluation.evaluator import batches
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 
 
-def clean_gradients(model: ZeroShotClassifier, images: LabelledImages, *, limit: int, batch_size: int = 64) -> dict:
-    """Name -> mean over batches of |d cross-entropy on clean images / d parameter|, of the vision side."""
+def clean_gradients(model: ZeroShotClassifier, images: LabelledImages) -> dict[str, torch.Tensor]:
+    """Name -> sum over batches of |d cross-entropy on clean images / d parameter|, of the vision side."""
     model.set_classes(images.classes, images.templates).freeze_text()
     named = {n: p for n, p in model.model.named_parameters() if p.requires_grad}
     found = {n: torch.zeros_like(p) for n, p in named.items()}
-    for batch in batches(images, Collator(model.processor), batch_size, limit):
+    for batch in batches(images, Collator(model.processor), batch_size=64, limit=512):
         logits = model.classify(batch["images"].to(model.device)).logits
         loss = F.cross_entropy(logits, batch["labels"].to(model.device))
         for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
@@ -25,7 +25,7 @@ def clean_gradients(model: ZeroShotClassifier, images: LabelledImages, *, limit:
 
 
 def masked(
-    original: ZeroShotClassifier, robust: ZeroShotClassifier, images: LabelledImages, share: float, limit: int = 512
+    original: ZeroShotClassifier, robust: ZeroShotClassifier, images: LabelledImages, share: float
 ) -> ZeroShotClassifier:
     """The robust model with the original's value in the `share` of each tensor's coordinates whose clean gradient is largest.
 
@@ -35,7 +35,7 @@ def masked(
     """
     theta0, theta1 = original.model.state_dict(), robust.model.state_dict()
     merged = dict(theta1)
-    for name, gradient in clean_gradients(robust, images, limit=limit).items():
+    for name, gradient in clean_gradients(robust, images).items():
         count = int(share * gradient.numel())
         if count:
             least = gradient.flatten().topk(count).values[-1]

@@ -48,9 +48,7 @@ NAMES = {  # transformers' part of a name -> OpenAI's and open_clip's
 SHOWN_BY_NO_WEIGHTS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
 TRANSPOSED = ("visual.proj", "text_projection")
 # Parts that the base has no place for and that change what a tower computes.
-OTHER_PARTS = re.compile(
-    r"\b(text_model|vision_model|transformer|resblocks|attn_pool\w*|cls_emb|prompt_pos_embedding)\b"
-)
+OTHER_PARTS = re.compile(r"\b(text_model|vision_model|transformer|attn_pool\w*|cls_emb|prompt_pos_embedding)\b")
 # Buffers that every CLIP computes, and the state of a training.
 BUFFERS = r"position_ids|attn_mask|input_resolution|context_length|vocab_size"
 NO_LOSS = re.compile(rf"(^|\.)({BUFFERS})$|^(optim|scaler|sched|lr_)")
@@ -142,14 +140,12 @@ def _open(source: Path, base: ZeroShotClassifier) -> tuple[dict[str, object], ob
                 pixels |= {_norm(k): v for k, v in image.get("image_processor", image).items() if "image_" in k}
         return entries, config, {word: [value] for word, value in pixels.items() if value}
     found = sorted(p.name for p in source.iterdir())[:8] if source.is_dir() else "nothing"
-    expected = f"a file, or {' or '.join(FOLDERS)} with weights beside it"
+    expected = f"a file, or weights beside {' or '.join(FOLDERS)}"
     raise ValueError(f"no checkpoint at {source}: found {found}, expected {expected}")
 
 
 def _load(file: Path) -> dict[str, object]:
     """A file's entries, nested dicts flattened. Pickles: by torch's weights-only reader, which runs nothing."""
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: the index beside it counts it among the weights")
     try:
         if file.suffix == ".safetensors":
             content = load_file(file)
@@ -181,7 +177,7 @@ def _flat(content: Mapping, file: Path, prefix: str = "", depth: int = 0) -> Ite
 
 
 def _is_plain(value: object) -> bool:
-    """Is it a tensor that stands in memory number by number, not sparse?"""
+    """Is it a tensor, and not a sparse one?"""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
@@ -231,9 +227,7 @@ def _translate(found: dict, form: str, own: Mapping[str, torch.Tensor], source: 
         if list(tensor.shape) != shape and not (name == "logit_scale" and tensor.numel() == 1):
             raise ValueError(f"{name} in {source} has the shape {tuple(tensor.shape)}, expected {tuple(shape)}. {fix}")
         if tensor.dtype not in NUMBERS or not tensor.isfinite().all():
-            raise ValueError(
-                f"{name} in {source} holds {tensor.dtype}, expected finite {', '.join(map(str, NUMBERS))}"
-            )
+            raise ValueError(f"{name} in {source} holds {tensor.dtype}, expected finite floats of 16, 32 or 64 bits")
         tensor = tensor.T if turned else tensor
         state.update(zip(ours, tensor.chunk(3) if len(ours) == 3 else (tensor,), strict=True))
     begun = tuple({name[:3] for name in state} - {"log"})
@@ -245,7 +239,6 @@ def _translate(found: dict, form: str, own: Mapping[str, torch.Tensor], source: 
 
 
 def _norm(name: str) -> str:
-    """'mean' or 'std' for a name that says so."""
     return name.split(".")[-1].removeprefix("image_")
 
 
@@ -357,7 +350,7 @@ def write_open_clip(classifier: ZeroShotClassifier, folder: str | Path, records:
         again, reading = read_checkpoint(stage, classifier)
         assert not reading.from_base and all(torch.equal(t, state[n]) for n, t in again.model.state_dict().items())
         if not (folder / "config.json").is_file():
-            seal_form(stage, folder, "open_clip", classifier, records)
+            seal_form(stage, folder, "open_clip", classifier, records or {})
     return reading.read
 
 

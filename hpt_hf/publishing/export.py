@@ -49,8 +49,6 @@ def export(classifier, folder: str | Path, *, records=None, dtype: str = "float3
     Raises:
         ValueError: what would be written does not answer as the classifier does; it lies in `<folder>-refused`.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     folder = Path(folder).absolute()
     if classifier.config.model_type == "open_clip":
         return _export_open_clip(classifier, folder, records or {}, dtype)
@@ -112,11 +110,9 @@ def seal_and_card(stage: Path, folder: Path, seal: dict) -> None:
     write_text(stage / "README.md", card(stage, results=results, repo_id=folder.name))
 
 
-def seal_form(
-    stage: Path, folder: Path, form: str, classifier: ZeroShotClassifier, records: dict | None, **facts
-) -> None:
+def seal_form(stage: Path, folder: Path, form: str, classifier: ZeroShotClassifier, records: dict, **facts) -> None:
     """Records, seal and card of a form that `pipeline` does not open: digests of files that were read back."""
-    for name, content in (records or {}).items():
+    for name, content in records.items():
         write_json(stage / name, content)
     seal = {
         "form": form,
@@ -177,31 +173,23 @@ def check(folder: str | Path) -> dict:
     """
     file = Path(folder) / SEAL
     if not file.is_file():
-        raise ValueError(
-            f"{folder} has no {SEAL}: it was never checked. Fix: `hpt-hf convert` writes a folder that is"
-        )
+        raise ValueError(f"{folder} has no {SEAL}: it was never checked. Fix: take it through `hpt-hf convert`")
     seal = read_json(file)
-    if files := seal.get("files"):
-        odd = [
-            n for n, digest in files.items() if not (Path(folder) / n).is_file() or sha256(Path(folder) / n) != digest
-        ]
-        if odd:
-            raise ValueError(f"{folder} is not what was checked: {', '.join(odd)} changed. {FIX}")
+    if "files" in seal:
+        for name, digest in seal["files"].items():
+            if not (place := Path(folder) / name).is_file() or sha256(place) != digest:
+                raise ValueError(f"{folder} is not what was checked: {name} changed. {FIX}")
         return seal
-    if missing := {*SEALED, "logits"} - seal.keys():
-        raise ValueError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}. {FIX}")
     try:
         now = _seal(ZeroShotClassifier.from_pretrained(folder), folder, seal.get("template", TEMPLATE))
     except ValueError as error:
         raise ValueError(f"{folder} is not what was checked: {error}. {FIX}") from error
     for key in SEALED:
-        if not _close(now[key], seal[key], 1e-6):
-            raise ValueError(f"{folder} has another {key} than was checked: {now[key]}, not {seal[key]}. {FIX}")
-    if not _close(now["logits"], seal["logits"], TOLERANCE_ELSEWHERE) or not now["difference"] <= TOLERANCE_ELSEWHERE:
-        raise ValueError(
-            f"the logits of {folder} are not those that were checked, though the weights are: its processor, "
-            f"tokenizer or config was changed. {FIX}"
-        )
+        if not _close(now[key], seal.get(key), 1e-6):
+            raise ValueError(f"{folder} has another {key} than was checked: {now[key]}, not {seal.get(key)}. {FIX}")
+    same = _close(now["logits"], seal.get("logits"), TOLERANCE_ELSEWHERE)
+    if not same or not now["difference"] <= TOLERANCE_ELSEWHERE:
+        raise ValueError(f"{folder} answers otherwise: its processor, tokenizer or config was changed. {FIX}")
     return seal
 
 
@@ -211,9 +199,7 @@ def _close(a, b, tolerance: float) -> bool:
 
 def probe_images(side: int) -> list[Image.Image]:
     """What parity is measured on: of the model's `side`, smaller, larger, upright, wide and grey."""
-    generator = np.random.default_rng(0)
-    s = side
-    images = []
+    generator, s, images = np.random.default_rng(0), side, []
     for height, width in ((s, s), (s * 2 + 7, s + 5), (s + 3, s * 3 - 2), (s // 2, s // 2 + 3), (s + 7, s)):
         rows, columns = np.mgrid[0:height, 0:width]
         waves = [128 + 90 * np.sin(rows / (3 + c) + columns / (5 - c) + c) for c in range(3)]
@@ -229,10 +215,8 @@ def logits(classifier: ZeroShotClassifier, template: str = TEMPLATE) -> torch.Te
     batches = [collate([{"image": i.convert("RGB"), "label": None}])["images"] for i in images]
     for image, batch in zip(images, batches, strict=True):  # inside the model, where eps is counted on own pixels
         own = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
-        if (
-            own.shape != batch.shape
-            and (off := float((classifier.resize_and_crop(own) - batch).abs().max())) > 2 / 255
-        ):
+        off = float((classifier.resize_and_crop(own) - batch).abs().max()) if own.shape != batch.shape else 0
+        if off > 2 / 255:
             raise ValueError(f"images of {image.size} are resized otherwise inside the model, by {255 * off:.1f}/255")
     embeds = torch.cat([classifier.embed_images(b.to(classifier.device)) for b in batches])
     head = build_zero_shot_head(classifier.model, classifier.processor.tokenizer, LABELS, [template])

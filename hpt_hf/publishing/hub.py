@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
@@ -75,14 +75,12 @@ def push(
         there = _files(api, repo_id, revision)
         ours = {p: sha256(folder / p) for p in sent if p.endswith(".safetensors")}
         same = ours == {p: digest for p, digest in there.items() if p.endswith(WEIGHTS[:-1]) and "/" not in p}
-        other = [
-            p for p in there if p not in sent and p.startswith("results/") or not same and (p in sent or _weights(p))
-        ]
+        other = [p for p in there if p not in sent and p.startswith("results/")]
+        if not same:
+            other += [p for p in there if p in sent or _weights(p)]
         if other and not overwrite:
-            raise ValueError(
-                f"{repo_id} ({revision or 'main'}) holds another model or card ({', '.join(other[:4])}): nothing was "
-                "sent. Fix: another name or --revision, or --overwrite (its commits stay in the history)"
-            )
+            holds = f"{repo_id} ({revision or 'main'}) holds another model or card ({', '.join(other[:4])})"
+            raise ValueError(f"{holds}: nothing was sent. Fix: another name or --revision, or --overwrite")
         stale = [p for p in there if p not in sent and (p.startswith(("results/", "scores/")) or _weights(p))]
         return api.upload_folder(
             repo_id=repo_id, folder_path=stage, commit_message=message, revision=revision, delete_patterns=stale
@@ -91,8 +89,6 @@ def push(
 
 def open_repo(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
     """The full name of a repository that the token may write to; made if there is none."""
-    if not (token or get_token()):
-        raise PermissionError(f"no token for {constants.ENDPOINT}. {LOG_IN}")
     api = HfApi(token=token, library_name="hpt_hf")
     with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from hpt_hf.evaluation.result import EvalResult, read_results_of, told_apart
 from hpt_hf.evaluation.tables import result_table
 from hpt_hf.models.families import FAMILIES
+from hpt_hf.models.zero_shot import TEMPLATE
 from hpt_hf.utils import escaped, progress, read_json, slug, write_text
 
 SEAL = "parity.json"  # what `hpt_hf.publishing.export` checked
@@ -29,7 +30,6 @@ TASK = "zero-shot-image-classification"
 _RENAMED = {"model_name_or_path": "model", "proxy_name_or_path": "proxy", "dataset_split": "split"}  # since 0.1
 _NEEDED = {"method", "student", "proxy", "dataset", "images", "phases", "attack", "versions"}  # of train.json
 _MARK = "<!-- written by hpt_hf, "
-
 
 # Method -> title and arXiv id of the paper that it comes from.
 _HPT = ("Proxy Robustness in Vision Language Models is Effortlessly Transferable", "2601.12865")
@@ -46,14 +46,6 @@ PAPERS["agft"] = (
 )
 PAPERS["ucat"] = ("Calibrating Uncertainty for Zero-Shot Adversarial CLIP", "2512.12997")
 PAPERS["lore"] = ("LORE: Lagrangian-Optimized Robust Embeddings for Visual Encoders", "2505.18884")
-
-
-def prompts(trained: dict, results: Sequence[EvalResult], seal: dict) -> tuple[str, ...]:
-    """The templates that the figures were measured with, else those of training, else the checked one."""
-    measured = {r.templates for r in results}
-    if len(measured) == 1:
-        return measured.pop()
-    return tuple(trained.get("decided_by", {}).get("templates", ())) or (seal.get("template"),)
 
 
 def for_pipeline(template: str) -> str:
@@ -83,7 +75,10 @@ def card(folder: str | Path, *, results=None, repo_id: str | None = None, revisi
     for result in vanilla_results(folder, results):
         tables[str(result.question)].append(dataclasses.replace(result, model="vanilla"))
     seal = read_json(folder / SEAL)
-    templates = prompts(trained, results, seal)
+    # Those that the figures were measured with, else those of training, else the checked one.
+    templates = trained.get("decided_by", {}).get("templates") or [seal.get("template", TEMPLATE)]
+    if len(measured := {r.templates for r in results}) == 1:
+        (templates,) = measured
     form = seal.get("form", "transformers")
     text = ModelCard.from_template(
         _metadata(trained, converted, results, name.split("/")[-1], seal),

@@ -42,7 +42,7 @@ def export_tower(
     *,
     image_size: int | None = None,
     dtype=torch.float32,
-    records: dict | None = None,
+    records=None,
 ) -> int:
     """Write tower, image processor and card, and open them afresh. Returns how many hidden states were compared.
 
@@ -64,7 +64,7 @@ def export_tower(
         worst, count = compare_tower(classifier, stage, dtype)
         if not worst <= TOLERANCE:
             raise ValueError(f"opened afresh, the tower's hidden states differ by {worst:.2g}: nothing was written")
-        seal_form(stage, folder, "vision_tower", classifier, records, size=size)
+        seal_form(stage, folder, "vision_tower", classifier, records or {}, size=size)
     return count
 
 
@@ -79,10 +79,8 @@ def _holds_something_else(folder: Path) -> bool:
 def compare_tower(classifier: ZeroShotClassifier, folder: str | Path, dtype=torch.float32) -> tuple[float, int]:
     """(largest difference relative to the layer's largest value, hidden states compared) of a folder and the model."""
     opened = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
-    processor, size = (
-        AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False),
-        opened.config.image_size,
-    )
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    size = opened.config.image_size
     # Rounded weights are what was asked for, and all that may differ.
     own = vision_tower(classifier) if dtype == torch.float32 else vision_tower(classifier, size).to(dtype).float()
     differences = []

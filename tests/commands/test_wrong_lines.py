@@ -13,6 +13,7 @@ from transformers import CLIPModel
 
 from hpt_hf import cli
 from hpt_hf.commands.parser import exit_on_user_error
+from hpt_hf.utils import write_json
 
 TRAIN = "--method tecoa --dataset {data} --model {model} --use_cpu true --max_steps 1 --per_device_train_batch_size 8"
 GPD = f"{TRAIN} --method hpt_gpd --proxy {{proxy}}"
@@ -59,13 +60,11 @@ WRONG = {
             "--model /nowhere/clip": "no model at /nowhere/clip",
             "--model nobody/no-such-clip": "nobody/no-such-clip",
             "--eps 8": "Fix: '8/255'",
-            "--eps small": "eps='small': expected a finite number",
             "--learning_rat 1": "did you mean learning_rate",
             "--per_device_train_batch_size 64": "40 training images do not fill one batch of 64",
             "--method hpt": "hpt learns from a proxy",
             "--method fare --attack_random_start false": "fare: got an attack that starts from the image itself",
             "--output_dir {data}": "lies in --dataset .*, which is read",
-            "--output_dir {model}/robust": "lies in --model .*, which is read",
             "--images 5": "--images says how long a stream is",
             "--streaming true": "cannot be streamed",
             "--streaming true --held_out 0.1": "a stream is not looked at",
@@ -73,13 +72,9 @@ WRONG = {
             "--templates x": "'{}' exactly once",
             "--classes a b --classes_file {file}": "both --classes and --classes_file",
             "--attack_steps 0": "attack_steps: got 0, expected at least 1",
-            "--attack_steps -2": "attack_steps: got -2, expected at least 1",
             "--attack_step_size 0": "attack_step_size: got '0', expected more than 0",
-            "--attack_step_size '0 eps'": "attack_step_size: got '0 eps', expected more than 0",
             "--attack_step_size 2": "attack_step_size: got '2'.* did you mean '2/255'",
             "--attack_step_size=-1/255": "attack_step_size: got '-1/255', expected a fraction",
-            "--attack_step_size eps": "attack_step_size: got 'eps', expected a fraction",
-            "--attack_step_size 'two eps'": "attack_step_size: got 'two eps', expected a fraction",
         },
         GPD: {
             **ends("--ga_epochs nan | --pull nan | --interval 0 | --ga_learning_rate -1"),
@@ -99,18 +94,15 @@ WRONG = {
             "--probe -1": "--probe: got -1, expected at least 0 images",
             "--eps 1/255 4": "Fix: '4/255'",
             "--attack apgd": "no attack is called 'apgd'; did you mean pgd or apgd-t or apgd-ce",
-            "--attack pgd sqare": "no attack is called 'sqare'; did you mean square",
             "--attack standard --target a": "no attack towards a target is called",
             "--attack_steps 0": "steps=0: expected at least 1",
             "--protocol full": "invalid choice: 'full'",
             "--dataset {data} /nowhere": "no data at /nowhere",  # opened before the first is attacked
             "--dataset {data} {few} --target cat": "'cat' is none of the 2 classes of few",
             "--dataset cifar11": "no set of that name; did you mean cifar10 or cifar100",
-            "--dataset zzzz": "there are cifar10, cifar100, ",
             "--dataset lab:digit": "the lab has no task 'digit'; it has digits",
             "--dataset real:digits": "real:digits lies in a folder of real images: give it with --data_dir",
             "--dataset pets --classes a b": "its own classes and prompts: leave out --classes",
-            "--dataset lab:digits --classes a b": "lab:digits comes with its own classes and prompts",
             "--output_dir {old}": "old.json is no result that can be read: missing",
         },
         "--model {model}": {
@@ -146,13 +138,7 @@ WRONG = {
             "--mask 1": "--mask: got 1.0",
             "--norm l2": "Fix: --eps",
             "--eps 8": "Fix: '8/255'",
-            "--eps -1": "eps",
-            "--limit 0": "--limit: got 0",
-            "--batch_size 0": "--batch_size: got 0",
-            "--attack pdg": "did you mean pgd",
-            "--attack_steps 0": "steps=0",
             "--origin {proxy}": "differ in architecture .*--origin",
-            "--weigths 1": "unknown key --weigths; did you mean weights",
         },
         "": {"": "required: --model", "/nowhere": "/nowhere", "{model}": "has no train.json .*--origin"},
     },
@@ -162,9 +148,6 @@ WRONG = {
             "{model}": "--output_dir",
             "/nowhere {out}": "no model at /nowhere",
             "{file} {out}": "a file of weights: name the CLIP .*--base",
-            "{file} {out} --base {model}": "",
-            "{model} {model}": "lies in --model .*, which is read",
-            "{model} {model}/in/..": "lies in --model .*, which is read",
             "{model} {link}": "lies in --model .*, which is read",
             "{weights} {model} --base {model}": "lies in --base .*, which is read",
             "{out}.pt {out} --base {model}": "no checkpoint at .*out.pt: neither a file",
@@ -172,13 +155,10 @@ WRONG = {
             "{weights} {out} --base {proxy}": "a base of the same architecture",
         },
         "{model} {out}": {
-            "--to nope": "invalid choice: 'nope'",
             "--dtype int8": "--dtype: invalid choice: 'int8'",
-            "--dtpye float16": "unknown key --dtpye; did you mean dtype",
             "--max_shard_size much": "much|size",
             "--image_size 64": "--image_size is for --to vision_tower, this is --to transformers",
             "--to open_clip --dtype float16": "--to open_clip writes float32",
-            "--to vision_tower --image_size 0": "",
             "--to vision_tower --image_size 50": "image_size 50: .*; 48 would do",
         },
     },
@@ -187,7 +167,6 @@ WRONG = {
             "": "results: got none, expected folders",
             "{empty}": "results: got .*, expected a folder with results",
             "--zoo {empty}": "--zoo: got .*, expected a folder with a JSON file a model",
-            "--zo zoo": "unknown key --zo; did you mean zoo",
         }
     },
     "push": {"": dict.fromkeys(("", "/nowhere a/b", "{model} a/b", "{empty} a/b", "{model}"), "")},
@@ -211,16 +190,16 @@ LINES = [
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, paths):
     root = tmp_path_factory.mktemp("wrong")
-    (root / "file.txt").write_text("x")
-    (root / "empty").mkdir()
-    (root / "old" / "scores").mkdir(parents=True)
-    (root / "old" / "scores" / "old.json").write_text('{"robust": 1.0, "versions": {"hpt_hf": "0.0.9"}}')
-    (root / "link").symlink_to(paths[0])
-    torch.save(CLIPModel.from_pretrained(paths[0]).state_dict(), root / "x.pt")
-    few = relabelled(make_images(10).select((1, 2, 6, 7)), [0, 1, 0, 1], ("dog", "house"))
-    data = {name: write_image_folder(root / name, images) for name, images in (("data", make_images()), ("few", few))}
-    files = {"file": root / "file.txt", "empty": root / "empty", "old": root / "old"}
-    return data | files | {"model": paths[0], "proxy": paths[1], "link": root / "link", "weights": root / "x.pt"}
+    names = {name: root / name for name in ("file", "empty", "old", "link", "weights", "data", "few")}
+    names["file"].write_text("x")
+    names["empty"].mkdir()
+    write_json(names["old"] / "scores" / "old.json", {"robust": 1.0, "versions": {"hpt_hf": "0.0.9"}})
+    names["link"].symlink_to(paths[0])
+    torch.save(CLIPModel.from_pretrained(paths[0]).state_dict(), names["weights"])
+    write_image_folder(names["data"], make_images())
+    few = make_images(10).select((1, 2, 6, 7))
+    write_image_folder(names["few"], relabelled(few, [0, 1, 0, 1], ("dog", "house")))
+    return names | {"model": paths[0], "proxy": paths[1]}
 
 
 @pytest.mark.parametrize(("command", "line", "says"), LINES)
@@ -230,13 +209,14 @@ def test_a_wrong_line_is_one_line_and_writes_nothing(command, line, says, places
     argv = shlex.split(line.format(**places, out=tmp_path / "out"))
     if "--output_dir" not in argv and command not in ("verify", "convert", "push", "demo"):
         argv += ["--output_dir", str(tmp_path / "out")]
-    stood = [contents(folder) for folder in (places["empty"].parent, places["model"])]
+    read = places["data"].parent, places["model"]
+    stood = [contents(folder) for folder in read]
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"hpt_hf.commands.{command}").main(argv)
     said = stop.value.code
     assert isinstance(said, str) and said.startswith(f"hpt-hf {command}: ") and "\n" not in said and len(said) < 900
     assert re.search(says, said) and not [f for f in tmp_path.rglob("*") if f.is_file()]
-    assert [contents(folder) for folder in (places["empty"].parent, places["model"])] == stood
+    assert [contents(folder) for folder in read] == stood
 
 
 def test_an_unknown_command_is_one_line(capsys):
@@ -245,18 +225,18 @@ def test_an_unknown_command_is_one_line(capsys):
     assert stop.value.code == 2 and "did you mean train" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "says"),
-    [
-        (KeyboardInterrupt(), 130, "interrupted. The same command goes on"),
-        (RuntimeError("PytorchStreamWriter failed writing file"), "x: no space left on the disk", ""),
-        (OSError(28, "No space left on device"), "x: [Errno 28] No space left on device", ""),
-    ],
-)
+STOPS = [
+    (KeyboardInterrupt(), "130", "interrupted. The same command goes on"),
+    (RuntimeError("PytorchStreamWriter failed writing file"), "x: no space left on the disk", ""),
+    (OSError(28, "No space left on device"), "x: [Errno 28] No space left on device", ""),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "says"), STOPS)
 def test_what_stops_a_command_from_outside_says_how_to_go_on(error, code, says, capsys):
     with pytest.raises(SystemExit) as stop, exit_on_user_error("x"):
         raise error
-    assert str(stop.value.code).startswith(str(code)) and says in capsys.readouterr().err
+    assert str(stop.value.code).startswith(code) and says in capsys.readouterr().err
 
 
 def test_a_fault_of_ours_is_a_traceback():

@@ -17,7 +17,7 @@ from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing.convert_checkpoint import write_open_clip
 from hpt_hf.publishing.export import export
 from hpt_hf.publishing.hub import holds_model, open_repo, push, push_checkpoint
-from hpt_hf.utils import write_json
+from hpt_hf.utils import write_json, write_text
 
 NAME = "alice/robust"
 
@@ -62,33 +62,36 @@ def other(student_path, tmp_path_factory):
 
 def test_what_is_sent_is_what_may_be_sent(hub, folder, run):
     before = contents(folder)
-    address = push(folder, NAME)
+    assert NAME in push(folder, NAME)
     files = hub.files(NAME)
+    assert len(hub.repos[NAME].branches["main"]) == 2, "in one commit"
     named = {"README.md", "config.json", "convert.json", "model.safetensors", "parity.json", "processor_config.json"}
     named |= {"tokenizer.json", "tokenizer_config.json", ".gitattributes"}
     results = files.keys() - named
     assert named < files.keys() and len(results) == 2 and all(r.startswith("results/") for r in results)
-    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes() and NAME in address
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes() and contents(folder) == before
     everything = b"".join(files.values())
     assert not any(secret in everything for secret in (b"hf_a_secret", b"/home/me", str(run.parent).encode()))
-    card = card_data(files["README.md"].decode())
-    assert card["license"] == "mit" and len(card["model-index"][0]["results"][0]["metrics"]) == 3
-    assert f'model="{NAME}"' in files["README.md"].decode() and contents(folder) == before
-    assert len(hub.repos[NAME].messages) == 1
+    text = files["README.md"].decode()
+    assert f'model="{NAME}"' in text and card_data(text)["license"] == "mit"
+    assert len(card_data(text)["model-index"][0]["results"][0]["metrics"]) == 3
 
 
-@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "model.safetensors"])
-def test_a_link_out_of_the_folder_is_not_followed(hub, folder, tmp_path, name):
-    secret = tmp_path / "secret"
-    (folder / name).rename(secret)
-    (folder / name).symlink_to(secret)
-    with pytest.raises(ValueError, match=f"{name}.* is a link to .*, outside of what is pushed"):
+def test_a_link_out_of_the_folder_is_not_followed(hub, folder, tmp_path):
+    (folder / "tokenizer.json").rename(tmp_path / "secret")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="tokenizer.json is a link to .*secret, outside of what is pushed"):
         push(folder, NAME)
     assert not hub.files(NAME).keys() - {".gitattributes"}
 
 
 def test_a_push_can_be_repeated_and_told_anew_and_results_of_others_stay(hub, folder, student):
-    push(folder, "robust")  # a name of one's own
+    hub.fault, before = RuntimeError("upload"), contents(folder)
+    with pytest.raises(RuntimeError):
+        push(folder, "robust")  # a name of one's own
+    assert set(hub.files(NAME)) == {".gitattributes"} and contents(folder) == before
+    hub.fault = None
+    push(folder, "robust")
     put_results(folder, make_result(fingerprint=fingerprint(student), dataset="dogs"))
     (folder / "README.md").unlink()
     push(folder, NAME)
@@ -98,42 +101,24 @@ def test_a_push_can_be_repeated_and_told_anew_and_results_of_others_stay(hub, fo
         push(folder, NAME)
 
 
-@pytest.mark.parametrize("fault", [OSError("cut"), RuntimeError("upload")])
-def test_an_interrupted_push_changes_nothing_and_can_be_repeated(hub, folder, fault):
-    before, hub.fault = contents(folder), fault
-    with pytest.raises(type(fault)):
-        push(folder, NAME)
-    assert set(hub.files(NAME)) == {".gitattributes"} and contents(folder) == before
-    hub.fault = None
-    push(folder, NAME)
-    assert "model.safetensors" in hub.files(NAME)
-
-
-def test_another_model_or_card_is_left_alone_until_asked(hub, folder, other):
+def test_another_model_or_card_is_left_alone_until_asked_and_then_nothing_of_it_is_opened(hub, folder, other):
     push(other, NAME)
     stood = dict(hub.files(NAME))
     with pytest.raises(ValueError, match="README.md, .*model.safetensors.*nothing was sent.*--overwrite"):
         push(folder, NAME)
     assert hub.files(NAME) == stood
-    push(folder, NAME, overwrite=True)
-    assert hub.files(NAME)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert hub.repos[NAME].branches["main"][-2] == stood, "its commits stay"
-    open_repo("alice/words")
-    hub.files("alice/words")["README.md"] = b"my own words"
-    with pytest.raises(ValueError, match="README.md"):
-        push(folder, "alice/words")
-
-
-def test_overwriting_takes_away_what_would_be_opened_instead(hub, folder, student):
-    push(folder, NAME)
     hub.files(NAME).update({"pytorch_model.bin": b"", "scores/old.json": b"{}", "last-checkpoint/optimizer.pt": b""})
-    export(student, folder, max_shard_size="50KB")
+    export(ZeroShotClassifier.from_pretrained(folder), folder, max_shard_size="50KB")
     push(folder, NAME, overwrite=True)
     files = hub.files(NAME)
     shards = {name for name in files if name.endswith(".safetensors")}
     assert not {"model.safetensors", "pytorch_model.bin", "scores/old.json"} & files.keys() and len(shards) > 1
     assert set(json.loads(files["model.safetensors.index.json"])["weight_map"].values()) == shards
     assert "last-checkpoint/optimizer.pt" in files
+    open_repo("alice/words")
+    hub.files("alice/words")["README.md"] = b"my own words"
+    with pytest.raises(ValueError, match="README.md"):
+        push(folder, "alice/words")
 
 
 def test_open_clips_form_goes_along_if_it_holds_the_same_weights(hub, folder, student, other, tmp_path):
@@ -177,39 +162,34 @@ def test_revisions_are_branches_that_do_not_hold_each_others_files(hub, folder, 
     push(folder, NAME, private=True)
     assert holds_model(NAME) == ["model.safetensors"] and holds_model(NAME, "w0.50") == []
     push(other, NAME, revision="w0.50")
-    assert hub.files(NAME)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert hub.files(NAME, "w0.50")["model.safetensors"] == (other / "model.safetensors").read_bytes()
-    assert not any(name.startswith("results/") for name in hub.files(NAME, "w0.50")) and hub.repos[NAME].private
-    assert 'revision="w0.50"' in hub.files(NAME, "w0.50")["README.md"].decode()
+    main, branch = hub.files(NAME), hub.files(NAME, "w0.50")
+    assert main["model.safetensors"] == (folder / "model.safetensors").read_bytes() and hub.repos[NAME].private
+    assert branch["model.safetensors"] == (other / "model.safetensors").read_bytes()
+    assert not any(name.startswith("results/") for name in branch)
+    assert 'revision="w0.50"' in branch["README.md"].decode()
 
 
 def test_a_checkpoint_on_the_way_sends_only_what_it_may(hub, folder, tmp_path, capsys):
     open_repo(NAME)
     for name in ("optimizer.pt", "rng_state.pth", "trainer_state.json", "scaler.pt"):
-        (folder / name).write_text(json.dumps({"best_model_checkpoint": str(tmp_path / "checkpoint-3")}))
+        write_json(folder / name, {"best_model_checkpoint": str(tmp_path / "checkpoint-3")})
     push_checkpoint(folder, NAME, message="step 3")
     assert not any(name.endswith((".pt", ".bin", ".pth")) for name in hub.files(NAME))
-    push_checkpoint(folder, NAME, message="step 3", path="last-checkpoint")
-    sent = {name for name in hub.files(NAME) if name.startswith("last-checkpoint/")}
-    assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} < sent
-    assert not sent & {"last-checkpoint/training_args.bin", "last-checkpoint/scaler.pt"}
-    state = json.loads(hub.files(NAME)["last-checkpoint/trainer_state.json"])
-    assert state == {"best_model_checkpoint": "checkpoint-3"}
+    push_checkpoint(folder, NAME, message="step 3", path="last")
+    sent = {name for name in hub.files(NAME) if name.startswith("last/")}
+    assert {"last/optimizer.pt", "last/trainer_state.json"} < sent
+    assert not sent & {"last/training_args.bin", "last/scaler.pt"}
+    assert json.loads(hub.files(NAME)["last/trainer_state.json"]) == {"best_model_checkpoint": "checkpoint-3"}
     hub.fault = OSError("no space")
     push_checkpoint(folder, NAME, message="step 6")
     assert "could not be pushed, training goes on: no space" in capsys.readouterr().err
 
 
-MAY_NOT = [(None, "no token for .*hf auth login"), ("hf_nobody", "401.*hf auth login")]
-MAY_NOT += [("hf_reader", "403.*may write"), ("hf_bob", "403.*a name of your own")]
-
-
-@pytest.mark.parametrize("token, message", MAY_NOT)
+@pytest.mark.parametrize("token, message", [(None, "401.*hf auth login"), ("hf_reader", "403.*may write")])
 @pytest.mark.parametrize("exists", [False, True])
 def test_who_may_not_write_is_told_so_and_nothing_is_sent(hub, folder, monkeypatch, token, message, exists):
     if exists:
         open_repo(NAME)
-    before = contents(folder)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
     monkeypatch.delenv("HF_TOKEN")
     if token:
@@ -217,7 +197,7 @@ def test_who_may_not_write_is_told_so_and_nothing_is_sent(hub, folder, monkeypat
     with pytest.raises(PermissionError, match=message) as raised:
         push(folder, NAME)
     assert not token or token not in str(raised.value)
-    assert not hub.sent and contents(folder) == before and (NAME in hub.repos) == exists
+    assert not hub.sent and (NAME in hub.repos) == exists
 
 
 def test_no_hub_there(folder, monkeypatch):
@@ -227,25 +207,15 @@ def test_no_hub_there(folder, monkeypatch):
         push(folder, NAME, token="hf_alice")
 
 
-def replace(name, old, new):
-    def tamper(folder):
-        text = (folder / name).read_text()
-        (folder / name).write_text(text.replace(old, new, 1))
-        return (folder / name).read_text() != text
-
-    return tamper
-
-
-TAMPERED = [  # the rest of what `check` tells stands in test_export.py
-    (replace("processor_config.json", "0.4814", "0.5814"), "another mean"),
-    (replace("README.md", "\n---\n", "\nmodel-index: []\n---\n"), "disagree about 3 figures"),
+TAMPERED = [  # what `check` tells stands in test_export.py
+    (lambda f: write_text(f / "README.md", "---\nmodel-index: []\n---\n"), "disagree about 3 figures"),
     (lambda f: [file.unlink() for file in f.glob("model*")], r"no model\*.safetensors.*hpt-hf convert"),
 ]
 
 
 @pytest.mark.parametrize("tamper, message", TAMPERED)
 def test_a_folder_that_is_not_what_was_exported_is_not_sent(hub, folder, tamper, message):
-    assert tamper(folder)
+    tamper(folder)
     with pytest.raises(ValueError, match=message):
         push(folder, NAME)
     assert hub.sent == [] and not hub.repos
@@ -256,17 +226,12 @@ def test_the_command_takes_results_along_and_refuses_those_of_other_weights(hub,
     push_command.main([str(bare), "alice/bare", "--results", str(folder), "--private", "true"])
     assert "2 results in its card" in capsys.readouterr().out and hub.repos["alice/bare"].private
     assert len(ModelCard(hub.files("alice/bare")["README.md"].decode()).data.eval_results) == 3
-    for argv, message in (
-        ([str(other), NAME, "--results", str(folder)], "no result in .* was measured"),
-        ([str(tmp_path / "none"), NAME], "no folder at"),
-        ([str(tmp_path)], "--repo_id"),
-    ):
-        with pytest.raises(SystemExit, match=f"hpt-hf push: .*{message}"):
-            push_command.main(argv)
+    with pytest.raises(SystemExit, match="hpt-hf push: no result in .* was measured"):
+        push_command.main([str(other), NAME, "--results", str(folder)])
     assert NAME not in hub.repos
 
 
-def test_from_training_to_the_hub_to_the_pipeline_of_a_stranger(hub, student_path, proxy_path, tmp_path, monkeypatch):
+def test_from_training_to_the_hub_to_the_pipeline_of_a_stranger(hub, student_path, proxy_path, tmp_path):
     data = write_image_folder(tmp_path / "images", make_images(8))
     said = f"--method hpt --dataset {data} --model {student_path} --proxy {proxy_path} --output_dir {tmp_path}/out"
     said += " --use_cpu true --num_train_epochs 1 --per_device_train_batch_size 8 --save_strategy epoch --license mit"
@@ -280,14 +245,12 @@ def test_from_training_to_the_hub_to_the_pipeline_of_a_stranger(hub, student_pat
     assert {"README.md", "parity.json", "train.json", "last-checkpoint/optimizer.pt"} <= set(files)
     assert not any("training_args" in name for name in hub.sent)
     assert not any(secret in content for secret in (b"hf_alice", str(tmp_path).encode()) for content in files.values())
-    assert hub.repos[NAME].messages[-1] == "End of training"
     assert card_data(files["README.md"].decode())["license"] == "mit"
     for path, content in files.items():
         (tmp_path / "pulled" / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "pulled" / path).write_bytes(content)
     classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "pulled"))
-    answers = classify(make_images(1)[0]["image"], candidate_labels=list(CLASSES))
-    assert {a["label"] for a in answers} == set(CLASSES)
+    assert len(classify(make_images(1)[0]["image"], candidate_labels=list(CLASSES))) == len(CLASSES)
     with pytest.raises(SystemExit, match=f"{NAME} holds a model already.*--hub_overwrite"):
         train.main(said.split())
     assert hub.files(NAME) == files
