@@ -15,20 +15,27 @@ import argparse
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
+import torch
 from transformers.utils import logging
 
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
+from hpt_hf.commands import train
 from hpt_hf.commands.common import ImageArguments, load_model, open_sets, suite_names
 from hpt_hf.commands.compare import front
+from hpt_hf.commands.parser import parse
 from hpt_hf.commands.sweep import Grid, run
 from hpt_hf.commands.transfer import matrix, means
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation.comparison import Compared, compare
 from hpt_hf.evaluation.result import Question, read_results_of
 from hpt_hf.evaluation.sanity_checks import PROBE
-from hpt_hf.utils import hardware, markdown, slug, versions, write_json
+from hpt_hf.method.objectives import Views
+from hpt_hf.publishing.model_card import TRAINED
+from hpt_hf.types import ZeroShotOutput
+from hpt_hf.utils import hardware, markdown, read_json, slug, versions, write_json
 
 REFERENCE = "anchor, clean"
 STEPS = 10  # of PGD in every figure
@@ -45,6 +52,7 @@ class World:
     recipes: str  # folder of the recipes that rows begin with
     left_out: tuple[str, ...]  # what rates are chosen on
     winner: str  # its margins are counted against every row
+    fewer: int  # steps of PMG-AFT that cost what all steps of the reference cost
 
     def attack(self, strict: bool = False) -> EvaluationAttack:
         name, steps = ("standard", None) if strict else ("pgd", STEPS)
@@ -60,6 +68,7 @@ WORLDS = {
         "lab",
         ("--leave_out_classes", "0.25"),
         "anchor, clean, attacked by KL",
+        396,
     ),
     "photographs": World(
         "photographs",
@@ -69,6 +78,7 @@ WORLDS = {
         "photographs",
         ("--choose_on", "photos:tiny_imagenet held out"),
         "PMG-AFT",
+        225,
     ),
 }
 ROWS = {
@@ -80,6 +90,7 @@ ROWS = {
     "AGFT": "--method agft",
     "UCAT": "--method ucat",
     "PMG-AFT": "--config {recipes}/pmg_aft",
+    "PMG-AFT, fewer steps": "--config {recipes}/pmg_aft --max_steps {fewer}",
     "FARE": "--config {recipes}/fare",
     "LORE": "--config {recipes}/fare --method lore",
     "HPT-GPD": "--config {recipes}/hpt_gpd --proxy {proxy}",
@@ -115,8 +126,26 @@ BRIEF = (
 def row_flags(world: World, row: str, models: str, data_dir: str | None) -> list[str]:
     paths = {name: path.format(models=models) for name, path in world.models.items()}
     flags = f"{world.flags} {ROWS[row]} --model {{student}} --disable_tqdm true --logging_strategy no"
-    flags = flags.format(recipes=world.recipes, **paths).split()
+    flags = flags.format(recipes=world.recipes, fewer=world.fewer, **paths).split()
     return [*flags, *(["--data_dir", data_dir] if data_dir else [])]
+
+
+def passes(flags: list[str]) -> int:
+    """Forwards and backwards of the student for one image of a training step, those of the attack among them, counted."""
+    _, method, _ = parse(train.RECIPE, [*flags, "--output_dir", "unused"])
+    asked = []
+
+    def says(images: torch.Tensor) -> ZeroShotOutput:
+        return ZeroShotOutput(*(torch.zeros(len(images), 2, requires_grad=True) for _ in range(3)))
+
+    def student(images: torch.Tensor) -> ZeroShotOutput:
+        asked.append(images)
+        return says(images)
+
+    images = torch.zeros(1, 3, 1, 1)
+    views = Views(images, student=student, proxy=says, anchor=says, labels=torch.zeros(1, dtype=torch.long))
+    train.build_schedule(method).phases[-1].objective(views.attacked(images))
+    return 2 * (train.build_attack(method).steps + len(asked))
 
 
 def suite(world, args) -> list[LabelledImages]:
@@ -132,8 +161,8 @@ def phenomenon(world: World, args) -> dict:
     return {name: {k: crossed["student", name][k] for k in ("clean", "adversarial", "kl")} for name in opened}
 
 
-def collect(output: Path, picture: Path | None, asked: Question, winner: str) -> list[dict]:
-    """Every row that has a run: means, spread over seeds, and paired differences from the reference."""
+def collect(world: World, output: Path, picture: Path | None, asked: Question, args) -> list[dict]:
+    """Every row that has a run: means, spread over seeds, cost, and paired differences from the reference."""
     results = []
     for row in ROWS:
         for folder in sorted((output / slug(row) / "recipe").glob("seed*")):
@@ -146,8 +175,11 @@ def collect(output: Path, picture: Path | None, asked: Question, winner: str) ->
     for c in compared:
         found = {"row": c.model, "seeds": c.seeds, "sets": c.sets, "n": c.n, "clean": c.clean, "robust": c.robust}
         found |= {"spread": c.spread, "dominated_by": c.dominated_by, "verdicts": verdicts[c.model]}
+        runs = [read_json(run) for run in (output / slug(c.model) / "recipe").glob(f"seed*/{TRAINED}")]
+        counted = passes(row_flags(world, c.model, args.models, args.data_dir)) * runs[0]["steps"] * runs[0]["batch"]
+        found |= {"passes": counted, "minutes": round(mean([run["seconds"] for run in runs]) / 60, 1)}
         rows.append(found | {"difference": told(c)})
-    behind = {c.model: told(c) for c in compare(results, winner)}
+    behind = {c.model: told(c) for c in compare(results, world.winner)}
     rows = [row | {"from_winner": behind[row["row"]]} for row in rows]
     return sorted(rows, key=lambda r: list(ROWS).index(r["row"]))
 
@@ -186,8 +218,9 @@ def table(found: dict) -> str:
             for k in ("clean", "robust")
         ]
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in row["verdicts"].items())
-        cells.append((row["row"], row["seeds"], *values, *gaps, *([verdicts] if found["checked"] else [])))
-    header = ("taught by", "seeds", "clean %", "robust %", "clean, paired", "robust, paired")
+        cost = str(round(row["passes"] / 1000))
+        cells.append((row["row"], row["seeds"], cost, *values, *gaps, *([verdicts] if found["checked"] else [])))
+    header = ("taught by", "seeds", "passes, thousands", "clean %", "robust %", "clean, paired", "robust, paired")
     return markdown((*header, *(["verdicts"] if found["checked"] else [])), cells)
 
 
@@ -224,7 +257,7 @@ def main() -> None:
         found = {} if args.strict else {"phenomenon": phenomenon(world, args)}
         picture = None if args.strict else Path(args.collect).with_suffix(".svg")
         asked = Question.of(attack, args.limit)
-        found |= {"winner": world.winner, "rows": collect(output, picture, asked, world.winner)}
+        found |= {"winner": world.winner, "rows": collect(world, output, picture, asked, args)}
         found |= {"attack": f"{attack}, linf {world.eps}", "limit": args.limit, "checked": args.strict}
         write_json(args.collect, found | {"versions": versions(), "hardware": hardware()})
         print(table(found), margins(found), sep="\n\n")

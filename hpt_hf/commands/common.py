@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from hpt_hf.attacks.threat_model import ThreatModel
-from hpt_hf.commands.parser import RecipeError
+from hpt_hf.commands.parser import HfArg, RecipeError
 from hpt_hf.data.class_names import read_classes
 from hpt_hf.data.dataset import DatasetSpec, LabelledImages, load_images
 from hpt_hf.data.zero_shot_sets import SETS, open_set
@@ -22,17 +22,15 @@ from hpt_hf.utils import did_you_mean, load_object, processes, progress
 class ImageArguments:
     """Which labelled images, how many, under which attack's ball and protocol: what all that measures asks."""
 
-    output_dir: str = field(metadata={"help": "folder for results/*.json, report.md and report.html"})
-    dataset: list[str] | None = field(
+    output_dir: str = HfArg(help="folder for results/*.json, report.md and report.html")
+    dataset: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "names of the 17 zero-shot sets, parquet files, image folders, shards, Hub ids, lab:<task>, real:<set> or photos:<set>"
-        },
+        help="names of the 17 zero-shot sets, parquet files, image folders, shards, Hub ids, lab:<task>, real:<set> or photos:<set>",
     )
-    suite: Literal["lab", "real", "photographs", "zero-shot-17"] | None = field(
-        default=None, metadata={"help": "a named list of zero-shot sets"}
+    suite: Literal["lab", "real", "photographs", "zero-shot-17"] | None = HfArg(
+        default=None, help="a named list of zero-shot sets"
     )
-    data_dir: str | None = field(default=None, metadata={"help": "the folder of real:<set> and photos:<set>"})
+    data_dir: str | None = HfArg(default=None, help="the folder of real:<set> and photos:<set>")
     split: str = "test"
     image_column: str | None = None
     label_column: str | None = None
@@ -41,10 +39,10 @@ class ImageArguments:
     templates: list[str] | None = None
     on_corrupt: Literal["error", "skip"] = "error"
     norm: Literal["linf", "l2"] = "linf"
-    protocol: Literal["input", "native"] = field(
-        default="input", metadata={"help": "eps counts on the model's pixels, or on the image's own"}
+    protocol: Literal["input", "native"] = HfArg(
+        default="input", help="eps counts on the model's pixels, or on the image's own"
     )
-    limit: int | None = field(default=None, metadata={"help": "a fixed random sample of so many images of each set"})
+    limit: int | None = HfArg(default=None, help="a fixed random sample of so many images of each set")
     batch_size: int = 128
     seed: int = 0
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.comparison import KINDS, Compared, Difference, compare, named, table
 from hpt_hf.evaluation.result import read_results_of
 from hpt_hf.evaluation.statistics import grouped
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class CompareArguments:
-    results: list[str] = field(
-        metadata={"help": "folders of evaluations or models; models whose names differ in a last `seedN` are one"}
+    results: list[str] = HfArg(
+        help="folders of evaluations or models; models whose names differ in a last `seedN` are one"
     )
-    reference: str | None = field(
-        default=None, metadata={"help": "differences are taken from it; left out: the first"}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "for comparison.md, .csv, .tex and .svg"})
+    reference: str | None = HfArg(default=None, help="differences are taken from it; left out: the first")
+    output_dir: str | None = HfArg(default=None, help="for comparison.md, .csv, .tex and .svg")
 
 
 def run(args: CompareArguments) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import snapshot_download
 
 from hpt_hf.commands.common import load_model
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.models.zero_shot import ZeroShotClassifier
 from hpt_hf.publishing.convert_checkpoint import read_checkpoint, write_open_clip
 from hpt_hf.publishing.export import DTYPES, SEAL, check_apart, export
@@ -20,15 +20,15 @@ from hpt_hf.utils import progress, read_json
 
 @dataclass
 class ConvertArguments:
-    model: str = field(metadata={"help": "folder or Hub id; with --base also a file of weights, in others' names"})
-    output_dir: str = field(metadata={"help": "the folder to write"})
+    model: str = HfArg(help="folder or Hub id; with --base also a file of weights, in others' names")
+    output_dir: str = HfArg(help="the folder to write")
     to: Literal["transformers", "open_clip", "vision_tower"] = "transformers"
-    base: str | None = field(default=None, metadata={"help": "the CLIP that gives what the checkpoint lacks"})
+    base: str | None = HfArg(default=None, help="the CLIP that gives what the checkpoint lacks")
     model_revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of stored weights"})
-    max_shard_size: str = field(default="5GB", metadata={"help": "larger weights are split into several files"})
-    image_size: int | None = field(default=None, metadata={"help": "vision_tower: pixels, as 336; default: its own"})
-    license: str | None = field(default=None, metadata={"help": "for the model card: mit, apache-2.0 …"})
+    dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="of stored weights")
+    max_shard_size: str = HfArg(default="5GB", help="larger weights are split into several files")
+    image_size: int | None = HfArg(default=None, help="vision_tower: pixels, as 336; default: its own")
+    license: str | None = HfArg(default=None, help="for the model card: mit, apache-2.0 …")
 
 
 def run(args: ConvertArguments) -> str:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from PIL import Image
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import load_model, on_device
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.data.collator import Collator, to_rgb
 from hpt_hf.lab.datasets import lab_images
 from hpt_hf.models.zero_shot import ZeroShotClassifier
@@ -40,13 +40,13 @@ Images stay on the machine that serves this page."""
 class DemoArguments:
     """What is shown, and to whom."""
 
-    models: list[str] | None = field(
-        default=None, metadata={"help": "robust models: folders or Hub ids; left out: outputs/quickstart/model"}
+    models: list[str] | None = HfArg(
+        default=None, help="robust models: folders or Hub ids; left out: outputs/quickstart/model"
     )
-    vanilla: str = field(default="lab:student", metadata={"help": "the undefended model they are compared with"})
-    port: int | None = field(default=None, metadata={"help": "left out: the first free one from 7860 on"})
-    host: str = field(default="127.0.0.1", metadata={"help": "0.0.0.0 shows the page to the whole network"})
-    share: bool = field(default=False, metadata={"help": "a public link through gradio's servers"})
+    vanilla: str = HfArg(default="lab:student", help="the undefended model they are compared with")
+    port: int | None = HfArg(default=None, help="left out: the first free one from 7860 on")
+    host: str = HfArg(default="127.0.0.1", help="0.0.0.0 shows the page to the whole network")
+    share: bool = HfArg(default=False, help="a public link through gradio's servers")
 
 
 @dataclass(frozen=True)

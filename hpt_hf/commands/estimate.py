@@ -6,12 +6,12 @@ import copy
 import math
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.utils import logging
 
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.commands.train import RECIPE, DataArguments, MethodArguments, build
 from hpt_hf.training.config import HPTConfig
 from hpt_hf.utils import duration, markdown, peak_memory, shutdown_distributed
@@ -21,7 +21,7 @@ from hpt_hf.utils import duration, markdown, peak_memory, shutdown_distributed
 class EstimateArguments:
     """What is asked beside a recipe."""
 
-    probe_steps: int = field(default=40, metadata={"help": "steps of each phase that are run and timed"})
+    probe_steps: int = HfArg(default=40, help="steps of each phase that are run and timed")
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.commands.common import ImageArguments, ball, load_model, on_device, open_sets
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.forecast import forecast
 from hpt_hf.evaluation.html_report import write_html_report
@@ -21,29 +21,23 @@ from hpt_hf.utils import duration, processes, progress, shutdown_distributed, wr
 
 @dataclass
 class EvaluateArguments(ImageArguments):
-    output_dir: str = field(default="outputs/evaluation", metadata={"help": "for results/*.json and report.html"})
-    model: list[str] = field(
-        default_factory=list, metadata={"help": "folders or Hub ids; several are compared, image by image"}
-    )
+    output_dir: str = HfArg(default="outputs/evaluation", help="for results/*.json and report.html")
+    model: list[str] = HfArg(default_factory=list, help="folders or Hub ids; several are compared, image by image")
     model_revision: str | None = None
-    attack: list[str] = field(
+    attack: list[str] = HfArg(
         default_factory=lambda: ["pgd"],
-        metadata={"help": "pgd, cw, apgd-ce, apgd-t, square; standard: worst of the last three; my_file.py:my_attack"},
+        help="pgd, cw, apgd-ce, apgd-t, square; standard: worst of the last three; my_file.py:my_attack",
     )
-    attack_steps: int | None = field(
-        default=None, metadata={"help": "default: PGD and CW 20, APGD 100, Square 5000 (500 in standard)"}
+    attack_steps: int | None = HfArg(
+        default=None, help="default: PGD and CW 20, APGD 100, Square 5000 (500 in standard)"
     )
-    eps: list[str] = field(default_factory=lambda: ["1/255"], metadata={"help": "radii; several draw a curve"})
-    target: str | None = field(
-        default=None, metadata={"help": "the class every image shall be taken for; default: any wrong one"}
-    )
-    probe: int = field(default=24, metadata={"help": "images that the sanity checks look at; 0: no checks"})
-    save_images: bool = field(
-        default=False, metadata={"help": "keep all adversarial images in output_dir/images, as parquet"}
-    )
-    estimate: bool = field(default=False, metadata={"help": "only say how long it would take"})
-    baseline: str | None = field(
-        default=None, metadata={"help": "an undefended model, to be broken; default: what the model was trained from"}
+    eps: list[str] = HfArg(default_factory=lambda: ["1/255"], help="radii; several draw a curve")
+    target: str | None = HfArg(default=None, help="the class every image shall be taken for; default: any wrong one")
+    probe: int = HfArg(default=24, help="images that the sanity checks look at; 0: no checks")
+    save_images: bool = HfArg(default=False, help="keep all adversarial images in output_dir/images, as parquet")
+    estimate: bool = HfArg(default=False, help="only say how long it would take")
+    baseline: str | None = HfArg(
+        default=None, help="an undefended model, to be broken; default: what the model was trained from"
     )
 
 

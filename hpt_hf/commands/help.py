@@ -28,11 +28,12 @@ def flags(file: Path, name: str) -> dict[str, tuple[str, str]]:
         if not isinstance(field, ast.AnnAssign) or field.target.id.startswith("_"):
             continue
         default, text = field.value, None
-        if isinstance(default, ast.Call):  # field(default=…, metadata={"help": …})
+        if isinstance(default, ast.Call):  # HfArg(default=…, help=…), or field(default=…, metadata={"help": …})
             given = {k.arg: k.value for k in default.keywords}
             default = given.get("default", given.get("default_factory"))
             entries = given.get("metadata", ast.Dict([], []))
-            text = next((v for k, v in zip(entries.keys, entries.values, strict=True) if k.value == "help"), None)
+            given |= {k.value: v for k, v in zip(entries.keys, entries.values, strict=True)}
+            text = given.get("help")
         said = " ".join(ast.literal_eval(text).split()) if isinstance(text, ast.Constant) else ""
         shown = ast.unparse(default).removeprefix("lambda: ").strip("'") if default else "None"
         kind = ast.unparse(field.annotation).replace(" | None", "").removeprefix("Literal").strip("'").replace("'", "")

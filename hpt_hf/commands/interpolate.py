@@ -8,12 +8,12 @@ accuracy hangs on most stay the original's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.commands.common import ball, check_sizes, dataset_spec, load_model, on_device, open_images
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.commands.train import DataArguments
 from hpt_hf.data.dataset import DatasetSpec, LabelledImages
 from hpt_hf.data.splits import held_out
@@ -32,27 +32,27 @@ from hpt_hf.utils import markdown, progress, read_json, write_json
 class InterpolateArguments:
     """What is measured between the original and the robust weights."""
 
-    model: str = field(metadata={"help": "the robust model: a folder or a Hub id"})
-    output_dir: str = field(metadata={"help": "folder for front.json, front.svg and the chosen model"})
-    origin: str | None = field(default=None, metadata={"help": "what it was trained from; default: train.json's"})
-    weights: list[float] = field(
+    model: str = HfArg(help="the robust model: a folder or a Hub id")
+    output_dir: str = HfArg(help="folder for front.json, front.svg and the chosen model")
+    origin: str | None = HfArg(default=None, help="what it was trained from; default: train.json's")
+    weights: list[float] = HfArg(
         default_factory=lambda: [i / 10 for i in range(11)],
-        metadata={"help": "shares of the robust weights; 0 is the original, 1 the robust model"},
+        help="shares of the robust weights; 0 is the original, 1 the robust model",
     )
-    max_drop: float = field(default=5.0, metadata={"help": "points of clean accuracy that may be paid for robustness"})
-    mask: float = field(default=0.0, metadata={"help": "share of coordinates kept, that clean accuracy hangs on"})
-    choose_on: list[str] | None = field(default=None, metadata={"help": "unseen training data; default: the held-out"})
-    report_on: list[str] | None = field(default=None, metadata={"help": "test sets, which have no say"})
-    save: list[float] | None = field(default=None, metadata={"help": "points to export, beside the chosen one"})
-    push_to: str | None = field(default=None, metadata={"help": "a repository: points become revisions, w0.50"})
+    max_drop: float = HfArg(default=5.0, help="points of clean accuracy that may be paid for robustness")
+    mask: float = HfArg(default=0.0, help="share of coordinates kept, that clean accuracy hangs on")
+    choose_on: list[str] | None = HfArg(default=None, help="unseen training data; default: the held-out")
+    report_on: list[str] | None = HfArg(default=None, help="test sets, which have no say")
+    save: list[float] | None = HfArg(default=None, help="points to export, beside the chosen one")
+    push_to: str | None = HfArg(default=None, help="a repository: points become revisions, w0.50")
     private: bool | None = None
     overwrite: bool = False
     data_dir: str | None = None
-    norm: str | None = field(default=None, metadata={"help": "left out: as in training"})
-    eps: str | None = field(default=None, metadata={"help": "left out: as in training"})
+    norm: str | None = HfArg(default=None, help="left out: as in training")
+    eps: str | None = HfArg(default=None, help="left out: as in training")
     attack: str = "pgd"
     attack_steps: int | None = None
-    limit: int | None = field(default=None, metadata={"help": "a fixed random sample of so many images of each set"})
+    limit: int | None = HfArg(default=None, help="a fixed random sample of so many images of each set")
     batch_size: int = 128
 
 

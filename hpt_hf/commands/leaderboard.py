@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from hpt_hf.attacks.threat_model import parse_eps
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.html_report import VERDICTS, rendered, short_names, summary
 from hpt_hf.evaluation.result import EvalResult, read_results_of
 from hpt_hf.evaluation.statistics import grouped
@@ -22,9 +22,9 @@ TEMPLATE = Path(__file__).with_name("leaderboard.html.j2")
 
 @dataclass
 class LeaderboardArguments:
-    results: list[str] = field(default_factory=list, metadata={"help": "folders of evaluations or models"})
-    zoo: str | None = field(default=None, metadata={"help": "a folder of model files, whose results are shown, too"})
-    output_dir: str = field(default="outputs/leaderboard", metadata={"help": "for index.html"})
+    results: list[str] = HfArg(default_factory=list, help="folders of evaluations or models")
+    zoo: str | None = HfArg(default=None, help="a folder of model files, whose results are shown, too")
+    output_dir: str = HfArg(default="outputs/leaderboard", help="for index.html")
 
 
 def _text(pattern: str, expected: str, **default):

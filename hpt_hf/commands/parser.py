@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import yaml
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg as HfArg  # for all commands
+from transformers.hf_argparser import HfArgumentParser
 
 from hpt_hf.commands.recipes import find_recipe, recipe_names
 from hpt_hf.utils import did_you_mean, no_space

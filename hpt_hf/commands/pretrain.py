@@ -10,9 +10,8 @@ from typing import Literal
 
 import torch
 from transformers import AutoModel, CLIPTokenizer
-from transformers.hf_argparser import HfArg
 
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.lab.datasets import captioned_rows
 from hpt_hf.lab.glyphs import GlyphWorld
 from hpt_hf.lab.photographs import captioned_photographs

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.result import read_results, read_results_of
 from hpt_hf.publishing.export import check
 from hpt_hf.publishing.hub import push
@@ -15,12 +15,12 @@ from hpt_hf.utils import write_json
 
 @dataclass
 class PushArguments:
-    model: str = field(metadata={"help": "the folder"})
-    repo_id: str = field(metadata={"help": "owner/name on the Hub, or name of one's own"})
-    revision: str | None = field(default=None, metadata={"help": "a branch, made if there is none; default: main"})
-    private: bool | None = field(default=None, metadata={"help": "of a new repository; default: the account's"})
-    overwrite: bool = field(default=False, metadata={"help": "replace another model that stands there"})
-    results: str | None = field(default=None, metadata={"help": "an evaluation of this model, to go along"})
+    model: str = HfArg(help="the folder")
+    repo_id: str = HfArg(help="owner/name on the Hub, or name of one's own")
+    revision: str | None = HfArg(default=None, help="a branch, made if there is none; default: main")
+    private: bool | None = HfArg(default=None, help="of a new repository; default: the account's")
+    overwrite: bool = HfArg(default=False, help="replace another model that stands there")
+    results: str | None = HfArg(default=None, help="an evaluation of this model, to go along")
     message: str = "Robust CLIP, exported by hpt_hf"
 
 

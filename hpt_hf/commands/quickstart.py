@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from transformers.utils import logging
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import load_model
-from hpt_hf.commands.parser import exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, exit_on_user_error, parse
 from hpt_hf.commands.train import RECIPE, run
 from hpt_hf.commands.transfer import matrix, means
 from hpt_hf.data.collator import Collator
@@ -50,9 +50,9 @@ class QuickstartArguments:
     """How much of it."""
 
     output_dir: str = "outputs/quickstart"
-    limit: int = field(default=60, metadata={"help": "images of each task"})
+    limit: int = HfArg(default=60, help="images of each task")
     seed: int = 0
-    smoke: bool = field(default=False, metadata={"help": "a few steps and images: its numbers mean nothing"})
+    smoke: bool = HfArg(default=False, help="a few steps and images: its numbers mean nothing")
 
 
 def main(argv: list[str] | None = None) -> None:

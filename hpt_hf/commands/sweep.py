@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.commands import compare, train
 from hpt_hf.commands.common import ImageArguments, ball, load_model, on_device, open_sets, suite_names
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation.comparison import compare as compared
 from hpt_hf.evaluation.evaluator import evaluate
@@ -37,17 +37,14 @@ FREE = ("data_dir", "license", "proxy_device")  # decide no weights
 class SweepArguments:
     """Beside all flags of `train`, of which --seed takes several."""
 
-    choose_on: list[str] = field(
-        default_factory=list, metadata={"help": "further sets to choose on, of other domains"}
+    choose_on: list[str] = HfArg(default_factory=list, help="further sets to choose on, of other domains")
+    measure_on: list[str] = HfArg(
+        default_factory=list, help="a suite (lab, real, photographs) or sets, for the chosen setting alone"
     )
-    measure_on: list[str] = field(
-        default_factory=list,
-        metadata={"help": "a suite (lab, real, photographs) or sets, for the chosen setting alone"},
-    )
-    measure_attack: str = field(default="pgd", metadata={"help": "as evaluate --attack"})
+    measure_attack: str = HfArg(default="pgd", help="as evaluate --attack")
     measure_attack_steps: int | None = None
-    measure_probe: int = field(default=0, metadata={"help": "images that the last figures' sanity checks look at"})
-    limit: int | None = field(default=None, metadata={"help": "images of each set"})
+    measure_probe: int = HfArg(default=0, help="images that the last figures' sanity checks look at")
+    limit: int | None = HfArg(default=None, help="images of each set")
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 from transformers import set_seed
-from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from hpt_hf.attacks.pgd import TrainingAttack
 from hpt_hf.attacks.threat_model import parse_eps
 from hpt_hf.commands.common import ball, dataset_spec, load_model, open_images
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.data.splits import held_out, leave_out_classes

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.commands.common import ImageArguments, ball, load_model, on_device, open_sets
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.data.collator import Collator
 from hpt_hf.data.dataset import LabelledImages
 from hpt_hf.evaluation.evaluator import batches, sample
@@ -27,11 +27,11 @@ from hpt_hf.utils import markdown, progress_bar, write_json
 
 @dataclass
 class TransferArguments(ImageArguments):
-    output_dir: str = field(default="outputs/transfer", metadata={"help": "for transfer.json and report.html"})
-    model: str | None = field(default=None, metadata={"help": "the student that is attacked; needs --proxies"})
-    proxies: list[str] = field(default_factory=list, metadata={"help": "candidates for its proxy, to be ranked"})
-    models: list[str] = field(default_factory=list, metadata={"help": "instead: all against all"})
-    attack_steps: int | None = field(default=None, metadata={"help": "of PGD; default: 20"})
+    output_dir: str = HfArg(default="outputs/transfer", help="for transfer.json and report.html")
+    model: str | None = HfArg(default=None, help="the student that is attacked; needs --proxies")
+    proxies: list[str] = HfArg(default_factory=list, help="candidates for its proxy, to be ranked")
+    models: list[str] = HfArg(default_factory=list, help="instead: all against all")
+    attack_steps: int | None = HfArg(default=None, help="of PGD; default: 20")
     eps: str = "1/255"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from hpt_hf.attacks.suite import EvaluationAttack
 from hpt_hf.attacks.threat_model import ThreatModel
 from hpt_hf.commands.common import load_model, on_device, reopen
-from hpt_hf.commands.parser import RecipeError, exit_on_user_error, parse
+from hpt_hf.commands.parser import HfArg, RecipeError, exit_on_user_error, parse
 from hpt_hf.evaluation.evaluator import evaluate
 from hpt_hf.evaluation.result import EvalResult, read_results, read_results_of
 from hpt_hf.models.zero_shot import fingerprint
@@ -23,12 +23,12 @@ SAID = {True: "inside", False: "OUTSIDE", None: "not measured"}
 
 @dataclass
 class VerifyArguments:
-    model: str = field(metadata={"help": "folder or Hub id, with its results in results/"})
+    model: str = HfArg(help="folder or Hub id, with its results in results/")
     model_revision: str | None = None
-    results: str | None = field(default=None, metadata={"help": "folder of results; default: those of the model"})
-    data_dir: str | None = field(default=None, metadata={"help": "the folder that the results' data lie in now"})
-    limit: int | None = field(default=None, metadata={"help": "only so many of the results' images, at random"})
-    seed: int | None = field(default=None, metadata={"help": "other random starts than the results'"})
+    results: str | None = HfArg(default=None, help="folder of results; default: those of the model")
+    data_dir: str | None = HfArg(default=None, help="the folder that the results' data lie in now")
+    limit: int | None = HfArg(default=None, help="only so many of the results' images, at random")
+    seed: int | None = HfArg(default=None, help="other random starts than the results'")
     batch_size: int = 128
 
 

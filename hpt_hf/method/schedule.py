@@ -110,8 +110,16 @@ class Schedule:
         **phase,
     ) -> Schedule:
         """The paper's two stages, the first by default at a thousandth of the rate. `phase`: fields of the second."""
-        given = {"steps": warm_up_steps, "epochs": warm_up_epochs, "learning_rate": warm_up_learning_rate}
-        first = Phase(warm_up, **given, rate_divisor=1000, warmup_steps=0, decay="cosine", ema=ema)
+        first = Phase(
+            warm_up,
+            warm_up_steps,
+            warm_up_learning_rate,
+            0,
+            warm_up_epochs,
+            rate_divisor=1000,
+            decay="cosine",
+            ema=ema,
+        )
         return cls((first, Phase(main, restart=restart, pull=pull, **phase)), interval)
 
     def resolve(

@@ -146,6 +146,8 @@ def _open(source: Path, base: ZeroShotClassifier) -> tuple[dict[str, object], ob
 
 def _load(file: Path) -> dict[str, object]:
     """A file's entries, nested dicts flattened. Pickles: by torch's weights-only reader, which runs nothing."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: the index beside it counts it among the weights")
     try:
         if file.suffix == ".safetensors":
             content = load_file(file)

@@ -49,6 +49,8 @@ def export(classifier, folder: str | Path, *, records=None, dtype: str = "float3
     Raises:
         ValueError: what would be written does not answer as the classifier does; it lies in `<folder>-refused`.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
     folder = Path(folder).absolute()
     if classifier.config.model_type == "open_clip":
         return _export_open_clip(classifier, folder, records or {}, dtype)

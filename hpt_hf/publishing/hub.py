@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
@@ -89,6 +89,8 @@ def push(
 
 def open_repo(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
     """The full name of a repository that the token may write to; made if there is none."""
+    if not (token or get_token()):  # said without a network, too
+        raise PermissionError(f"no token for {constants.ENDPOINT}. {LOG_IN}")
     api = HfApi(token=token, library_name="hpt_hf")
     with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
