@@ -157,6 +157,7 @@ def choose(grid: Grid) -> tuple[Setting, dict]:
     if len(grid.settings) == 1:
         return grid.settings[0], {}
     seen: dict[str, list[EvalResult]] = {}
+    diverged: list[str] = []
     for setting in grid.settings:
         folder = grid.output / "choice" / name_of(setting)
         recipe = grid.recipe(setting, grid.seeds[0], folder)
@@ -164,17 +165,27 @@ def choose(grid: Grid) -> tuple[Setting, dict]:
             raise RecipeError("choose: got nothing to choose on. Fix: --leave_out_classes 0.25, or --choose_on SETS")
         _, aside = train.open_training_images(recipe[0])
         sets = ([aside] if aside else []) + _opened(grid.args.choose_on, recipe[0].data_dir, grid.args.limit)
-        found = run_one(grid, folder, recipe, sets)
+        try:
+            found = run_one(grid, folder, recipe, sets)
+        except FloatingPointError as error:
+            progress(f"{folder}: {error}")
+            diverged.append(name_of(setting))
+            continue
         if found is not None:
             seen[name_of(setting)] = found
-    if len(seen) < len(grid.settings):
+    if len(diverged) == len(grid.settings):
+        raise RecipeError(f"every setting diverged: {'; '.join(diverged)}. Fix: lower rates")
+    if len(seen) + len(diverged) < len(grid.settings):
         raise RecipeError("the other runs are under way in another process. Fix: the same command, once they are done")
     best = max(seen, key=lambda name: sum(mean(seen[name]).values()))  # of equals the first
     told = {name: mean(part) | {"sets": {r.dataset: [r.clean, r.robust] for r in part}} for name, part in seen.items()}
-    rows = compared([result for results in seen.values() for result in results])
     text = f"Chosen: {best}, by the highest mean of clean and robust accuracy on what training never saw.\n\n"
-    write_text(grid.output / "choice.md", text + compare.table(rows) + "\n")
-    compare.front({"on classes and sets left out": rows}, grid.output / "choice.svg")
+    text += "".join(f"{name} diverged.\n\n" for name in diverged)
+    if len(seen) > 1:
+        rows = compared([result for results in seen.values() for result in results])
+        text += compare.table(rows) + "\n"
+        compare.front({"on classes and sets left out": rows}, grid.output / "choice.svg")
+    write_text(grid.output / "choice.md", text)
     return grid.settings[list(map(name_of, grid.settings)).index(best)], told
 
 

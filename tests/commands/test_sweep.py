@@ -101,6 +101,17 @@ def test_a_run_that_another_process_is_at_is_left_to_it(swept):
         assert mine and not second
 
 
+def test_a_setting_that_diverges_is_not_chosen_and_stops_nothing(flags, tmp_path, capsys):
+    """One rate of two is far too high; alone it leaves nothing to choose."""
+    line = " ".join([*flags, "--output_dir", str(tmp_path / "out")])
+    high = re.sub(r"--learning_rate( [^-]\S*)+", "--learning_rate 1e30 1e-3", line)
+    sweep.main(high.split())
+    assert chosen(tmp_path / "out") == "learning_rate=1e-3"
+    assert "learning_rate=1e30 diverged" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="every setting diverged"):
+        sweep.run(sweep.Grid.read(high.replace("1e-3", "1e31").split()))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
