@@ -216,6 +216,11 @@ def pmg_aft(views: Views, objective: Objective) -> Terms:
     }
 
 
+def pmg_anchor_clean(views: Views, objective: Objective) -> Terms:
+    """PMG-AFT, and what the vanilla model says of the clean images, as `anchor_clean` learns it. Ours."""
+    return pmg_aft(views, objective) | distil(views, objective)
+
+
 def ucat(views: Views, objective: Objective) -> Terms:
     """TeCoA, and absolute cosines held by KL(Dir(adversarial) || Dir(clean, vanilla)), alpha = exp((c + 1) / 0.07).
 
@@ -327,5 +332,6 @@ OBJECTIVES: dict[str, Objective] = {
     "fare": Objective("fare", fare, holds=("anchor",), attack=ATTACK_LOSSES["embedding"]),
     "lore": Objective("lore", lore, holds=("anchor",), attack=ATTACK_LOSSES["embedding"]),
     "pmg_aft": Objective("pmg_aft", pmg_aft, holds=("anchor",), needs_labels=True),
+    "pmg_anchor_clean": Objective("pmg_anchor_clean", pmg_anchor_clean, _ANCHOR, needs_labels=True),
     "ucat": Objective("ucat", ucat, holds=("anchor",), needs_labels=True),
 }
