@@ -43,7 +43,7 @@ test-all: $(VENV)/.installed
 # Parity with the open_clip package: it needs torchvision, and so torch's full build (6 GB), in an environment of its own.
 interop:
 	$(PYTHON) -m venv .venv-interop
-	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,open_clip]'
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,openclip]'
 	.venv-interop/bin/python -m pytest tests/models/test_open_clip.py tests/publishing/test_convert_checkpoint.py
 
 bench: $(VENV)/.installed

@@ -41,8 +41,9 @@ setup(
     extras_require={
         # AutoAttack by its own authors, to compare our attacks with (benchmarks/independent.py).
         "attack": ["pyautoattack==0.2.0"],
-        # Models in open_clip's form (hpt_hf/models/open_clip_models.py); it needs torchvision.
-        "open_clip": ["open_clip_torch>=3.3,<4"],
+        # Models in open_clip's form (hpt_hf/models/open_clip_models.py); it needs torchvision. Without an
+        # underscore: the pip that Python 3.11 brings (23.2) does not find an extra that has one, and goes on.
+        "openclip": ["open_clip_torch>=3.3,<4"],
         # LoRA students (hpt_hf/models/lora.py).
         "lora": ["peft>=0.17"],
         "track": ["tensorboard>=2.19"],

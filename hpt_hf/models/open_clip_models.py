@@ -86,7 +86,7 @@ def load_open_clip(source: str) -> tuple[OpenClipModel, SimpleNamespace, None]:
     try:
         import open_clip
     except ModuleNotFoundError as error:
-        raise ValueError(f"{source} is an open_clip model ({error}). Fix: pip install 'hpt_hf[open_clip]'") from None
+        raise ValueError(f"{source} is an open_clip model ({error}). Fix: pip install 'hpt_hf[openclip]'") from None
     name = source if source.startswith(HUB) else f"local-dir:{source}"
     try:
         model = open_clip.create_model(name, precision="fp32", require_pretrained=True).eval()
