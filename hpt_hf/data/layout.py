@@ -59,7 +59,7 @@ def split_folder(path: Path, split: str) -> Path:
     if others := [f.name for f in folders if f not in splits]:
         if len(splits) == 1 and not any(f.is_dir() for f in visible(splits[0])):
             return path  # a class that is called "train"
-        raise ValueError(f"{path}: got folders of splits beside others, {others[:4]}. Fix: give {splits[0].name}")
+        raise ValueError(f"{path}: got folders of splits beside others, {others[:4]}. Fix: give {splits[0]}")
     wanted = [f for f in splits if f.name == split] or [f for f in splits if SPLIT_OF[f.name.lower()] == canon(split)]
     if len(wanted) != 1:
         raise _no_split(path, split, [f.name for f in splits])

@@ -124,7 +124,7 @@ def open_stream(spec: DatasetSpec, *, length: int | None = None, batch: int = 1,
     if length is not None and not 1 <= length <= (known or length):
         raise ValueError(f"--images {length}: expected 1 to {known or 'as many as there are'}")
     if not (length or known) or data.features is None:
-        raise ValueError(f"{spec.path} says not how many images it has, or its columns. Fix: --images, or no stream")
+        raise ValueError(f"{spec.path} does not say how many images it has, or its columns. Fix: --images")
     image, label = find_columns(data, spec.image, spec.label, spec.path)
     kind = data.features[label] if label else None
     if label and not kind.dtype.startswith(("int", "uint")):
