@@ -129,6 +129,6 @@ def test_a_folder_without_weights_is_refused_and_without_open_clip_it_is_said(tm
         with pytest.raises(ValueError, match="open_clip cannot open"):
             ZeroShotClassifier.from_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ValueError, match=r"is an open_clip model .*Fix: pip install 'hpt_hf\[open_clip\]'"):
+    with pytest.raises(ValueError, match=r"is an open_clip model .*Fix: pip install 'hpt_hf\[openclip\]'"):
         ZeroShotClassifier.from_pretrained(tmp_path)
     assert [f.name for f in Path(tmp_path).iterdir()] == ["open_clip_config.json"]
