@@ -33,8 +33,9 @@ RATES = {
     "anchor, clean, attacked by KL": (*PROBABLE, "0.1"),
     "AGFT": PROBABLE,
     "PMG-AFT": PROBABLE,
+    "PMG-AFT + anchor, clean": PROBABLE,
     "FARE": SQUARED,
-    "LORE": SQUARED,
+    "LORE": ("0.0003", "0.001", "0.003"),
     "UCAT": PROBABLE,
     "ViT proxy, adversarial (HPT)": PROBABLE,
     "HPT-GPD": ("0.01", "0.03", "0.1"),
@@ -100,14 +101,15 @@ def table(found: dict) -> str:
 
 
 def draw(found: dict, file: Path) -> None:
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes, names = figure.subplots(), list(dict.fromkeys(r["row"] for r in found["rows"]))
     for row in found["rows"]:
+        number = names.index(row["row"])
         style = {
-            "color": f"C{names.index(row['row'])}",
-            "alpha": 1.0 if row["chosen"] else 0.35,
-            "marker": "o",
+            "color": f"C{number % 10}",
+            "marker": "os"[number // 10],
             "ms": 4,
+            "alpha": 1.0 if row["chosen"] else 0.2,
         }
         line = [found["vanilla"], *row["points"]]
         label = row["row"] if row["chosen"] else None
@@ -117,7 +119,7 @@ def draw(found: dict, file: Path) -> None:
     )
     axes.set_xlim(left=0.7 * found["vanilla"]["clean"])  # what has collapsed is out of sight
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, file)
 
 

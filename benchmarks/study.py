@@ -52,7 +52,14 @@ class World:
     recipes: str  # folder of the recipes that rows begin with
     left_out: tuple[str, ...]  # what rates are chosen on
     winner: str  # its margins are counted against every row
-    fewer: int  # steps of PMG-AFT that cost what all steps of the reference cost
+    steps: int  # of the reference
+    attack_steps: int
+
+    def lengths(self) -> dict[str, int]:
+        """Steps that cost as many passes of the student as the reference's, or `longest`: as PMG-AFT's."""
+        usual, pmg = 2 * self.attack_steps + 2, 2 * self.attack_steps + 4
+        shares = {"fewer": usual / pmg, "more": usual / 4, "most": usual / 6, "longest": pmg / 4}
+        return {name: round(self.steps * share) for name, share in shares.items()}
 
     def attack(self, strict: bool = False) -> EvaluationAttack:
         name, steps = ("standard", None) if strict else ("pgd", STEPS)
@@ -68,7 +75,8 @@ WORLDS = {
         "lab",
         ("--leave_out_classes", "0.25"),
         "anchor, clean, attacked by KL",
-        396,
+        495,
+        3,
     ),
     "photographs": World(
         "photographs",
@@ -77,8 +85,9 @@ WORLDS = {
         {name: f"{{models}}/{name}" for name in ("student", "proxy", "convolution")},
         "photographs",
         ("--choose_on", "photos:tiny_imagenet held out"),
-        "PMG-AFT",
-        225,
+        "UCAT, one attack step",
+        300,
+        2,
     ),
 }
 ROWS = {
@@ -88,8 +97,14 @@ ROWS = {
     "anchor, clean, mean of the last third": "--method anchor_clean --average_last 0.33",
     "anchor, clean, layer rates 0.7": "--method anchor_clean --layer_rate_decay 0.7",
     "AGFT": "--method agft",
-    "UCAT": "--method ucat",
+    "UCAT": "--config {recipes}/ucat",
     "PMG-AFT": "--config {recipes}/pmg_aft",
+    "PMG-AFT + anchor, clean": "--config {recipes}/pmg_anchor_clean",
+    "TeCoA, one attack step": "--config {recipes}/tecoa {one} --max_steps {more}",
+    "anchor, clean, attacked by KL, one step": "--method anchor_clean --attack_loss kl {one} --max_steps {more}",
+    "UCAT, one attack step": "--config {recipes}/ucat {one} --max_steps {more}",
+    "UCAT, one attack step, longer": "--config {recipes}/ucat {one} --max_steps {longest}",
+    "PMG-AFT + anchor, clean, one attack step": "--config {recipes}/pmg_anchor_clean {one} --max_steps {most}",
     "PMG-AFT, fewer steps": "--config {recipes}/pmg_aft --max_steps {fewer}",
     "FARE": "--config {recipes}/fare",
     "LORE": "--config {recipes}/fare --method lore",
@@ -114,9 +129,11 @@ ROWS = {
 
 BRIEF = (
     "TeCoA",
+    "TeCoA, one attack step",
     REFERENCE,
     "anchor, clean, attacked by KL",
     "PMG-AFT",
+    "UCAT, one attack step",
     "HPT-GPD",
     "ViT proxy, clean",
     "ViT proxy, adversarial (HPT)",
@@ -126,7 +143,8 @@ BRIEF = (
 def row_flags(world: World, row: str, models: str, data_dir: str | None) -> list[str]:
     paths = {name: path.format(models=models) for name, path in world.models.items()}
     flags = f"{world.flags} {ROWS[row]} --model {{student}} --disable_tqdm true --logging_strategy no"
-    flags = flags.format(recipes=world.recipes, fewer=world.fewer, **paths).split()
+    one = f"--attack_steps 1 --attack_step_size {world.eps}"
+    flags = flags.format(recipes=world.recipes, one=one, **world.lengths(), **paths).split()
     return [*flags, *(["--data_dir", data_dir] if data_dir else [])]
 
 

@@ -29,9 +29,10 @@ def test_the_recipes_that_were_asked_for_are_there():
         *(f"best/{n}" for n in ("glyphs", "photographs", "tiny_imagenet", "imagenet")),
     }
     wanted |= {f"{world}/{m}" for m in methods for world in ("lab", "real", "photographs")}
+    wanted |= {f"{world}/{m}" for m in ("ucat", "pmg_anchor_clean") for world in ("lab", "photographs")}
     wanted |= {f"tiny_imagenet/hpt_gpd_{model}" for model in ("vit_b32_eps2", "vit_b32_eps4", "vit_l14_eps1")}
     wanted |= {f"tiny_imagenet/{m}_vit_b32_eps1" for m in methods}
-    assert {str(p.relative_to(ROOT / "recipes").with_suffix("")) for p in RECIPES} == wanted and len(wanted) == 33
+    assert {str(p.relative_to(ROOT / "recipes").with_suffix("")) for p in RECIPES} == wanted and len(wanted) == 37
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")

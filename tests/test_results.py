@@ -58,7 +58,7 @@ SHOWN = [
     *((f"study-{w}", make, "docs/results.md", None) for w in study.WORLDS for make in (study.kept, study.table)),
     *((f"study-{w}", study.margins, "docs/results.md", None) for w in study.WORLDS),
     *((f"strict-{w}", study.table, "docs/results.md", None) for w in study.WORLDS),
-    ("study-photographs", study.brief, "README.md", 7),
+    ("study-photographs", study.brief, "README.md", 9),
     ("fronts-photographs", fronts.table, "docs/results.md", None),
     *((f"narrow-{w}", narrow.table, "docs/results.md", None) for w in narrow.WORLDS),
     ("photographs", photographs.table, "docs/lab.md", None),

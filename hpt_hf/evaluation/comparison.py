@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,10 +136,13 @@ def _by_seed(results: Sequence[EvalResult]) -> dict[str, list[EvalResult]]:
 
 
 def named(rows: Sequence[Compared]) -> dict[str, str]:
-    """Each model's shortest name that no other has."""
-    paths = [row.model for row in rows]
-    last = [Path(path).name for path in paths]
-    return dict(zip(paths, last if len(set(last)) == len(last) else paths, strict=True))
+    """Each model's last name, if no other has it; else its path behind the folders that all share."""
+    parts = [Path(row.model).parts for row in rows]
+    names = [p[-1] for p in parts]
+    if len(set(names)) < len(names):
+        shared = min(len(os.path.commonprefix(parts)), *(len(p) - 1 for p in parts))
+        names = ["/".join(p[shared:]) for p in parts]
+    return {row.model: name for row, name in zip(rows, names, strict=True)}
 
 
 def table(rows: Sequence[Compared]) -> str:

@@ -10,7 +10,7 @@ import pytest
 from conftest import make_result
 
 from hpt_hf.commands.compare import CompareArguments, run
-from hpt_hf.evaluation.comparison import compare, paired, without_seed
+from hpt_hf.evaluation.comparison import compare, named, paired, without_seed
 from hpt_hf.evaluation.tables import Results
 from hpt_hf.utils import write_json
 
@@ -55,6 +55,7 @@ def test_means_are_over_sets_and_seeds_and_the_front_is_told():
     assert best.robust == pytest.approx((100 + 58 / 0.6) / 2, abs=0.01) and best.spread[1] > 0 == best.spread[0]
     assert best.against["robust"].value == pytest.approx(best.robust - 100 / 3, abs=0.01)
     assert other.against is None and other.dominated_by == ("runs/a",) and best.dominated_by == ()
+    assert list(named([replace(best, model=m) for m in ("a/x/seed", "a/y/seed")]).values()) == ["x/seed", "y/seed"]
     assert [without_seed(m) for m in ("x/seed3", "x-seed_12", "seedling", "seed1")] == ["x", "x", "seedling", "seed1"]
 
 

@@ -130,7 +130,9 @@ def test_each_forward_that_is_named_runs_once_and_references_carry_no_gradient(n
         assert len(shown) == len({id(images) for images, _ in shown}), f"{who} saw the same images twice"
         assert all(gradients == (who == "student") for _, gradients in shown)
         assert bool(shown) == (who in ("student", *objective.references))
-    assert any(images is world.x for images, _ in world.student.shown) == (name in ("pmg_aft", "pmg_anchor_clean", "lore"))
+    assert any(images is world.x for images, _ in world.student.shown) == (
+        name in ("pmg_aft", "pmg_anchor_clean", "lore")
+    )
     sum(objective(world.views).values()).backward()
     assert all(p.grad is None for m in (world.proxy, world.anchor) for p in m.parameters())
 
