@@ -6,17 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from openai_clip import (
-    IMAGENET,
-    MEAN,
-    STD,
-    assert_close,
-    changed,
-    embeds,
-    pooled_elsewhere,
-    random_clip,
-    reference_embeds,
-)
+from openai_clip import IMAGENET, MEAN, STD, assert_close, changed, embeds, pooled_elsewhere, reference_embeds
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
@@ -24,24 +14,6 @@ from hpt_hf.models.zero_shot import ZeroShotClassifier, fingerprint
 from hpt_hf.publishing import convert_checkpoint
 from hpt_hf.publishing.convert_checkpoint import read_checkpoint, write_open_clip
 from hpt_hf.utils import read_json, write_json
-
-
-@pytest.fixture(scope="module")
-def base(student_path):
-    return ZeroShotClassifier.from_pretrained(student_path)
-
-
-@pytest.fixture(scope="module")
-def stock(student_path):
-    return random_clip(student_path)
-
-
-@pytest.fixture(scope="module")
-def open_clip_folder(base, stock, tmp_path_factory):
-    """Other weights than the base's, written in open_clip's form."""
-    folder = tmp_path_factory.mktemp("open_clip") / "model"
-    assert write_open_clip(ZeroShotClassifier(copy.deepcopy(stock), base.processor), folder) == 62
-    return folder
 
 
 @pytest.fixture(scope="module")
