@@ -149,8 +149,11 @@ class EvaluationAttack:
 
     def craft(self, classifier, images: Images, image_ids: ImageIds, labels: Labels) -> Images:
         """The last iterates of PGD, whatever the name: what stops at its first success transfers to no other model."""
+
+        def loss_fn(x):
+            return cross_entropy(classifier.classify(x).logits, labels)
+
         strategy, noise = PGD(self.threat, self.steps or ATTACKS["pgd"][1]), Noise(image_ids, self.seed)
-        loss_fn = lambda x: cross_entropy(classifier.classify(x).logits, labels)  # noqa: E731
         with frozen(classifier):
             return run_attack(loss_fn, images, strategy, noise=noise)[0]
 
